@@ -1,0 +1,152 @@
+// Validation of a call, and fresh tensors for its results.
+#include "problem.h"
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+
+namespace resnest_fused {
+namespace {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+
+std::string describe(const int64_t* sizes, size_t count) {
+  std::string text = "(";
+  for (size_t i = 0; i < count; ++i) {
+    text += (i ? ", " : "") + std::to_string(sizes[i]);
+  }
+  return text + ")";
+}
+
+// PyTorch's own rule: a dimension of size 1 may have any stride.
+bool has_strides(const Tensor& t, const int64_t (&expected)[4]) {
+  for (int64_t d = 0; d < 4; ++d) {
+    if (t.size(d) != 1 && t.stride(d) != expected[d]) {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool is_channels_last(const Tensor& t) {
+  const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
+  return has_strides(t, {h * w * c, 1, w * c, c});
+}
+
+Tensor empty_strided(const Tensor& x, const std::vector<int64_t>& sizes,
+                     const std::vector<int64_t>& strides, ScalarType dtype) {
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               code, device_type, x.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+void check_dtype(const char* name, const Tensor& tensor, const Tensor& x) {
+  const ScalarType dtype = tensor.scalar_type();
+  STD_TORCH_CHECK(dtype == x.scalar_type() || dtype == ScalarType::Float, name,
+                  ": expected x's dtype or float32");
+}
+
+void take_parameter(const char* name, Tensor& tensor, std::initializer_list<int64_t> sizes,
+                    const Tensor& x) {
+  check_shape(name, tensor, sizes, x);
+  check_dtype(name, tensor, x);
+  tensor = in_layout(tensor, Layout::kNchw);
+}
+
+void take_parameter(const char* name, std::optional<Tensor>& tensor, int64_t size,
+                    const Tensor& x) {
+  if (tensor.has_value()) {
+    take_parameter(name, *tensor, {size}, x);
+  }
+}
+
+}  // namespace
+
+void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes,
+                 const Tensor& x) {
+  const auto found = tensor.sizes();
+  STD_TORCH_CHECK(std::equal(found.begin(), found.end(), sizes.begin(), sizes.end()), name,
+                  ": expected shape ", describe(sizes.begin(), sizes.size()), ", got ",
+                  describe(found.data(), found.size()));
+  STD_TORCH_CHECK(tensor.device() == x.device(), name, ": expected on x's device");
+}
+
+Problem make_problem(const Tensor& x, Parameters& params, int64_t radix,
+                     int64_t cardinality) {
+  STD_TORCH_CHECK(x.dim() == 4, "x: expected 4 dimensions, got ", x.dim());
+  STD_TORCH_CHECK(radix >= 1, "radix: expected at least 1, got ", radix);
+  STD_TORCH_CHECK(cardinality >= 1, "cardinality: expected at least 1, got ", cardinality);
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
+                      dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+                  "x: expected float32, float64, bfloat16 or float16");
+  const int64_t features = x.size(1);
+  STD_TORCH_CHECK(features > 0 && features % (radix * cardinality) == 0,
+                  "x: expected channels divisible by radix * cardinality, got ", features);
+  STD_TORCH_CHECK(x.size(2) > 0 && x.size(3) > 0, "x: expected at least one pixel");
+  STD_TORCH_CHECK(params.fc1_weight.dim() == 4, "fc1_weight: expected 4 dimensions");
+  const int64_t inter = params.fc1_weight.size(0);
+  STD_TORCH_CHECK(inter > 0 && inter % cardinality == 0,
+                  "fc1_weight: expected rows divisible by cardinality, got ", inter);
+
+  Problem problem{};
+  problem.batch = x.size(0);
+  problem.radix = radix;
+  problem.cardinality = cardinality;
+  problem.channels = features / radix;
+  problem.inter = inter;
+  problem.height = x.size(2);
+  problem.width = x.size(3);
+  // A map that is both (one channel, or one pixel) counts as NCHW.
+  problem.layout = !x.is_contiguous() && is_channels_last(x) ? Layout::kNhwc : Layout::kNchw;
+  problem.dtype = dtype;
+
+  take_parameter("fc1_weight", params.fc1_weight, {inter, problem.group_channels(), 1, 1}, x);
+  take_parameter("fc1_bias", params.fc1_bias, inter, x);
+  take_parameter("fc2_weight", params.fc2_weight, {features, problem.group_inter(), 1, 1}, x);
+  take_parameter("fc2_bias", params.fc2_bias, features, x);
+  take_parameter("bn1_weight", params.bn1_weight, inter, x);
+  take_parameter("bn1_bias", params.bn1_bias, inter, x);
+  STD_TORCH_CHECK(params.bn1_mean.has_value() == params.bn1_var.has_value(),
+                  "bn1_mean, bn1_var: expected both or neither");
+  take_parameter("bn1_mean", params.bn1_mean, inter, x);
+  take_parameter("bn1_var", params.bn1_var, inter, x);
+  return problem;
+}
+
+Tensor in_layout(const Tensor& tensor, Layout layout) {
+  using torch::headeronly::MemoryFormat;
+  const bool fits = layout == Layout::kNchw ? tensor.is_contiguous() : is_channels_last(tensor);
+  if (fits) {
+    return tensor;
+  }
+  return torch::stable::contiguous(tensor, layout == Layout::kNchw ? MemoryFormat::Contiguous
+                                                                   : MemoryFormat::ChannelsLast);
+}
+
+Tensor empty_map(const Problem& p, int64_t features, const Tensor& x) {
+  const std::vector<int64_t> sizes{p.batch, features, p.height, p.width};
+  const int64_t sample = features * p.pixels();
+  return p.layout == Layout::kNchw
+             ? empty_strided(x, sizes, {sample, p.pixels(), p.width, 1}, p.dtype)
+             : empty_strided(x, sizes, {sample, 1, p.width * features, features}, p.dtype);
+}
+
+Tensor empty_on(const Tensor& x, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(std::data(sizes)[d], 1);
+  }
+  return empty_strided(x, sizes, strides, dtype);
+}
+
+}  // namespace resnest_fused

@@ -1,0 +1,25 @@
+"""Fused Split-Attention for ResNeSt (arXiv:2004.08955): one op, forward and backward."""
+
+from resnest_fused import models
+from resnest_fused.backends import BackendStatus, backends, use_backend
+from resnest_fused.functional import split_attention
+from resnest_fused.fuse import FuseReport, fuse, unfuse
+from resnest_fused.modules import FusedSplitAttention, FusedSplitAttentionConv2d
+from resnest_fused.reference import BatchNormArgs, SplitAttention, SplitAttentionConv2d
+
+__all__ = [
+    "BackendStatus",
+    "BatchNormArgs",
+    "FuseReport",
+    "FusedSplitAttention",
+    "FusedSplitAttentionConv2d",
+    "SplitAttention",
+    "SplitAttentionConv2d",
+    "backends",
+    "fuse",
+    "models",
+    "split_attention",
+    "unfuse",
+    "use_backend",
+]
+__version__ = "0.1.0"

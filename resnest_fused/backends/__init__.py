@@ -1,0 +1,113 @@
+"""Who can run a call: the ordered list of backends, the choice among them, and its report."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol, cast
+
+from torch import Tensor
+
+from resnest_fused.backends import native, reference
+
+
+class Backend(Protocol):
+    """What each module of this package offers."""
+
+    def unavailable(self) -> str | None:
+        """Why no call at all can run here, or None."""
+
+    def can_run(self, x: Tensor) -> str | None:
+        """Why a call with this input cannot run, or None."""
+
+    def describe(self) -> str:
+        """One line on what runs, when available."""
+
+
+class FusedBackend(Backend, Protocol):
+    """A backend with kernels of its own; the arguments are those of the ops in ``csrc/ops.cpp``."""
+
+    def forward(self, *args: Any) -> Tensor:
+        """out"""
+
+    def forward_train(self, *args: Any) -> tuple[Tensor, ...]:
+        """out, gap, hidden, attention, and bn1's batch mean and biased variance."""
+
+    def backward(self, *args: Any) -> tuple[Tensor, ...]:
+        """The gradients of x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, bn1_weight, bn1_bias."""
+
+
+class BackendStatus(NamedTuple):
+    """One backend: its name, whether it is available, and what it is or why it is not."""
+
+    name: str
+    available: bool
+    reason: str
+
+
+# In the order in which "auto" tries them.
+_BACKENDS: dict[str, Backend] = {
+    "native": cast(Backend, native),
+    "reference": cast(Backend, reference),
+}
+NAMES = ("auto", *_BACKENDS)
+
+
+def check_name(name: str, source: str) -> str:
+    """``name`` if it is a backend's or "auto"; ``source`` says in the error where it came from."""
+    if name not in NAMES:
+        raise ValueError(f"{source}: expected one of {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+_default = check_name(os.environ.get("RESNEST_FUSED_BACKEND", "auto"), "RESNEST_FUSED_BACKEND")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Let every call whose own backend is "auto" run on ``name`` within the ``with`` block.
+
+    Holds for the whole process; the environment variable ``RESNEST_FUSED_BACKEND`` sets the same.
+
+    Raises:
+        ValueError: when there is no such backend.
+    """
+    global _default
+    previous = _default
+    _default = check_name(name, "backend")
+    try:
+        yield
+    finally:
+        _default = previous
+
+
+def backends() -> list[BackendStatus]:
+    """Every backend in the order in which "auto" tries them, with the reason for its status."""
+    found = []
+    for name, backend in _BACKENDS.items():
+        reason = backend.unavailable()
+        found.append(BackendStatus(name, reason is None, reason or backend.describe()))
+    return found
+
+
+def choose(name: str, x: Tensor) -> str:
+    """The backend that runs this call: the named one, or the first that can.
+
+    Raises:
+        ValueError: when there is no such backend.
+        RuntimeError: when the named backend cannot run the call, with its reason.
+    """
+    if name == "auto":
+        name = _default
+    if name != "auto":
+        reason = _BACKENDS[check_name(name, "backend")].can_run(x)
+        if reason is not None:
+            raise RuntimeError(f"backend {name!r} cannot run this call: {reason}")
+        return name
+    return next(name for name, backend in _BACKENDS.items() if backend.can_run(x) is None)
+
+
+def kernels(name: str) -> FusedBackend:
+    """The kernels of the backend of this name."""
+    return cast(FusedBackend, _BACKENDS[name])

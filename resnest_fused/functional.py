@@ -1,0 +1,192 @@
+"""The public function ``split_attention``: its contract, every check of its arguments, its dispatch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnest_fused import autograd, reference
+from resnest_fused.backends import choose
+from resnest_fused.reference import BatchNormArgs
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def split_attention(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    radix: int,
+    cardinality: int = 1,
+    bn0: BatchNormArgs | None = None,
+    bn1: BatchNormArgs | None = None,
+    training: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """ResNeSt's split attention (arXiv:2004.08955) as one op.
+
+    With B batch, R radix, K cardinality, C channels, I inter_channels::
+
+        z[b,r,c,p] = x, or relu(bn0(x)) when bn0 is given
+        gap[b,c]   = mean_p sum_r z[b,r,c,p]
+        logits     = fc2(relu(bn1(fc1(gap))))       grouped by K; laid out (B, K, R, C/K)
+        a[b,r,c]   = softmax over r of logits       (R = 1: sigmoid)
+        out[b,c,p] = sum_r a[b,r,c] z[b,r,c,p]
+
+    Args:
+        x: ``(B, R*C, H, W)``, radix-major; float32, float64, bfloat16 or float16. Contiguous and
+            channels_last tensors are read in place, any other strides through one copy.
+        fc1_weight: ``(I, C/K, 1, 1)``. Every parameter has x's dtype or float32.
+        fc1_bias: ``(I,)`` in fc1_weight's dtype, or None.
+        fc2_weight: ``(R*C, I/K, 1, 1)``.
+        fc2_bias: ``(R*C,)`` in fc2_weight's dtype, or None.
+        radix: R, at least 1.
+        cardinality: K, at least 1; divides C and I.
+        bn0: the normalisation before the ReLU in front of the attention, over R*C features; None
+            when x is already normalised and activated. Computed by PyTorch before the fused op.
+        bn1: the normalisation between the FCs, over I features, or None.
+        training: normalise with batch statistics (and update the running ones in place), unless
+            the ``BatchNormArgs`` says otherwise.
+        backend: "auto", "native" or "reference"; "auto" takes what ``use_backend`` or
+            ``RESNEST_FUSED_BACKEND`` says, else the first that can run this call.
+
+    Returns:
+        ``(B, C, H, W)`` in x's dtype and memory format. NaN and infinity pass through as in
+        PyTorch. Differentiable twice (the second time through the reference formulas).
+
+    Raises:
+        ValueError: a shape, count or device does not fit; the tensor, what was expected and what
+            came are named. One sample with batch statistics raises as ``nn.BatchNorm2d`` does.
+        TypeError: a dtype does not fit.
+        RuntimeError: the backend asked for cannot run this call; the reason is given.
+
+    Results are bitwise repeatable for a fixed number of threads; in eval a sample's result does
+    not depend on the batch it is in.
+    """
+    _check(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, radix, cardinality, bn0, bn1, training)
+    chosen = choose(backend, x)
+    if chosen == "reference":
+        return reference.split_attention(
+            x,
+            fc1_weight,
+            fc1_bias,
+            fc2_weight,
+            fc2_bias,
+            radix=radix,
+            cardinality=cardinality,
+            bn0=bn0,
+            bn1=bn1,
+            training=training,
+        )
+    if bn0 is not None:
+        x = F.relu(reference.batch_norm(x, bn0, training))
+    out, batch_mean, batch_var = autograd.split_attention(
+        chosen,
+        x,
+        fc1_weight,
+        fc1_bias,
+        fc2_weight,
+        fc2_bias,
+        bn1,
+        bn1 is not None and bn1.uses_batch_stats(training),
+        radix,
+        cardinality,
+    )
+    if batch_mean is not None and bn1 is not None and bn1.running_mean is not None:
+        _update_running_stats(bn1, batch_mean, batch_var, x.shape[0])
+    return out
+
+
+@torch.no_grad()
+def _update_running_stats(bn: BatchNormArgs, mean: Tensor, var: Tensor, count: int) -> None:
+    """running = (1 - momentum) * running + momentum * batch, with the unbiased variance."""
+    if count == 0:
+        return
+    assert bn.running_mean is not None and bn.running_var is not None
+    bn.running_mean.mul_(1 - bn.momentum).add_(mean, alpha=bn.momentum)
+    bn.running_var.mul_(1 - bn.momentum).add_(var, alpha=bn.momentum * count / (count - 1))
+
+
+def _check(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    radix: int,
+    cardinality: int,
+    bn0: BatchNormArgs | None,
+    bn1: BatchNormArgs | None,
+    training: bool,
+) -> None:
+    if radix < 1:
+        raise ValueError(f"radix: expected at least 1, got {radix}")
+    if cardinality < 1:
+        raise ValueError(f"cardinality: expected at least 1, got {cardinality}")
+    dtype = x.dtype
+    if dtype not in _DTYPES:
+        raise TypeError(f"x: expected float32, float64, bfloat16 or float16, got {dtype}")
+    if x.dim() != 4:
+        raise ValueError(f"x: expected 4 dimensions (B, R*C, H, W), got shape {tuple(x.shape)}")
+    batch, features, height, width = x.shape
+    if features == 0 or features % radix:
+        raise ValueError(f"x: expected channels divisible by radix={radix}, got {features}")
+    if height == 0 or width == 0:
+        raise ValueError(f"x: expected at least one pixel, got height={height} and width={width}")
+    channels = features // radix
+    if channels % cardinality:
+        raise ValueError(
+            f"x: expected channels/radix divisible by cardinality={cardinality}, got "
+            f"{features}/{radix}={channels}"
+        )
+    inter = fc1_weight.shape[0]
+    if inter == 0 or inter % cardinality:
+        raise ValueError(
+            f"fc1_weight: expected rows divisible by cardinality={cardinality}, got {inter}"
+        )
+    _check_tensor("fc1_weight", fc1_weight, (inter, channels // cardinality, 1, 1), x)
+    _check_tensor("fc2_weight", fc2_weight, (features, inter // cardinality, 1, 1), x)
+    for name, bias, weight in (
+        ("fc1_bias", fc1_bias, fc1_weight),
+        ("fc2_bias", fc2_bias, fc2_weight),
+    ):
+        if bias is not None:
+            _check_tensor(name, bias, (weight.shape[0],), x)
+            if bias.dtype != weight.dtype:
+                raise TypeError(f"{name}: expected its weight's {weight.dtype}, got {bias.dtype}")
+    if bn0 is not None:
+        _check_batch_norm("bn0", bn0, features, batch * height * width, x, training)
+    if bn1 is not None:
+        _check_batch_norm("bn1", bn1, inter, batch, x, training)
+
+
+def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.dtype != x.dtype and tensor.dtype != torch.float32:
+        raise TypeError(f"{name}: expected x's {x.dtype} or torch.float32, got {tensor.dtype}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name}: expected on {x.device} as x is, got {tensor.device}")
+
+
+def _check_batch_norm(
+    name: str, bn: BatchNormArgs, features: int, count: int, x: Tensor, training: bool
+) -> None:
+    if bn.weight is not None:
+        _check_tensor(f"{name}.weight", bn.weight, (features,), x)
+    if bn.bias is not None:
+        _check_tensor(f"{name}.bias", bn.bias, (features,), x)
+    if (bn.running_mean is None) != (bn.running_var is None):
+        raise ValueError(f"{name}: expected running_mean and running_var both given or both None")
+    if bn.running_mean is not None and bn.running_var is not None:
+        _check_tensor(f"{name}.running_mean", bn.running_mean, (features,), x)
+        _check_tensor(f"{name}.running_var", bn.running_var, (features,), x)
+    if count == 1 and bn.uses_batch_stats(training):
+        raise ValueError(
+            f"{name}: Expected more than 1 value per channel when training, got input size "
+            f"[1, {features}, 1, 1]"
+        )

@@ -1,0 +1,78 @@
+"""Photos from files, and the official preprocessing that makes them network input."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+# Of ImageNet's training images, by channel R, G, B, for values in [0, 1].
+_MEAN = torch.tensor([0.485, 0.456, 0.406])
+_STD = torch.tensor([0.229, 0.224, 0.225])
+
+
+def read_image(path: str | os.PathLike[str]) -> Image.Image:
+    """The picture in a file, decoded, in RGB.
+
+    Raises:
+        ValueError: no such file, not a picture that Pillow can read, truncated, or too large.
+    """
+    name = os.fspath(path)
+    if not os.path.isfile(path):
+        raise ValueError(f"{name}: no such file")
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name}: not an image that Pillow can read") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        # Pillow's plugins report damage as OSError or, some of them, as SyntaxError.
+        raise ValueError(f"{name}: cannot be decoded ({error})") from error
+
+
+def preprocess(image: Image.Image, size: int = 224) -> Tensor:
+    """An RGB picture as the official verification script feeds it; ``(3, size, size)``, float32.
+
+    The central square with size/(size+32) of the shorter side, resized bicubically, scaled to
+    [0, 1] and normalised by ImageNet's mean and standard deviation.
+    """
+    width, height = image.size
+    side = min(width, height) * size / (size + 32)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    # The crop comes first, so that no pixel outside it takes part in the resizing.
+    square = image.crop((left, top, round(left + side), round(top + side)))
+    pixels = np.asarray(square.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)
+    return ((torch.from_numpy(pixels) / 255 - _MEAN) / _STD).permute(2, 0, 1).contiguous()
+
+
+def random_images(count: int, size: int, seed: int) -> Tensor:
+    """Seeded smooth colour patterns, normalised like photos; ``(count, 3, size, size)``, float32.
+
+    Smooth, as white noise has the same global average in every picture and attention would see no
+    difference between them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(count, 3, 8, 8, generator=generator)
+    return F.interpolate(coarse, size=(size, size), mode="bicubic")
+
+
+def random_crops(pictures: Tensor, count: int, seed: int) -> Tensor:
+    """``count`` seeded random crops, resized and half of them mirrored, cycling through pictures.
+
+    ``(N, C, H, W)`` to ``(count, C, H, W)``. A crop has half to all of the picture's height and width.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    height, width = pictures.shape[-2:]
+    crops = []
+    for index in range(count):
+        scale, down, right, mirror = torch.rand(4, generator=generator).tolist()
+        rows, columns = round(height * (1 + scale) / 2), round(width * (1 + scale) / 2)
+        top, left = int(down * (height - rows + 1)), int(right * (width - columns + 1))
+        crop = pictures[index % len(pictures), :, top : top + rows, left : left + columns]
+        crop = crop.flip(-1) if mirror < 0.5 else crop
+        crops.append(F.interpolate(crop[None], size=(height, width), mode="bilinear"))
+    return torch.cat(crops)

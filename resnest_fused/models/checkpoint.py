@@ -1,0 +1,87 @@
+"""Reads checkpoints from local files and loads them whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+_NAMED = 3  # how many keys an error names
+
+
+class CheckpointError(ValueError):
+    """A file is not a checkpoint, or not one of this model; says which file and what did not fit."""
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The state_dict in a file that ``torch.save`` wrote.
+
+    The file holds the state_dict itself or a dictionary with one under "state_dict"; the prefix
+    "module." of ``DataParallel`` is taken off. Read with ``weights_only=True``: no code runs.
+
+    Raises:
+        CheckpointError: no such file, truncated or damaged, or something else than tensors by name.
+    """
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{os.fspath(path)}: no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    # A damaged file can make the unpickler raise almost anything.
+    except Exception as error:
+        raise CheckpointError(
+            f"{os.fspath(path)}: truncated, damaged, or not a checkpoint that "
+            "torch.load(weights_only=True) accepts"
+        ) from error
+    state = content.get("state_dict", content) if isinstance(content, Mapping) else content
+    if not isinstance(state, Mapping) or not state:
+        raise CheckpointError(
+            f"{os.fspath(path)}: expected a state_dict, got {type(state).__name__}"
+            + (" without entries" if isinstance(state, Mapping) else "")
+        )
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{os.fspath(path)}: expected tensors by name, got {type(value).__name__} "
+                f"under {key!r}"
+            )
+    prefix = "module." if all(key.startswith("module.") for key in state) else ""
+    return {key.removeprefix(prefix): value for key, value in state.items()}
+
+
+def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load a checkpoint into ``model``; every key and shape is compared before the first copy.
+
+    Raises:
+        CheckpointError: as :func:`read_checkpoint`, or keys or shapes differ from the model's. The
+            model is then as it was.
+    """
+    state, expected = read_checkpoint(path), model.state_dict()
+    complaints = [
+        _listing("missing", (key for key in expected if key not in state)),
+        _listing("unexpected", (key for key in state if key not in expected)),
+        _listing(
+            "of another shape",
+            (
+                f"{key} {tuple(state[key].shape)} for {tuple(value.shape)}"
+                for key, value in expected.items()
+                if key in state and state[key].shape != value.shape
+            ),
+        ),
+    ]
+    if any(complaints):
+        raise CheckpointError(
+            f"{os.fspath(path)}: not a checkpoint of this {type(model).__name__}: "
+            + "; ".join(filter(None, complaints))
+        )
+    model.load_state_dict(state)
+
+
+def _listing(what: str, keys: Iterable[str]) -> str:
+    """``keys`` counted and the first few named; empty when there are none."""
+    found = list(keys)
+    if not found:
+        return ""
+    named = ", ".join(found[:_NAMED]) + (", ..." if len(found) > _NAMED else "")
+    return f"{len(found)} {what} ({named})"

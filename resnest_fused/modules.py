@@ -1,0 +1,137 @@
+"""The fused modules: drop-in replacements whose parameters and numbers are the reference's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from resnest_fused.functional import split_attention
+from resnest_fused.reference import BatchNormArgs, SplitAttention, SplitAttentionConv2d
+
+
+def unsupported_norm(norm: nn.Module | None) -> str | None:
+    """Why ``norm`` cannot stand between the FCs of the fused op, or None when it can."""
+    if norm is None or type(norm) is nn.Identity:
+        return None
+    # BatchNorm2d and subclasses that normalise exactly as it does.
+    if isinstance(norm, nn.BatchNorm2d) and type(norm).forward is nn.BatchNorm2d.forward:
+        return None
+    return f"expected BatchNorm2d or none between the FCs, got {type(norm).__name__}"
+
+
+def fused_attention(
+    x: Tensor,
+    fc1: nn.Conv2d,
+    bn1: nn.Module | None,
+    fc2: nn.Conv2d,
+    radix: int,
+    cardinality: int,
+    backend: str,
+) -> Tensor:
+    """Split attention by the fused op over modules' parameters, with ``nn.BatchNorm2d``'s semantics.
+
+    Raises:
+        TypeError: when ``bn1`` is a norm that the op does not have.
+    """
+    problem = unsupported_norm(bn1)
+    if problem is not None:
+        raise TypeError(problem)
+    bn = bn1 if isinstance(bn1, nn.BatchNorm2d) else None
+    out = split_attention(
+        x,
+        fc1.weight,
+        fc1.bias,
+        fc2.weight,
+        fc2.bias,
+        radix=radix,
+        cardinality=cardinality,
+        bn1=None if bn is None else _batch_norm_args(bn),
+        backend=backend,
+    )
+    # After the call, so that a call that raises leaves the count as it was.
+    if bn is not None and _counts_batches(bn):
+        bn.num_batches_tracked.add_(1)
+    return out
+
+
+def _counts_batches(bn: nn.BatchNorm2d) -> bool:
+    return bn.training and bn.track_running_stats and bn.num_batches_tracked is not None
+
+
+def _batch_norm_args(bn: nn.BatchNorm2d) -> BatchNormArgs:
+    """What ``bn`` would hand to ``F.batch_norm`` in its present mode."""
+    batch_stats = bn.training or bn.running_mean is None
+    if bn.momentum is not None:
+        momentum = bn.momentum
+    elif _counts_batches(bn):
+        momentum = 1.0 / (float(bn.num_batches_tracked) + 1.0)  # a cumulative average
+    else:
+        momentum = 0.0
+    # Without tracking, running statistics neither take part nor change while training.
+    running = not bn.training or bn.track_running_stats
+    return BatchNormArgs(
+        bn.weight,
+        bn.bias,
+        bn.running_mean if running else None,
+        bn.running_var if running else None,
+        momentum,
+        bn.eps,
+        batch_stats,
+    )
+
+
+class FusedSplitAttention(SplitAttention):
+    """:class:`SplitAttention` by one fused op: same arguments, state_dict and results.
+
+    ``(B, radix*channels, H, W)``, radix-major, to ``(B, channels, H, W)`` in the input's dtype and
+    memory format. ``bn1`` behaves exactly as ``nn.BatchNorm2d``. Hooks on ``fc1``, ``bn1`` and
+    ``fc2`` do not run, as those modules are not called.
+
+    Raises:
+        ValueError, TypeError: as :func:`resnest_fused.split_attention`; TypeError for a
+            ``norm_layer`` other than ``nn.BatchNorm2d`` and None.
+    """
+
+    backend: str = "auto"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _check_norm(self.bn1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, radix*channels, H, W)`` to ``(B, channels, H, W)``."""
+        return fused_attention(
+            x, self.fc1, self.bn1, self.fc2, self.radix, self.cardinality, self.backend
+        )
+
+
+class FusedSplitAttentionConv2d(SplitAttentionConv2d):
+    """:class:`SplitAttentionConv2d` with its attention fused: same arguments, state_dict, results.
+
+    conv, bn0 and ReLU run as PyTorch modules, then one fused op. See :class:`FusedSplitAttention`.
+    """
+
+    backend: str = "auto"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _check_norm(self.bn1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, in_channels, H, W)`` to ``(B, channels, H', W')``."""
+        return fused_attention(
+            self._prologue(x),
+            self.fc1,
+            self.bn1,
+            self.fc2,
+            self.radix,
+            self.cardinality,
+            self.backend,
+        )
+
+
+def _check_norm(norm: nn.Module | None) -> None:
+    problem = unsupported_norm(norm)
+    if problem is not None:
+        raise TypeError(f"norm_layer: {problem}")

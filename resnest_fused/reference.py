@@ -1,0 +1,291 @@
+"""Split attention in plain PyTorch: the mathematics line by line, the oracle, and the fallback.
+
+Symbols: B batch, R radix, K cardinality, C channels, I inter_channels. Source: arXiv:2004.08955.
+
+    z[b,r,c,p] = x, or relu(bn0(x))              splits, radix-major    (B, R, C, H, W)
+    gap[b,c]   = mean_p sum_r z[b,r,c,p]                                (B, C)
+    logits     = fc2(relu(bn1(fc1(gap))))        cardinality-major      (B, K, R, C/K)
+    a[b,r,c]   = softmax over r of logits        attention, radix-major (B, R, C); R = 1: sigmoid
+    out[b,c,p] = sum_r a[b,r,c] z[b,r,c,p]                              (B, C, H, W)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+NormLayer = Callable[[int], nn.Module]
+IntOrPair = int | tuple[int, int]
+
+
+class BatchNormArgs(NamedTuple):
+    """One batch normalisation, as ``torch.nn.functional.batch_norm`` takes it.
+
+    Attributes:
+        weight: gamma, shape ``(features,)``, or None for 1.
+        bias: beta, shape ``(features,)``, or None for 0.
+        running_mean: shape ``(features,)``; updated in place when batch statistics are used.
+        running_var: shape ``(features,)``; receives the unbiased variance.
+        momentum: weight of the new statistics in the running ones (not used otherwise).
+        eps: added to the variance.
+        batch_stats: normalise with the batch's statistics (True), with the running ones (False),
+            or as the call's ``training`` says (None).
+    """
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    momentum: float = 0.1
+    eps: float = 1e-5
+    batch_stats: bool | None = None
+
+    def uses_batch_stats(self, training: bool) -> bool:
+        """Whether the batch's own statistics normalise; without running ones they always do."""
+        if self.running_mean is None:
+            return True
+        return training if self.batch_stats is None else self.batch_stats
+
+
+def default_inter_channels(channels: int, radix: int, reduction: int = 4) -> int:
+    """The official width of the hidden layer between the two FCs."""
+    return max(channels * radix // reduction, 32)
+
+
+def as_splits(x: Tensor, radix: int) -> Tensor:
+    """View ``(B, R*C, H, W)`` as ``(B, R, C, H, W)``."""
+    batch, features, height, width = x.shape
+    if features % radix:
+        raise ValueError(f"x: expected channels divisible by radix={radix}, got {features}")
+    return x.reshape(batch, radix, features // radix, height, width)
+
+
+def pool(splits: Tensor) -> Tensor:
+    """gap = mean over pixels of the sum over radix; ``(B, R, C, H, W)`` to ``(B, C, 1, 1)``."""
+    return splits.sum(dim=1).mean(dim=(2, 3), keepdim=True)
+
+
+def r_softmax(logits: Tensor, radix: int, cardinality: int) -> Tensor:
+    """Cardinality-major logits ``(B, R*C, 1, 1)`` to radix-major attention ``(B, R, C, 1, 1)``."""
+    batch, features = logits.shape[:2]
+    if radix == 1:
+        return logits.sigmoid().reshape(batch, 1, features, 1, 1)
+    grouped = logits.reshape(batch, cardinality, radix, features // (radix * cardinality))
+    attention = grouped.softmax(dim=2).transpose(1, 2)
+    return attention.reshape(batch, radix, features // radix, 1, 1)
+
+
+def recombine(splits: Tensor, attention: Tensor) -> Tensor:
+    """out = sum over radix of attention times splits."""
+    return (attention * splits).sum(dim=1)
+
+
+def batch_norm(x: Tensor, args: BatchNormArgs, training: bool) -> Tensor:
+    """``F.batch_norm`` with the arguments that ``args`` holds."""
+    return F.batch_norm(
+        x,
+        args.running_mean,
+        args.running_var,
+        args.weight,
+        args.bias,
+        args.uses_batch_stats(training),
+        args.momentum,
+        args.eps,
+    )
+
+
+def attend(x: Tensor, mlp: Callable[[Tensor], Tensor], radix: int, cardinality: int) -> Tensor:
+    """The whole of the split attention around ``mlp``, the map from gap to logits."""
+    splits = as_splits(x, radix)
+    attention = r_softmax(mlp(pool(splits)), radix, cardinality)
+    # Under autocast the FCs may run in a narrower dtype than x's; out keeps x's.
+    return recombine(splits, attention.to(x.dtype))
+
+
+def split_attention(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    radix: int,
+    cardinality: int = 1,
+    bn0: BatchNormArgs | None = None,
+    bn1: BatchNormArgs | None = None,
+    training: bool = False,
+) -> Tensor:
+    """Split attention over tensors, in plain PyTorch; arguments as ``resnest_fused.split_attention``.
+
+    Where ``x`` and a parameter differ in dtype, the (B, C)-sized data meet in the wider one.
+    """
+    if bn0 is not None:
+        x = F.relu(batch_norm(x, bn0, training))
+
+    def fc(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        wide = torch.promote_types(inputs.dtype, weight.dtype)
+        bias = None if bias is None else bias.to(wide)
+        return F.conv2d(inputs.to(wide), weight.to(wide), bias, groups=cardinality)
+
+    def mlp(gap: Tensor) -> Tensor:
+        h = fc(gap, fc1_weight, fc1_bias)
+        if bn1 is not None:
+            h = batch_norm(h, bn1, training)
+        return fc(F.relu(h), fc2_weight, fc2_bias)
+
+    return attend(x, mlp, radix, cardinality)
+
+
+class _AttentionModule(nn.Module):
+    """What both modules share: ``fc1``, ``bn1``, ``fc2`` and the map from gap to logits."""
+
+    channels: int
+    radix: int
+    cardinality: int
+    inter_channels: int
+    bn1: nn.Module | None
+
+    def _add_attention(
+        self,
+        channels: int,
+        radix: int,
+        cardinality: int,
+        inter_channels: int | None,
+        reduction: int,
+        norm_layer: NormLayer | None,
+    ) -> None:
+        if inter_channels is None:
+            if reduction < 1:
+                raise ValueError(f"reduction must be at least 1, got {reduction}")
+            inter_channels = default_inter_channels(channels, radix, reduction)
+        for name, features in (("channels", channels), ("inter_channels", inter_channels)):
+            if features % cardinality:
+                raise ValueError(
+                    f"cardinality must divide {name}, got cardinality={cardinality} and "
+                    f"{name}={features}"
+                )
+        self.channels = channels
+        self.radix = radix
+        self.cardinality = cardinality
+        self.inter_channels = inter_channels
+        self.fc1 = nn.Conv2d(channels, inter_channels, 1, groups=cardinality)
+        self.bn1 = None if norm_layer is None else norm_layer(inter_channels)
+        self.fc2 = nn.Conv2d(inter_channels, channels * radix, 1, groups=cardinality)
+
+    def _mlp(self, gap: Tensor) -> Tensor:
+        h = self.fc1(gap)
+        if self.bn1 is not None:
+            h = self.bn1(h)
+        return self.fc2(F.relu(h))
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, radix={self.radix}, cardinality={self.cardinality}"
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+
+
+class SplitAttention(_AttentionModule):
+    """Split attention over an already convolved, normalised and activated feature map.
+
+    ``(B, radix*channels, H, W)``, radix-major, to ``(B, channels, H, W)`` by the equations at the
+    head of this file (arXiv:2004.08955, equations 1 to 3). Parameters: ``fc1``, ``bn1``, ``fc2``.
+
+    Args:
+        channels: channels of the output.
+        radix: splits per cardinal group, at least 1.
+        cardinality: cardinal groups, at least 1; divides ``channels`` and ``inter_channels``.
+        inter_channels: width between the FCs; None for ``max(channels*radix//reduction, 32)``.
+        reduction: used when ``inter_channels`` is None.
+        norm_layer: called with ``inter_channels`` to make ``bn1``; None for no normalisation.
+
+    Raises:
+        ValueError: when a count is below 1 or ``cardinality`` does not divide.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        radix: int = 2,
+        cardinality: int = 1,
+        inter_channels: int | None = None,
+        reduction: int = 4,
+        norm_layer: NormLayer | None = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__()
+        _check_counts(channels=channels, radix=radix, cardinality=cardinality)
+        self._add_attention(channels, radix, cardinality, inter_channels, reduction, norm_layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, radix*channels, H, W)`` to ``(B, channels, H, W)``."""
+        return attend(x, self._mlp, self.radix, self.cardinality)
+
+
+class SplitAttentionConv2d(_AttentionModule):
+    """conv -> bn0 -> ReLU -> split attention, the block that replaces ResNet's 3x3 convolution.
+
+    ``(B, in_channels, H, W)`` to ``(B, channels, H', W')``; the convolution has
+    ``channels*radix`` outputs in ``cardinality*radix`` groups. Parameters: ``conv``, ``bn0``,
+    ``fc1``, ``bn1``, ``fc2``, the official names in the official order.
+
+    Args:
+        in_channels, channels, kernel_size, stride, padding, dilation, bias: as ``nn.Conv2d``'s,
+            with ``channels`` the output's channels.
+        cardinality, radix, reduction, inter_channels: as in :class:`SplitAttention`.
+        norm_layer: makes ``bn0`` and ``bn1``; None for neither.
+
+    Raises:
+        ValueError: when a count is below 1 or ``cardinality`` does not divide.
+    """
+
+    bn0: nn.Module | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        kernel_size: IntOrPair,
+        stride: IntOrPair = 1,
+        padding: IntOrPair = 0,
+        dilation: IntOrPair = 1,
+        cardinality: int = 1,
+        bias: bool = False,
+        radix: int = 2,
+        reduction: int = 4,
+        inter_channels: int | None = None,
+        norm_layer: NormLayer | None = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__()
+        _check_counts(
+            in_channels=in_channels, channels=channels, radix=radix, cardinality=cardinality
+        )
+        self.conv = nn.Conv2d(
+            in_channels,
+            channels * radix,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups=cardinality * radix,
+            bias=bias,
+        )
+        self.bn0 = None if norm_layer is None else norm_layer(channels * radix)
+        self._add_attention(channels, radix, cardinality, inter_channels, reduction, norm_layer)
+
+    def _prologue(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        if self.bn0 is not None:
+            x = self.bn0(x)
+        return F.relu(x, inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, in_channels, H, W)`` to ``(B, channels, H', W')``."""
+        return attend(self._prologue(x), self._mlp, self.radix, self.cardinality)

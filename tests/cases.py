@@ -1,0 +1,274 @@
+"""Random calls of split attention and how they are run and compared: shared by the tests."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import oracle
+import torch
+from torch import Tensor
+
+import resnest_fused as rf
+
+NORMS = ("none", "running", "batch")
+# What can be differentiated, in the order of the op's arguments.
+DIFFERENTIABLE = (
+    "x",
+    "fc1_weight",
+    "fc1_bias",
+    "fc2_weight",
+    "fc2_bias",
+    "bn1_weight",
+    "bn1_bias",
+)
+EPS = 1e-5
+
+
+def _unaligned(tensor: Tensor) -> Tensor:
+    buffer = tensor.new_empty(tensor.numel() + 1)
+    return buffer[1:].as_strided(tensor.shape, tensor.stride(), 1).copy_(tensor)
+
+
+# Each gives a dense NCHW tensor other strides; "expanded" ones repeat values.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "nchw": lambda t: t,
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "unaligned": _unaligned,
+    "unaligned_channels_last": lambda t: _unaligned(
+        t.contiguous(memory_format=torch.channels_last)
+    ),
+    "transposed": lambda t: t.mT.contiguous().mT,
+    "every_other_column": lambda t: t.repeat_interleave(2, dim=3)[..., ::2],
+    "some_channels": lambda t: torch.cat((t, t), dim=1)[:, : t.shape[1]],
+    "batch_last": lambda t: t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    "expanded_pixels": lambda t: t[..., :1].expand(t.shape),
+    "expanded_batch": lambda t: t[:1].expand(t.shape),
+    "expanded_scalar": lambda t: t.new_ones(()).expand(t.shape),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: its sizes, dtypes, strides and normalisation."""
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    radix: int = 2
+    cardinality: int = 1
+    inter: int = 32
+    dtype: torch.dtype = torch.float32
+    param_dtype: torch.dtype | None = None
+    layout: str = "nchw"
+    dout_layout: str = "nchw"
+    bias: bool = True
+    norm: str = "batch"
+    affine: bool = True
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.batch}x{self.channels}@{self.height}x{self.width}",
+            f"R{self.radix}K{self.cardinality}I{self.inter}",
+            str(self.dtype).removeprefix("torch."),
+            f"params_{self.param_dtype}".replace("torch.", "") if self.param_dtype else "",
+            "" if self.layout == "nchw" else self.layout,
+            "" if self.dout_layout == "nchw" else f"dout_{self.dout_layout}",
+            "" if self.bias else "no_bias",
+            self.norm,
+            "" if self.affine or self.norm == "none" else "not_affine",
+        ]
+        return "-".join(part for part in parts if part)
+
+
+@dataclass
+class Call:
+    """A case with its tensors; ``params`` are named as in ``oracle.split_attention``."""
+
+    case: Case
+    x: Tensor
+    params: dict[str, Tensor]
+    dout: Tensor
+
+    def tensor(self, name: str) -> Tensor:
+        return self.x if name == "x" else self.params[name]
+
+    def differentiable(self) -> list[str]:
+        return [name for name in DIFFERENTIABLE if name == "x" or name in self.params]
+
+    @functools.cached_property
+    def truth(self) -> oracle.Truth:
+        case = self.case
+        return oracle.split_attention(
+            self.x,
+            self.params,
+            radix=case.radix,
+            cardinality=case.cardinality,
+            norm=case.norm,
+            eps=EPS,
+            dout=self.dout,
+        )
+
+    def to(self, dtype: torch.dtype) -> Call:
+        """The same values in another dtype."""
+        params = {name: tensor.to(dtype) for name, tensor in self.params.items()}
+        return Call(self.case, self.x.to(dtype), params, self.dout.to(dtype))
+
+    def reversed(self) -> Call:
+        """The same call with samples and pixels in reverse."""
+        return Call(self.case, self.x.flip(0, 2, 3), self.params, self.dout.flip(0, 2, 3))
+
+    def samples(self, start: int, stop: int) -> Call:
+        """The same call for some of the samples."""
+        return Call(self.case, self.x[start:stop], self.params, self.dout[start:stop])
+
+    def forward(self, backend: str = "native", **replaced: Tensor) -> Tensor:
+        """``rf.split_attention`` of these tensors; the running statistics stay as they are."""
+        case, p = self.case, self.params | replaced
+        bn1 = None
+        if case.norm != "none":
+            running = [p[name].clone() for name in ("running_mean", "running_var")]
+            bn1 = rf.BatchNormArgs(p.get("bn1_weight"), p.get("bn1_bias"), *running, eps=EPS)
+        return rf.split_attention(
+            p.get("x", self.x),
+            p["fc1_weight"],
+            p.get("fc1_bias"),
+            p["fc2_weight"],
+            p.get("fc2_bias"),
+            radix=case.radix,
+            cardinality=case.cardinality,
+            bn1=bn1,
+            training=case.norm == "batch",
+            backend=backend,
+        )
+
+    def gradients(
+        self, backend: str = "native", names: Iterable[str] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """out, and the gradients of the named tensors (all that there are when None)."""
+        names = self.differentiable() if names is None else list(names)
+        leaves = {name: self.tensor(name).detach().requires_grad_() for name in names}
+        out = self.forward(backend, **leaves)
+        grads = torch.autograd.grad(out, list(leaves.values()), self.dout)
+        return out.detach(), dict(zip(names, grads, strict=True))
+
+
+def draw(case: Case) -> Call:
+    """Random tensors from torch's global generator, with no ReLU input close to its edge.
+
+    Next to the edge the gradient jumps, and one rounding decides on which side a call falls.
+    """
+    while True:
+        call = _draw(case)
+        if case.batch == 0:
+            return call
+        edge = np.abs(call.truth.relu_input)
+        if edge.min() > 2e-5 * edge.max():
+            return call
+
+
+def _draw(case: Case) -> Call:
+    features, inter = case.channels * case.radix, case.inter
+    param_dtype = case.param_dtype or case.dtype
+    fan_in1, fan_in2 = case.channels // case.cardinality, inter // case.cardinality
+    # The offset gives every channel a mean of its own, so that attention differs between splits.
+    x = torch.randn(case.batch, features, case.height, case.width)
+    x += torch.randn(case.batch, features, 1, 1)
+    params = {
+        "fc1_weight": torch.randn(inter, fan_in1, 1, 1) / math.sqrt(fan_in1),
+        "fc2_weight": torch.randn(features, fan_in2, 1, 1) / math.sqrt(fan_in2),
+    }
+    if case.bias:
+        params |= {"fc1_bias": torch.randn(inter), "fc2_bias": torch.randn(features)}
+    if case.norm != "none":
+        params |= {"running_mean": torch.randn(inter), "running_var": torch.rand(inter) + 0.5}
+        if case.affine:
+            params |= {"bn1_weight": torch.randn(inter), "bn1_bias": torch.randn(inter)}
+            params["bn1_weight"][0] = 0  # nothing may divide by it
+    dout = torch.randn(case.batch, case.channels, case.height, case.width)
+    return Call(
+        case,
+        LAYOUTS[case.layout](x.to(case.dtype)),
+        {name: tensor.to(param_dtype) for name, tensor in params.items()},
+        LAYOUTS[case.dout_layout](dout.to(case.dtype)),
+    )
+
+
+# Gradients of parameters, per square root of the number of rows summed, relative to the result.
+SUM_TOLERANCE = {torch.float64: 1e-14, torch.float32: 5e-6}
+
+
+def check(case: Case) -> None:
+    """Assert that out and every gradient come as near to the truth as plain PyTorch does.
+
+    That is within 1.5 times eager's error and 1 ulp, in the largest element of several draws when
+    one draw has few elements. A parameter's gradient, a sum over the batch, may have the error of
+    summing that many rows instead.
+    """
+    elements = case.batch * case.channels * case.radix * case.height * case.width
+    draws = min(24, math.ceil(4000 / elements))
+    check_calls([draw(case) for _ in range(draws)])
+
+
+def check_calls(calls: list[Call]) -> None:
+    """:func:`check` for calls of one case."""
+    case = calls[0].case
+    ours = _largest(_errors(call, *call.gradients()) for call in calls)
+    eager = _largest(_eager_errors(call) for call in calls)
+    assert set(ours) == set(eager) == set(calls[0].truth.values)
+    for name, found in ours.items():
+        bound = 1.5 * eager[name]
+        if name not in ("out", "x"):
+            dtype = calls[0].params[name].dtype
+            tolerance = SUM_TOLERANCE[torch.promote_types(dtype, torch.float32)]
+            bound = max(bound, tolerance * math.sqrt(case.batch) / torch.finfo(dtype).eps)
+        assert found <= bound + 1, f"{name} of {case}: {found} ulp, eager {eager[name]}"
+
+
+def _errors(call: Call, out: Tensor, grads: dict[str, Tensor]) -> dict[str, float]:
+    """The largest error of each result, in ulps (of the call's dtype) at its largest element."""
+    errors = {}
+    for name, result in {"out": out, **grads}.items():
+        truth = call.truth.values[name]
+        assert tuple(result.shape) == truth.shape, name
+        scale = call.truth.scales.get(name, float(np.abs(truth).max()))
+        dtype = (call.x if name == "out" else call.tensor(name)).dtype
+        difference = float(np.abs(oracle.wide(result) - truth).max())
+        ulp = torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(scale)) if scale else 1.0
+        errors[name] = math.inf if math.isnan(difference) else difference / ulp
+    return errors
+
+
+def _eager_errors(call: Call) -> dict[str, float]:
+    """The errors that plain PyTorch makes: the larger of two runs that sum in opposite orders.
+
+    The parameters' gradients are taken in float32 at least: that x and out have a narrow dtype is
+    no reason to add up in it.
+    """
+    wide = torch.promote_types(call.case.dtype, torch.float32)
+    errors = []
+    for run, names in (
+        (call, ("out", "x")),
+        (call.to(wide), [name for name in call.differentiable() if name != "x"]),
+    ):
+        out, grads = run.gradients("reference")
+        flipped_out, flipped_grads = run.reversed().gradients("reference")
+        flipped_grads["x"] = flipped_grads["x"].flip(0, 2, 3)
+        for found in (
+            _errors(call, out, grads),
+            _errors(call, flipped_out.flip(0, 2, 3), flipped_grads),
+        ):
+            errors.append({name: found[name] for name in names})
+    return _largest(errors)
+
+
+def _largest(errors: Iterable[dict[str, float]]) -> dict[str, float]:
+    largest: dict[str, float] = {}
+    for found in errors:
+        for name, value in found.items():
+            largest[name] = max(value, largest.get(name, 0.0))
+    return largest

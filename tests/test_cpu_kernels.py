@@ -1,0 +1,350 @@
+"""The CPU kernels: numbers against the oracle, strides, determinism, and what NaN and infinity do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from cases import LAYOUTS, NORMS, Call, Case, check, check_calls, draw
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytestmark = pytest.mark.usefixtures("poisoned", "restore_threads")
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FORMATS = ("nchw", "channels_last")
+
+# (batch, channels, height, width, radix, cardinality, inter_channels)
+ODD_SIZES = [
+    (1, 6, 1, 1, 2, 1, 5),
+    (2, 12, 1, 9, 2, 3, 9),
+    (3, 17, 7, 1, 3, 1, 7),
+    (5, 34, 7, 7, 2, 2, 6),
+    (3, 24, 5, 7, 4, 4, 12),
+    (17, 40, 4, 4, 1, 2, 10),
+    (33, 24, 3, 3, 2, 1, 32),
+    (2, 40, 56, 56, 2, 4, 20),
+    (1, 68, 14, 14, 3, 2, 34),
+    (5, 51, 14, 14, 1, 3, 33),
+    (4, 1, 2, 3, 2, 1, 1),
+    (3, 130, 9, 13, 5, 1, 66),
+]
+
+
+def _norm(batch: int, index: int) -> str:
+    """Each in turn; one sample has no batch statistics."""
+    norm = NORMS[index % len(NORMS)]
+    return "running" if batch == 1 and norm == "batch" else norm
+
+
+def _odd_cases() -> list[Case]:
+    return [
+        Case(
+            *sizes,
+            dtype=dtype,
+            layout=layout,
+            norm=_norm(sizes[0], i + j + k),
+            bias=(i + j) % 4 != 0,
+            affine=(i + k) % 4 != 1,
+        )
+        for i, sizes in enumerate(ODD_SIZES)
+        for j, dtype in enumerate(DTYPES)
+        for k, layout in enumerate(FORMATS)
+    ]
+
+
+@pytest.mark.parametrize("case", _odd_cases(), ids=str)
+def test_odd_sizes(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(
+            2,
+            channels,
+            pixels,
+            pixels,
+            inter=channels // 2,
+            dtype=dtype,
+            param_dtype=torch.float32,
+            layout=layout,
+            norm=norm,
+        )
+        for channels, pixels in ((64, 56), (128, 28), (256, 14), (512, 7))
+        for dtype, layout, norm in (
+            (torch.float32, "nchw", "batch"),
+            (torch.float32, "channels_last", "running"),
+            (torch.bfloat16, "nchw", "running"),
+            (torch.float16, "channels_last", "batch"),
+        )
+    ],
+    ids=str,
+)
+def test_resnest50_stages(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_of_x(layout: str, dtype: torch.dtype) -> None:
+    norm = "running" if layout in ("expanded_batch", "expanded_scalar") else "batch"
+    check(Case(3, 20, 6, 5, 2, 2, 14, dtype, layout=layout, norm=norm))
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dout_layout", LAYOUTS)
+def test_strides_of_dout(dout_layout: str, layout: str) -> None:
+    dtype = torch.bfloat16 if dout_layout.startswith("unaligned") else torch.float32
+    case = Case(3, 20, 6, 5, 2, 2, 14, dtype, layout=layout, dout_layout=dout_layout)
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("norm", ["none", "running"])
+def test_float32_parameters(norm: str, dtype: torch.dtype) -> None:
+    check(Case(4, 24, 5, 5, 2, 2, 12, dtype, torch.float32, norm=norm))
+
+
+@given(
+    batch=st.integers(1, 9),
+    cardinality=st.integers(1, 4),
+    group=st.integers(1, 20),
+    inner=st.integers(1, 9),
+    height=st.integers(1, 9),
+    width=st.integers(1, 20),
+    radix=st.integers(1, 4),
+    dtype=st.sampled_from(DTYPES),
+    wide=st.booleans(),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    dout_layout=st.sampled_from(sorted(LAYOUTS)),
+    bias=st.booleans(),
+    norm=st.sampled_from(NORMS),
+    affine=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+def test_any_call(
+    batch: int,
+    cardinality: int,
+    group: int,
+    inner: int,
+    height: int,
+    width: int,
+    radix: int,
+    dtype: torch.dtype,
+    wide: bool,
+    layout: str,
+    dout_layout: str,
+    bias: bool,
+    norm: str,
+    affine: bool,
+    seed: int,
+) -> None:
+    if norm == "batch" and (batch == 1 or layout in ("expanded_batch", "expanded_scalar")):
+        norm = "running"  # the batch has no variance
+    torch.manual_seed(seed)
+    case = Case(
+        batch,
+        group * cardinality,
+        height,
+        width,
+        radix,
+        cardinality,
+        inner * cardinality,
+        dtype,
+        torch.float32 if wide and dtype != torch.float64 else None,
+        layout,
+        dout_layout,
+        bias,
+        norm,
+        affine,
+    )
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+def test_mean_error_is_no_larger_than_eager_s(norm: str, dtype: torch.dtype) -> None:
+    """Over a sample of calls, for out and for each gradient."""
+    ours: dict[str, float] = {}
+    eager: dict[str, float] = {}
+    for index in range(8):
+        radix, layout = index % 4 + 1, FORMATS[index % 2]
+        call = draw(Case(6, 48, 7, 7, radix, 2, 24, dtype, layout=layout, norm=norm))
+        for backend, total in (("native", ours), ("reference", eager)):
+            out, grads = call.gradients(backend)
+            for name, value in {"out": out, **grads}.items():
+                truth = call.truth.values[name]
+                mean = float(np.abs(value.double().numpy() - truth).mean())
+                size = call.truth.scales.get(name) or float(np.abs(truth).max())
+                total[name] = total.get(name, 0.0) + mean / size
+    for name in ours:
+        assert ours[name] <= 1.1 * eager[name], (name, ours[name], eager[name])
+
+
+@pytest.mark.parametrize("case", [Case(0, 6, 2, 3, 2, 3, 9, norm=norm) for norm in NORMS], ids=str)
+def test_empty_batch(case: Case) -> None:
+    out, grads = draw(case).gradients()
+    assert out.shape == (0, 6, 2, 3)
+    assert grads.pop("x").shape == (0, 12, 2, 3)
+    for name, grad in grads.items():
+        assert torch.equal(grad, torch.zeros_like(grad)), name
+    assert draw(case).forward().shape == (0, 6, 2, 3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_out_and_dx_have_x_s_format(layout: str) -> None:
+    call = draw(Case(3, 6, 4, 5, layout=layout, norm="running"))
+    out, grads = call.gradients()
+    channels_last = call.x.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    assert channels_last == layout.endswith("channels_last")
+    for result in (out, grads["x"], call.forward()):
+        assert result.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("radix", [1, 2, 3])
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+def test_attention_saturates_without_overflow(dtype: torch.dtype, radix: int) -> None:
+    """Logits of some thousands: attention is 0, 1 or a tie, never NaN."""
+    call = draw(Case(9, 24, 5, 5, radix, dtype=dtype, norm="none"))
+    steep = call.params["fc2_weight"] * 2000
+    check_calls([replace(call, params=call.params | {"fc2_weight": steep})])
+
+
+# --- the same bits again
+
+
+def _forward(call: Call) -> list[Tensor]:
+    return [call.forward()]
+
+
+def _forward_and_backward(call: Call) -> list[Tensor]:
+    out, grads = call.gradients()
+    return [out, *grads.values()]
+
+
+def _assert_same_bits(ours: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(ours, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("run", [_forward, _forward_and_backward])
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("norm", ["running", "batch"])
+@pytest.mark.parametrize("batch", [2, 7])
+def test_repeated_calls_and_thread_counts(
+    batch: int, norm: str, layout: str, run: Callable[[Call], list[Tensor]]
+) -> None:
+    call = draw(Case(batch, 72, 14, 14, 2, 2, 20, layout=layout, norm=norm))
+    expected = None
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for _ in range(3):
+            results = run(call)
+            expected = results if expected is None else expected
+            _assert_same_bits(results, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize(
+    "sizes",
+    [(64, 28, 28, 2, 1, 32), (512, 7, 7, 2, 1, 256), (51, 5, 1, 3, 3, 21), (9, 2, 2, 1, 1, 3)],
+    ids=str,
+)
+def test_in_eval_a_sample_does_not_depend_on_its_batch(
+    sizes: tuple[int, ...], layout: str, dtype: torch.dtype
+) -> None:
+    batch = 11
+    call = draw(Case(batch, *sizes, dtype=dtype, layout=layout, norm="running"))
+    expected = call.forward()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for start, stop in [(i, i + 1) for i in range(batch)] + [(0, 2), (1, 6), (2, 11)]:
+            assert torch.equal(call.samples(start, stop).forward(), expected[start:stop])
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_a_large_batch_gives_what_small_ones_give(layout: str) -> None:
+    """Large outputs may be stored in another way."""
+    case = Case(1, 64, 56, 56, 2, 1, 32, layout=layout, norm="running")
+    calls = [draw(case) for _ in range(32)]
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+
+    def together(tensors: list[Tensor]) -> Tensor:
+        return torch.cat(tensors).contiguous(memory_format=memory_format)
+
+    whole = Call(
+        replace(case, batch=32),
+        together([call.x for call in calls]),
+        calls[0].params,
+        together([call.dout for call in calls]),
+    )
+    out, grads = whole.gradients(names=["x"])
+    assert torch.equal(out, whole.forward())
+    for start in range(0, 32, 4):
+        part_out, part_grads = whole.samples(start, start + 4).gradients(names=["x"])
+        assert torch.equal(part_out, out[start : start + 4])
+        torch.testing.assert_close(part_grads["x"], grads["x"][start : start + 4])
+
+
+# --- NaN and infinity
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_in_eval_one_sample_s_nan_and_infinity_stay_in_it(
+    dtype: torch.dtype, layout: str, value: float
+) -> None:
+    call = draw(Case(5, 24, 5, 7, 2, 2, 16, dtype=dtype, layout=layout, norm="running"))
+    clean, clean_grads = call.gradients(names=["x"])
+    call.x[2, 3, 1, 4] = value
+    others = [0, 1, 3, 4]
+    for out in (call.forward(), call.gradients(names=["x"])[0]):
+        assert torch.equal(out[others], clean[others])
+        assert torch.equal(out.isnan(), call.forward("reference").isnan())
+        assert out[2].isnan().any()
+        assert not out[2].isnan().all()  # the other cardinal group
+    assert torch.equal(call.gradients(names=["x"])[1]["x"][others], clean_grads["x"][others])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_nan_passes_on_as_in_pytorch(norm: str) -> None:
+    call = draw(Case(3, 6, 3, 3, 2, 2, 6, norm=norm))
+    call.x[1, 2, 0, 0] = math.nan
+    out, grads = call.gradients()
+    eager_out, eager_grads = call.gradients("reference")
+    assert torch.equal(out.isnan(), eager_out.isnan())
+    for name, grad in grads.items():
+        assert torch.equal(grad.isnan(), eager_grads[name].isnan()), name
+
+
+@pytest.mark.parametrize("radix", [1, 2, 3])
+@pytest.mark.parametrize("name", ["fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "bn1_bias"])
+def test_nan_in_a_parameter_passes_on(name: str, radix: int) -> None:
+    call = draw(Case(3, 6, 3, 3, radix, 2, 6, norm="running"))
+    call.params[name].view(-1)[1] = math.nan
+    out, eager = call.forward(), call.forward("reference")
+    assert out.isnan().any()
+    assert torch.equal(out.isnan(), eager.isnan())
+
+
+def test_a_gap_that_overflows() -> None:
+    """x is finite, its sum is not: 0 * infinity makes NaN of the sample, here and in PyTorch."""
+    call = draw(Case(2, 4, 2, 2, norm="none"))
+    call.params["fc1_weight"].zero_()
+    call.x[0, 1] = 3e38
+    out = call.forward()
+    assert out[0].isnan().all()
+    assert out[1].isfinite().all()
+    assert torch.equal(out.isnan(), call.forward("reference").isnan())

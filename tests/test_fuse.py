@@ -1,0 +1,416 @@
+"""fuse and unfuse on this package's own modules: results, identity, reports, what is left alone."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from resnest_fused import (
+    FusedSplitAttention,
+    FusedSplitAttentionConv2d,
+    SplitAttention,
+    SplitAttentionConv2d,
+    fuse,
+    unfuse,
+)
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every parameter and statistic a value of its own, with attention far from uniform."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            fan_in = module.weight[0].numel()
+            nn.init.normal_(module.weight, std=(2 / fan_in) ** 0.5, generator=generator)
+            if module.bias is not None:
+                nn.init.normal_(module.bias, std=0.5, generator=generator)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
+            nn.init.normal_(module.bias, std=0.3, generator=generator)
+            if module.running_mean is not None:
+                nn.init.normal_(module.running_mean, std=0.3, generator=generator)
+                nn.init.uniform_(module.running_var, 0.5, 2.0, generator=generator)
+    return model
+
+
+def step(model: nn.Module, x: Tensor, training: bool) -> dict[str, Tensor]:
+    """The output, every gradient and every buffer after one forward and backward."""
+    model.train(training).zero_grad()
+    x = x.detach().to(next(model.parameters()).dtype).requires_grad_()
+    out = model(x)
+    generator = torch.Generator().manual_seed(1)
+    dout = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    out.backward(dout.to(out.dtype))
+    results = {"out": out.detach(), "x": x.grad}
+    results |= {name: p.grad for name, p in model.named_parameters()}
+    results |= {name: b.clone() for name, b in model.named_buffers()}
+    return results
+
+
+def features(*shape: int, seed: int = 2) -> Tensor:
+    """A random feature map with means of its own in every sample, as bn1 divides by their spread."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    return x + torch.randn(*shape[:2], 1, 1, generator=generator)
+
+
+def largest_errors(results: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """The largest error relative to each tensor's peak: of the output, x's gradient, and the rest.
+
+    The rest are sums over the batch, of which any single one can come out exact by luck.
+    """
+    errors = {"out": 0.0, "x": 0.0, "sums": 0.0}
+    for name, truth in exact.items():
+        # fc1's bias has no gradient where bn1 takes the mean away; its weight's is the scale.
+        scale = exact[name.replace("fc1.bias", "fc1.weight")].abs().max()
+        error = (results[name] - truth).abs().max() / scale
+        kind = name if name in errors else "sums"
+        errors[kind] = max(errors[kind], error.item())
+    return errors
+
+
+def assert_as_exact(found: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]):
+    """``found`` errs against float64 by at most 1.5 times what ``plain`` does, and an ulp."""
+    for name in exact:
+        assert found[name].dtype == plain[name].dtype, name
+        assert found[name].dtype.is_floating_point or torch.equal(found[name], plain[name]), name
+    ours, theirs = largest_errors(found, exact), largest_errors(plain, exact)
+    for kind, error in ours.items():
+        assert error <= 1.5 * theirs[kind] + torch.finfo(found["out"].dtype).eps, kind
+
+
+def assert_fuses(model: nn.Module, x: Tensor) -> None:
+    """Fusing ``model`` changes no result, in eval and in train, and unfusing leaves no trace."""
+    plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    classes = [type(module) for module in model.modules()]
+    objects = [(id(module), sorted(vars(module))) for module in model.modules()]
+    state = [(key, value.data_ptr()) for key, value in model.state_dict().items()]
+    parameters = [id(parameter) for parameter in model.parameters()]
+
+    report = fuse(model)
+    assert report.fused and not report.left_alone, report
+    for training in (False, True):
+        results = [step(each, x, training) for each in (model, plain, exact)]
+        assert_as_exact(*results)
+    assert [(key, value.data_ptr()) for key, value in model.state_dict().items()] == state
+    assert [id(parameter) for parameter in model.parameters()] == parameters
+
+    unfuse(model)
+    assert [type(module) for module in model.modules()] == classes
+    assert [(id(module), sorted(vars(module))) for module in model.modules()] == objects
+    model.load_state_dict(plain.state_dict())
+    for training in (False, True):
+        found, expected = step(model, x, training), step(plain, x, training)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def reason_left_alone(module: nn.Module) -> str:
+    """Fuse one module that must stay as it is; what its report says."""
+    kind = type(module)
+    report = fuse(module)
+    assert type(module) is kind and not report.fused
+    (entry,) = report.left_alone
+    assert entry.reason is not None and entry.reason in str(report)
+    return entry.reason
+
+
+class Net(nn.Module):
+    """Both modules, one of them at two depths of the tree."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = SplitAttentionConv2d(4, 8, 3, padding=1)
+        self.body = nn.Sequential(SplitAttentionConv2d(8, 16, 1), SplitAttention(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.stem(x))
+
+
+OURS = (SplitAttention, SplitAttentionConv2d)
+UNFUSED = [SplitAttentionConv2d, SplitAttentionConv2d, SplitAttention]
+FUSED = [FusedSplitAttentionConv2d, FusedSplitAttentionConv2d, FusedSplitAttention]
+
+
+def kinds(model: nn.Module) -> list[type]:
+    return [type(module) for module in model.modules() if isinstance(module, OURS)]
+
+
+@pytest.mark.parametrize("norm_layer", [nn.BatchNorm2d, None], ids=["bn", "no-norm"])
+@pytest.mark.parametrize("cardinality", [1, 2])
+@pytest.mark.parametrize("radix", [1, 2, 4])
+def test_results_stay(radix, cardinality, norm_layer):
+    options = {"radix": radix, "cardinality": cardinality, "norm_layer": norm_layer}
+    x = features(8, 16 * radix, 7, 6)
+    assert_fuses(randomise(SplitAttention(16, **options)), x)
+    assert_fuses(randomise(SplitAttentionConv2d(16 * radix, 16, 3, padding=1, **options)), x)
+
+
+def test_a_model_stays_itself():
+    assert_fuses(randomise(Net()), features(8, 4, 6, 6))
+
+
+def test_frozen_bn1_of_a_training_module_stays_frozen():
+    model = randomise(SplitAttention(16))
+    plain, x = copy.deepcopy(model), torch.randn(4, 32, 5, 5)
+    fuse(model)
+    for each in (model, plain):
+        each.train().bn1.eval()
+    torch.testing.assert_close(model(x), plain(x))
+    assert torch.equal(model.bn1.running_mean, plain.bn1.running_mean)
+
+
+def test_report():
+    model = Net()
+    report = fuse(model)
+    assert [(entry.name, entry.fused, entry.reason) for entry in report.entries] == [
+        ("stem", True, None),
+        ("body.0", True, None),
+        ("body.1", True, None),
+    ]
+    assert report.entries[2].kind == "resnest_fused.reference.SplitAttention"
+    assert len(report) == 3 and report
+    assert str(report).splitlines()[0] == "3 fused, 0 left alone"
+    assert "fused: body.0, resnest_fused.reference.SplitAttentionConv2d" in str(report)
+    with pytest.raises(AttributeError):
+        report.entries = ()
+
+
+def test_root_module():
+    model = SplitAttention(8)
+    assert "(the model itself)" in str(fuse(model))
+    assert type(model) is FusedSplitAttention
+    unfuse(model)
+    assert type(model) is SplitAttention
+
+
+def test_nothing_to_fuse():
+    report = fuse(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))
+    assert not report and report.entries == ()
+    assert str(report).startswith("no split-attention module found")
+
+
+def test_fusing_twice_is_harmless():
+    model = Net()
+    fuse(model)
+    report = fuse(model)
+    assert kinds(model) == FUSED
+    assert [entry.reason for entry in report.entries] == ["already fused"] * 3
+    assert len(report) == 3 and not report.left_alone
+    unfuse(model)
+    unfuse(model)
+    assert kinds(model) == UNFUSED
+
+
+def test_modules_built_fused_stay_so():
+    model = nn.Sequential(FusedSplitAttention(8), SplitAttention(4))
+    report = fuse(model, backend="reference")
+    assert [entry.reason for entry in report.entries] == ["already fused, as built", None]
+    assert [module.backend for module in model] == ["auto", "reference"]
+    unfuse(model)
+    assert [type(module) for module in model] == [FusedSplitAttention, SplitAttention]
+
+
+def test_shared_module_is_handled_once():
+    shared = SplitAttention(8)
+    report = fuse(nn.ModuleList([shared, nn.Sequential(shared)]))
+    assert [entry.name for entry in report.entries] == ["0"]
+    assert type(shared) is FusedSplitAttention
+
+
+def test_backend():
+    model = Net()
+    fuse(model, backend="reference")
+    assert {model.stem.backend, model.body[1].backend} == {"reference"}
+    fuse(model)
+    assert {model.stem.backend, model.body[1].backend} == {"auto"}
+    unfuse(model)
+    assert not hasattr(model.stem, "backend")
+
+
+def test_wrong_arguments_change_nothing():
+    model = Net()
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        fuse(model, backend="fastest")
+    assert kinds(model) == UNFUSED
+    for function in (fuse, unfuse):
+        with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got OrderedDict"):
+            function(model.state_dict())
+
+
+def test_deepcopy_and_pickle():
+    model = randomise(Net()).eval()
+    x = torch.randn(2, 4, 6, 6)
+    fuse(model, backend="reference")
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    expected = model(x)
+    for twin in (copy.deepcopy(model), torch.load(stream, weights_only=False)):
+        assert kinds(twin) == FUSED and twin.stem.backend == "reference"
+        assert torch.equal(twin(x), expected)
+        unfuse(twin)
+        assert kinds(twin) == UNFUSED
+    assert kinds(model) == FUSED
+
+
+def test_hooks_on_the_module_still_run():
+    model = SplitAttention(8)
+    ran = []
+    model.register_forward_pre_hook(lambda *_: ran.append("before"))
+    model.register_forward_hook(lambda *_: ran.append("after"))
+    model.register_full_backward_hook(lambda *_: ran.append("backward"))
+    fuse(model)
+    model(torch.randn(2, 16, 3, 3, requires_grad=True)).sum().backward()
+    assert ran == ["before", "after", "backward"]
+
+
+def test_conv_and_bn0_run_as_they_are():
+    model = SplitAttentionConv2d(2, 8, 3)
+    model.bn0 = nn.GroupNorm(4, 16)
+    model.conv = nn.Sequential(nn.Conv2d(2, 16, 1), nn.Tanh())
+    ran = []
+    model.conv.register_forward_hook(lambda *_: ran.append("conv"))
+    model.bn0.register_forward_hook(lambda *_: ran.append("bn0"))
+    assert_fuses(randomise(model), features(8, 2, 5, 5))
+    assert ran[:2] == ["conv", "bn0"]
+
+
+@pytest.mark.parametrize("parametrize", [parametrizations.weight_norm, parametrizations.orthogonal])
+def test_parametrized_fcs(parametrize):
+    model = randomise(SplitAttention(16, cardinality=2))
+    parametrize(model.fc1)
+    parametrize(model.fc2)
+    plain, x = copy.deepcopy(model), torch.randn(4, 32, 5, 5)
+    assert fuse(model).fused
+    found, expected = step(model, x, True), step(plain, x, True)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-5)
+
+
+def first_split(x: Tensor, *_: object, radix: int, **__: object) -> Tensor:
+    return x[:, : x.shape[1] // radix]
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["parallel", "compiled"])
+def test_wrapped_models(wrap, monkeypatch):
+    options = {"backend": "eager"} if wrap is torch.compile else {}
+    model, x = randomise(Net()).eval(), torch.randn(2, 4, 6, 6)
+    wrapper = wrap(model, **options)
+    expected = wrapper(x)
+    assert len(fuse(wrapper)) == 3 and kinds(model) == FUSED
+    torch.testing.assert_close(wrapper(x), expected)
+    with monkeypatch.context() as patch:
+        patch.setattr("resnest_fused.modules.split_attention", first_split)
+        assert not torch.allclose(wrapper(x), expected)  # so the fused forwards do run
+    unfuse(wrapper)
+    assert kinds(model) == UNFUSED
+    assert torch.equal(wrapper(x), expected)
+
+
+def set_child(name: str, child: Callable[[], nn.Module]) -> Callable[[nn.Module], None]:
+    return lambda module: setattr(module, name, child())
+
+
+def patch_forward(module: nn.Module) -> None:
+    module.forward = module.forward
+
+
+class CountingConv2d(nn.Conv2d):
+    """Has a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+OBSTACLES = {
+    "patched": (patch_forward, "its forward was replaced"),
+    "patched-fc": (lambda m: patch_forward(m.fc1), "fc1: its forward was replaced"),
+    "wrapped-fc": (
+        lambda m: setattr(m, "fc1", nn.Sequential(m.fc1)),
+        "fc1: expected a plain Conv2d, got Sequential",
+    ),
+    "own-forward-fc": (
+        set_child("fc2", lambda: CountingConv2d(32, 16, 1)),
+        "fc2: expected a plain Conv2d, got CountingConv2d",
+    ),
+    "3x3-fc": (
+        set_child("fc1", lambda: nn.Conv2d(8, 32, 3, padding=1)),
+        "fc1: expected kernel_size, stride, padding and groups ((1, 1), (1, 1), (0, 0), 1), "
+        "got ((3, 3), (1, 1), (1, 1), 1)",
+    ),
+    "grouped-fc": (
+        set_child("fc2", lambda: nn.Conv2d(32, 16, 1, groups=2)),
+        "fc2: expected kernel_size, stride, padding and groups ((1, 1), (1, 1), (0, 0), 1), "
+        "got ((1, 1), (1, 1), (0, 0), 2)",
+    ),
+    "group-norm": (
+        set_child("bn1", lambda: nn.GroupNorm(4, 32)),
+        "bn1: expected BatchNorm2d or none between the FCs, got GroupNorm",
+    ),
+    "sync-bn": (
+        set_child("bn1", lambda: nn.SyncBatchNorm(32)),
+        "bn1: expected BatchNorm2d or none between the FCs, got SyncBatchNorm",
+    ),
+    "hook": (
+        lambda m: m.fc1.register_forward_hook(lambda *_: None),
+        "fc1: it has hooks, which would no longer run",
+    ),
+    "pre-hook": (
+        lambda m: m.bn1.register_forward_pre_hook(lambda *_: None),
+        "bn1: it has hooks, which would no longer run",
+    ),
+    "backward-hook": (
+        lambda m: m.fc2.register_full_backward_hook(lambda *_: None),
+        "fc2: it has hooks, which would no longer run",
+    ),
+    "backward-pre-hook": (
+        lambda m: m.fc2.register_full_backward_pre_hook(lambda *_: None),
+        "fc2: it has hooks, which would no longer run",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), OBSTACLES.values(), ids=OBSTACLES)
+@pytest.mark.parametrize("make", [lambda: SplitAttention(8), lambda: SplitAttentionConv2d(2, 8, 1)])
+def test_left_alone(make, change, reason):
+    module = make()
+    change(module)
+    assert reason_left_alone(module) == reason
+
+
+def test_class_forward_replaced(monkeypatch):
+    monkeypatch.setattr(SplitAttention, "forward", lambda self, x: x)
+    assert reason_left_alone(SplitAttention(8)) == "its forward was replaced"
+
+
+def test_subclass_is_left_alone():
+    class Doubled(SplitAttention):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    reason = reason_left_alone(Doubled(8))
+    assert reason.startswith("a subclass of resnest_fused.reference.SplitAttention")
+
+
+@pytest.mark.parametrize("name", ["SplAtConv2d", "SplitAttn", "Split_Attention", "MySplatBlock"])
+def test_unknown_class_that_looks_like_split_attention(name):
+    module = type(name, (nn.Module,), {})()
+    assert reason_left_alone(module) == "unknown class"
+
+
+def test_one_module_left_alone_does_not_keep_others():
+    model = Net()
+    model.body[0].fc1.register_forward_hook(lambda *_: None)
+    report = fuse(model)
+    assert [entry.fused for entry in report.entries] == [True, False, True]
+    assert str(report).splitlines()[0] == "2 fused, 1 left alone"
+    assert str(report).splitlines()[-1] == (
+        "left alone: body.0, resnest_fused.reference.SplitAttentionConv2d: "
+        "fc1: it has hooks, which would no longer run"
+    )

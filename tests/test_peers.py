@@ -1,0 +1,283 @@
+"""fuse on the modules and models of the official package and of timm; run with ``-m peers``."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+from test_fuse import assert_fuses, features, randomise, reason_left_alone, step
+from torch import Tensor, nn
+
+from resnest_fused import fuse, unfuse
+
+pytestmark = pytest.mark.peers
+
+Make = Callable[..., nn.Module]
+
+
+def official(
+    radix: int = 2, cardinality: int = 1, module: str = "resnest.torch.splat", **options: object
+) -> nn.Module:
+    """The official module from 16 to 16 channels."""
+    options = {"norm_layer": nn.BatchNorm2d, "bias": False} | options
+    make = importlib.import_module(module).SplAtConv2d
+    return randomise(make(16, 16, 3, padding=1, groups=cardinality, radix=radix, **options))
+
+
+def timm(radix: int = 2, cardinality: int = 1, **options: object) -> nn.Module:
+    """timm's module from 16 to 16 channels."""
+    make = importlib.import_module("timm.layers.split_attn").SplitAttn
+    options = {"norm_layer": nn.BatchNorm2d} | options
+    return randomise(make(16, groups=cardinality, radix=radix, **options))
+
+
+@pytest.fixture(params=[official, timm], ids=["official", "timm"])
+def make(request: pytest.FixtureRequest) -> Make:
+    return request.param
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return features(8, 16, 9, 8)
+
+
+@pytest.mark.parametrize("norm_layer", [nn.BatchNorm2d, None], ids=["bn", "no-norm"])
+@pytest.mark.parametrize("cardinality", [1, 2])
+@pytest.mark.parametrize("radix", [1, 2, 4])
+def test_results_stay(make, radix, cardinality, norm_layer, images):
+    module = make(radix, cardinality, norm_layer=norm_layer)
+    assert_fuses(module, images)
+    assert_fuses(module.to(memory_format=torch.channels_last), images)
+
+
+def test_class_stays_a_peers(make):
+    module = make()
+    original = type(module)
+    (entry,) = fuse(module).entries
+    assert entry.kind == f"{original.__module__}.{original.__name__}"
+    assert isinstance(module, original) and type(module) is not original
+    assert type(module) is getattr(sys.modules["resnest_fused.fuse"], type(module).__name__)
+    assert [entry.reason for entry in fuse(module).entries] == ["already fused"]
+    unfuse(module)
+    assert type(module) is original
+
+
+def test_deepcopy_and_pickle(make, images):
+    module = make().eval()
+    original = type(module)
+    fuse(module, backend="reference")
+    stream = io.BytesIO()
+    torch.save(module, stream)
+    stream.seek(0)
+    for twin in (copy.deepcopy(module), torch.load(stream, weights_only=False)):
+        assert type(twin) is type(module) and twin.backend == "reference"
+        assert torch.equal(twin(images), module(images))
+        unfuse(twin)
+        assert type(twin) is original and not hasattr(twin, "backend")
+
+
+LOAD = """
+import sys, torch
+import resnest_fused
+assert not {"resnest", "timm"} & set(sys.modules)
+module, images, expected = torch.load(sys.argv[1], weights_only=False)
+assert type(module).__module__ == "resnest_fused.fuse"
+torch.testing.assert_close(module(images), expected)
+"""
+
+
+def test_load_in_another_process(make, images, tmp_path):
+    module = make().eval()
+    fuse(module)
+    torch.save((module, images, module(images)), tmp_path / "module.pt")
+    subprocess.run([sys.executable, "-c", LOAD, tmp_path / "module.pt"], check=True)
+
+
+def test_hooks_run(make, images):
+    module = make()
+    ran = []
+    for name in ("conv", "bn0"):
+        module.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
+    module.register_forward_hook(lambda *_: ran.append("module"))
+    assert fuse(module)
+    module(images)
+    assert ran == ["conv", "bn0", "module"]
+
+
+def test_any_conv_and_bn0(make, images):
+    """As with a rectified convolution, or other norms before the attention."""
+    module = make()
+    module.conv = nn.Sequential(nn.Conv2d(16, 32, 1), nn.Tanh())
+    module.bn0 = nn.GroupNorm(4, 32)
+    assert_fuses(module, images)
+
+
+def patch_forward(module: nn.Module) -> None:
+    module.forward = module.forward
+
+
+def watch(name: str) -> Callable[[nn.Module], None]:
+    return lambda m: m.get_submodule(name).register_forward_hook(lambda *_: None)
+
+
+def replace(name: str, child: nn.Module) -> Callable[[nn.Module], None]:
+    return lambda m: setattr(m, name, child)
+
+
+HOOKS = "it has hooks, which would no longer run"
+OBSTACLES = {
+    "forward": (patch_forward, "its forward was replaced"),
+    "fc1": (watch("fc1"), f"fc1: {HOOKS}"),
+    "bn1": (watch("bn1"), f"bn1: {HOOKS}"),
+    "fc2": (watch("fc2"), f"fc2: {HOOKS}"),
+    "rsoftmax": (watch("rsoftmax"), f"rsoftmax: {HOOKS}"),
+    "wrapped": (
+        lambda m: setattr(m, "fc2", nn.Sequential(m.fc2)),
+        "fc2: expected a plain Conv2d, got Sequential",
+    ),
+    "norm": (
+        replace("bn1", nn.GroupNorm(4, 32)),
+        "bn1: expected BatchNorm2d or none between the FCs, got GroupNorm",
+    ),
+}
+PEER_OBSTACLES = {
+    "official-dropblock": (
+        official,
+        lambda m: setattr(m, "dropblock_prob", 0.1),
+        "dropblock is active",
+    ),
+    "official-activation": (
+        official,
+        replace("relu", nn.SiLU()),
+        "relu: expected ReLU between the FCs, got SiLU",
+    ),
+    "official-relu-hook": (official, watch("relu"), f"relu: {HOOKS}"),
+    "official-softmax": (
+        official,
+        replace("rsoftmax", nn.Identity()),
+        "rsoftmax: expected the r-softmax of resnest.torch.splat, got Identity",
+    ),
+    "timm-drop": (timm, replace("drop", nn.Dropout2d()), "drop is active: Dropout2d"),
+    "timm-activation": (
+        timm,
+        replace("act1", nn.SiLU()),
+        "act1: expected ReLU between the FCs, got SiLU",
+    ),
+    "timm-act1-hook": (timm, watch("act1"), f"act1: {HOOKS}"),
+    "timm-softmax": (
+        timm,
+        replace("rsoftmax", nn.Identity()),
+        "rsoftmax: expected the r-softmax of timm.layers.split_attn, got Identity",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), OBSTACLES.values(), ids=OBSTACLES)
+def test_left_alone(make, change, reason):
+    module = make()
+    change(module)
+    assert reason_left_alone(module) == reason
+
+
+@pytest.mark.parametrize(("make", "change", "reason"), PEER_OBSTACLES.values(), ids=PEER_OBSTACLES)
+def test_left_alone_by_peer(make, change, reason):
+    module = make()
+    change(module)
+    assert reason_left_alone(module) == reason
+
+
+def test_subclass_is_left_alone(make):
+    module = make()
+    module.__class__ = type("Mine", (type(module),), {})
+    assert reason_left_alone(module).startswith("a subclass of ")
+
+
+@pytest.mark.parametrize("make", [timm], ids=["timm"])
+def test_any_first_activation(make, images):
+    module = make()
+    module.act0 = nn.SiLU()
+    assert_fuses(module, images)
+
+
+def as_in_repository(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The official module under the name that it has in the repository, unlike in the package."""
+    source = importlib.import_module("resnest.torch.splat").__file__
+    spec = importlib.util.spec_from_file_location("resnest.torch.models.splat", source)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    return module
+
+
+def test_official_repository(monkeypatch, images):
+    as_in_repository(monkeypatch)
+    module = official(module="resnest.torch.models.splat")
+    assert_fuses(module, images)
+    fuse(module)
+    stream = io.BytesIO()
+    torch.save(module, stream)
+    stream.seek(0)
+    assert type(torch.load(stream, weights_only=False)) is type(module)
+
+
+MODELS = {
+    "official-resnest50": ("resnest.torch", "resnest50", 16),
+    "official-resnest50_fast_1s4x24d": ("resnest.torch", "resnest50_fast_1s4x24d", 16),
+    "official-resnest50_fast_4s2x40d": ("resnest.torch", "resnest50_fast_4s2x40d", 16),
+    "timm-resnest14d": ("timm.models.resnest", "resnest14d", 4),
+    "timm-resnest50d": ("timm.models.resnest", "resnest50d", 16),
+    "timm-resnest50d_4s2x40d": ("timm.models.resnest", "resnest50d_4s2x40d", 16),
+}
+
+
+def build(name: str) -> nn.Module:
+    """The model with random weights, and statistics that are near but not those of its features."""
+    module, function, _ = MODELS[name]
+    model = randomise(getattr(importlib.import_module(module), function)())
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(torch.randn(4, 3, 64, 64))
+    for norm in norms:
+        norm.momentum = 0.1
+        # No variance is far below the others: four samples can be alike where others are not.
+        norm.running_var += norm.running_var.mean() * torch.rand_like(norm.running_var)
+        norm.running_mean += 0.1 * norm.running_var.sqrt() * torch.randn_like(norm.running_mean)
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model_in_eval(name):
+    model, images = build(name).eval(), torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        expected = model(images)
+        report = fuse(model)
+        found = model(images)
+        unfuse(model)
+        restored = model(images)
+    assert len(report) == MODELS[name][2] and not report.left_alone
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert torch.equal(found.topk(5).indices, expected.topk(5).indices)
+    assert torch.equal(restored, expected)
+
+
+@pytest.mark.parametrize("name", ["official-resnest50", "timm-resnest14d"])
+def test_model_in_training(name):
+    """In float64, where no rounding is large enough to turn a ReLU on or off."""
+    model, images = build(name).double(), torch.randn(4, 3, 64, 64)
+    plain = copy.deepcopy(model)
+    fuse(model)
+    found, expected = step(model, images, True), step(plain, images, True)
+    for key, value in expected.items():
+        # fc1's bias has no gradient, as bn1 takes the batch's mean away; its weight's is the scale.
+        scale = expected[key.replace("fc1.bias", "fc1.weight")].abs().max()
+        assert (found[key] - value).abs().max() <= 1e-10 * scale, key
