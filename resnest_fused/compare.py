@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-# Direct differences: 1e-5 in float32 is 84 units of rounding, float64 gets as many.
+# In float32 1e-5, which is 84 units of rounding; in float64 as many.
 _UNITS = 1e-5 / torch.finfo(torch.float32).eps
 
 
@@ -25,9 +24,9 @@ class Check(NamedTuple):
 
     Attributes:
         quantity: what is compared.
-        reference_error: the reference's error against its own run in float64, or None when the
+        reference_error: the reference's error against its own run in float32, or None when the
             fused result is compared with the reference's directly.
-        error: the fused result's error, against the same as ``reference_error`` or the reference.
+        error: the fused result's error, against that float32 run or against the reference.
         allowed: the largest error that passes.
     """
 
@@ -79,23 +78,25 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
     return 0.0 if difference == 0 else (difference / expected.abs().max()).item()
 
 
-def check(quantity: str, reference: Tensor, fused: Tensor, exact: Tensor | None) -> Check:
-    """Compare a fused result with the reference's in the same dtype.
+def check(
+    quantity: str, reference: Tensor, fused: Tensor, exact: Tensor | None, allowed: float
+) -> Check:
+    """Compare a fused result with the reference's, or with ``exact`` when that is given.
 
-    With ``exact``, the reference's result in float64, the fused error may be 1.5 times the
-    reference's error and one unit of rounding; without, 84 units of rounding.
+    Against ``exact`` the fused error may be 1.5 times the reference's and one unit of rounding;
+    ``allowed`` then plays no part.
     """
-    eps = torch.finfo(reference.dtype).eps
     if exact is None:
-        return Check(quantity, None, relative_error(fused, reference), _UNITS * eps)
+        return Check(quantity, None, relative_error(fused, reference), allowed)
     own = relative_error(reference, exact)
-    return Check(quantity, own, relative_error(fused, exact), 1.5 * own + eps)
+    error = relative_error(fused, exact)
+    return Check(quantity, own, error, 1.5 * own + torch.finfo(reference.dtype).eps)
 
 
 def check_eval(
     reference: nn.Module, fused: nn.Module, x: Tensor
 ) -> tuple[Check, list[TopFive]]:
-    """Agreement of the logits in eval mode; in 16-bit dtypes both are measured against float64.
+    """Agreement of the logits in eval mode; in 16-bit dtypes both are measured against float32.
 
     Args:
         reference, fused: networks with the same weights, in x's dtype.
@@ -104,12 +105,17 @@ def check_eval(
     exact = None
     with torch.no_grad():
         logits, fused_logits = reference.eval()(x), fused.eval()(x)
-        if torch.finfo(x.dtype).bits == 16:
-            exact = copy.deepcopy(reference).double()(x.double())
-    result = check("logits", logits, fused_logits, exact)
+        if _is_narrow(x.dtype):
+            exact = copy.deepcopy(reference).float()(x.float())
+    allowed = _UNITS * torch.finfo(x.dtype).eps
+    result = check("logits", logits, fused_logits, exact, allowed)
     # Two networks that each are this far from the same logits can swap classes this much apart.
     gap = 2 * (result.allowed + (result.reference_error or 0)) * logits.double().abs().max()
     return result, [_top_five(a, b, gap) for a, b in zip(logits, fused_logits, strict=True)]
+
+
+def _is_narrow(dtype: torch.dtype) -> bool:
+    return torch.finfo(dtype).bits == 16
 
 
 def _top_five(logits: Tensor, fused_logits: Tensor, gap: Tensor) -> TopFive:
@@ -125,11 +131,11 @@ def check_train(
     """Agreement of a training step: the loss, and every fused module's results where it stands.
 
     Rounding alone moves the gradient of a whole network by percents, as normalisation over few
-    samples and the edges of ReLU amplify it; so the loss of the whole step is held to half the
-    dtype's digits, and modules are compared one by one: each gets the input and the output
-    gradient that it meets in the reference's step. Reported are the largest errors over modules,
-    against float64 where the dtype is narrower. The networks are left as they were, in training
-    mode.
+    samples and the edges of ReLU amplify it. So modules are compared one by one: each gets the
+    input and the output gradient that it meets in the reference's step. Reported are the largest
+    errors over modules. Directly compared, loss and modules must share half the dtype's digits; in
+    16-bit dtypes modules are measured against float32. The networks are left as they were, in
+    training mode.
 
     Args:
         reference, fused: networks with the same weights, in x's dtype.
@@ -139,20 +145,19 @@ def check_train(
     loss, met = _record(reference.train(), list(names), x, target)
     fused_loss = step(copy.deepcopy(fused.train()), x, target)
     half = torch.finfo(x.dtype).eps ** 0.5
-    checks = [Check("loss", None, relative_error(fused_loss, loss), half)]
-    worst: dict[str, list[Check]] = {}
+    by_quantity: dict[str, list[Check]] = {}
     for name, (entering, dout) in met.items():
         module = reference.get_submodule(name)
         results = _run_module(module, entering, dout)
         fused_results = _run_module(fused.get_submodule(name), entering, dout)
         exact = None
-        if x.dtype != torch.float64:
-            exact = _run_module(module, entering.double(), dout.double())
+        if _is_narrow(x.dtype):
+            exact = _run_module(module, entering.float(), dout.float())
         for quantity, result in results.items():
-            worst.setdefault(quantity, []).append(
-                check(quantity, result, fused_results[quantity], exact and exact[quantity])
+            by_quantity.setdefault(quantity, []).append(
+                check(quantity, result, fused_results[quantity], exact and exact[quantity], half)
             )
-    return checks + [_worst(found, x.dtype) for found in worst.values()]
+    return [check("loss", loss, fused_loss, None, half), *map(_worst, by_quantity.values())]
 
 
 def _record(
@@ -194,14 +199,13 @@ def _run_module(module: nn.Module, x: Tensor, dout: Tensor) -> dict[str, Tensor]
     }
 
 
-def _worst(checks: list[Check], dtype: torch.dtype) -> Check:
-    """The largest errors of one quantity over modules, and what they allow."""
+def _worst(checks: list[Check]) -> Check:
+    """The largest errors of one quantity over modules, with the largest that is allowed."""
     # By torch, whose max keeps NaN.
-    error = torch.tensor([c.error for c in checks], dtype=torch.float64).max().item()
-    if dtype == torch.float64:
-        return checks[0]._replace(error=error, allowed=torch.finfo(dtype).eps ** 0.5)
-    own = max(c.reference_error or 0 for c in checks)
-    return Check(checks[0].quantity, own, error, 1.5 * own + torch.finfo(dtype).eps)
+    _, own, errors, allowed = zip(*checks, strict=True)
+    error = torch.tensor(errors, dtype=torch.float64).max().item()
+    own_error = None if None in own else max(own)
+    return Check(checks[0].quantity, own_error, error, max(allowed))
 
 
 def step(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
@@ -263,23 +267,49 @@ def saved_for_backward(model: nn.Module, x: Tensor, target: Tensor) -> int:
 
 
 def peak_memory(call: Callable[[], object]) -> int:
-    """Bytes of CPU tensors that ``call`` has at once at the most, beyond what was there before.
+    """Bytes of tensors that eager PyTorch operators make in ``call`` and that live at once at most.
 
-    From the allocator's own record through torch.profiler; scratch memory that a library takes
-    past PyTorch's allocator is not in it.
+    What lived before does not count, nor the scratch memory that an operator takes and frees.
     """
-    # Read when the profiler starts for the first time: silences its log on stderr.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    with _LiveStorages() as live:
         call()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = os.path.join(folder, "trace.json")
-        record.export_chrome_trace(trace)
-        with open(trace, encoding="utf-8") as file:
-            events = json.load(file)["traceEvents"]
-    changes = [e for e in events if e["name"] == "[memory]" and e["args"]["Device Type"] == 0]
-    held = peak = 0
-    for event in sorted(changes, key=lambda event: event["ts"]):
-        held += event["args"]["Bytes"]
-        peak = max(peak, held)
-    return peak
+    return live.peak
+
+
+class _LiveStorages(TorchDispatchMode):
+    """Follows the storages that operators return, from there to their release."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._held = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # A storage that first appears as an argument was there before.
+        for storage in self._new_storages((args, kwargs)):
+            self._know(storage, 0)
+        result = func(*args, **kwargs)
+        for storage in self._new_storages(result):
+            self._know(storage, storage.nbytes())
+        self.peak = max(self.peak, self._held)
+        return result
+
+    def _new_storages(self, tree: Any) -> Iterator[torch.UntypedStorage]:
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self._known:
+                    yield storage
+
+    def _know(self, storage: torch.UntypedStorage, size: int) -> None:
+        self._known.add(storage._cdata)
+        self._held += size
+        weakref.finalize(storage, self._forget, storage._cdata, size)
+
+    def _forget(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self._held -= size

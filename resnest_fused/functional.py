@@ -67,8 +67,15 @@ def split_attention(
     Results are bitwise repeatable for a fixed number of threads; in eval a sample's result does
     not depend on the batch it is in.
     """
-    _check(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, radix, cardinality, bn0, bn1, training)
+    arguments = (
+        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, radix, cardinality, bn0, bn1, training
+    )  # fmt: skip
     chosen = choose(backend, x)
+    # In eager mode the native op checks the same in C++, ten times faster; only when it refuses are
+    # the checks here run, to name what was wrong. Elsewhere nothing may run, or be traced, unchecked.
+    checked = chosen != "native" or bn0 is not None or torch.compiler.is_compiling()
+    if checked:
+        _check(*arguments)
     if chosen == "reference":
         return reference.split_attention(
             x,
@@ -84,29 +91,36 @@ def split_attention(
         )
     if bn0 is not None:
         x = F.relu(reference.batch_norm(x, bn0, training))
-    out, batch_mean, batch_var = autograd.split_attention(
-        chosen,
-        x,
-        fc1_weight,
-        fc1_bias,
-        fc2_weight,
-        fc2_bias,
-        bn1,
-        bn1 is not None and bn1.uses_batch_stats(training),
-        radix,
-        cardinality,
-    )
+    try:
+        out, batch_mean, batch_var = autograd.split_attention(
+            chosen,
+            x,
+            fc1_weight,
+            fc1_bias,
+            fc2_weight,
+            fc2_bias,
+            bn1,
+            bn1 is not None and bn1.uses_batch_stats(training),
+            radix,
+            cardinality,
+        )
+    except RuntimeError:
+        if not checked:
+            _check(*arguments)
+        raise
     if batch_mean is not None and bn1 is not None and bn1.running_mean is not None:
         _update_running_stats(bn1, batch_mean, batch_var, x.shape[0])
     return out
 
 
 @torch.no_grad()
-def _update_running_stats(bn: BatchNormArgs, mean: Tensor, var: Tensor, count: int) -> None:
+def _update_running_stats(
+    bn: BatchNormArgs, mean: Tensor, var: Tensor | None, count: int
+) -> None:
     """running = (1 - momentum) * running + momentum * batch, with the unbiased variance."""
     if count == 0:
         return
-    assert bn.running_mean is not None and bn.running_var is not None
+    assert bn.running_mean is not None and bn.running_var is not None and var is not None
     bn.running_mean.mul_(1 - bn.momentum).add_(mean, alpha=bn.momentum)
     bn.running_var.mul_(1 - bn.momentum).add_(var, alpha=bn.momentum * count / (count - 1))
 

@@ -34,50 +34,61 @@ def fused_attention(
     Raises:
         TypeError: when ``bn1`` is a norm that the op does not have.
     """
-    problem = unsupported_norm(bn1)
-    if problem is not None:
-        raise TypeError(problem)
-    bn = bn1 if isinstance(bn1, nn.BatchNorm2d) else None
+    bn = None
+    if bn1 is not None and type(bn1) is not nn.Identity:
+        if type(bn1) is not nn.BatchNorm2d:
+            problem = unsupported_norm(bn1)
+            if problem is not None:
+                raise TypeError(problem)
+        bn = _batch_norm_args(bn1)
     out = split_attention(
         x,
-        fc1.weight,
-        fc1.bias,
-        fc2.weight,
-        fc2.bias,
+        _tensor(fc1, "weight"),
+        _tensor(fc1, "bias"),
+        _tensor(fc2, "weight"),
+        _tensor(fc2, "bias"),
         radix=radix,
         cardinality=cardinality,
-        bn1=None if bn is None else _batch_norm_args(bn),
+        bn1=bn,
         backend=backend,
     )
     # After the call, so that a call that raises leaves the count as it was.
-    if bn is not None and _counts_batches(bn):
-        bn.num_batches_tracked.add_(1)
+    if bn is not None and _counts_batches(bn1):
+        bn1.num_batches_tracked.add_(1)
     return out
 
 
-def _counts_batches(bn: nn.BatchNorm2d) -> bool:
+def _tensor(module: nn.Module, name: str) -> Tensor | None:
+    """``module.name`` without the cost of ``nn.Module.__getattr__`` where it is a parameter."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
+def _counts_batches(bn: Any) -> bool:
     return bn.training and bn.track_running_stats and bn.num_batches_tracked is not None
 
 
-def _batch_norm_args(bn: nn.BatchNorm2d) -> BatchNormArgs:
-    """What ``bn`` would hand to ``F.batch_norm`` in its present mode."""
-    batch_stats = bn.training or bn.running_mean is None
+def _batch_norm_args(bn: Any) -> BatchNormArgs:
+    """What ``bn``, an ``nn.BatchNorm2d``, would hand to ``F.batch_norm`` in its present mode."""
+    training = bn.training
+    buffers = bn._buffers
+    # Without tracking, running statistics neither take part nor change while training.
+    running = not training or bn.track_running_stats
+    mean = buffers["running_mean"] if running else None
     if bn.momentum is not None:
         momentum = bn.momentum
     elif _counts_batches(bn):
         momentum = 1.0 / (float(bn.num_batches_tracked) + 1.0)  # a cumulative average
     else:
         momentum = 0.0
-    # Without tracking, running statistics neither take part nor change while training.
-    running = not bn.training or bn.track_running_stats
     return BatchNormArgs(
-        bn.weight,
-        bn.bias,
-        bn.running_mean if running else None,
-        bn.running_var if running else None,
+        _tensor(bn, "weight"),
+        _tensor(bn, "bias"),
+        mean,
+        buffers["running_var"] if running else None,
         momentum,
         bn.eps,
-        batch_stats,
+        training or mean is None,
     )
 
 
@@ -101,8 +112,15 @@ class FusedSplitAttention(SplitAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, radix*channels, H, W)`` to ``(B, channels, H, W)``."""
+        modules = self._modules
         return fused_attention(
-            x, self.fc1, self.bn1, self.fc2, self.radix, self.cardinality, self.backend
+            x,
+            modules["fc1"],
+            self.bn1,
+            modules["fc2"],
+            self.radix,
+            self.cardinality,
+            self.backend,
         )
 
 

@@ -1,4 +1,4 @@
-"""An independent truth for split attention: loops over cardinal groups and splits in extended precision.
+"""An independent truth for split attention: loops over groups and splits, extended precision.
 
 Nothing here comes from the package. NumPy's ``longdouble`` (80 bits on x86) makes it a truth for
 float64 as well; every gradient is written out.
@@ -25,6 +25,7 @@ class Truth:
     values: dict[str, Array]
     relu_input: Array
     batch_mean: Array | None
+    batch_var: Array | None
     unbiased_var: Array | None
     # The size of what cancels inside a gradient, where that is not the size of the gradient.
     scales: dict[str, float]
@@ -125,6 +126,7 @@ def split_attention(
         values={"out": out.reshape(batch, channels, height, width)},
         relu_input=normed,
         batch_mean=mean if norm == "batch" else None,
+        batch_var=var if norm == "batch" else None,
         unbiased_var=unbiased,
         scales={},
     )

@@ -49,13 +49,18 @@ def images() -> Tensor:
     return features(8, 16, 9, 8)
 
 
+@pytest.fixture
+def inputs() -> list[Tensor]:
+    return [features(8, 16, 9, 8, seed=seed) for seed in range(4)]
+
+
 @pytest.mark.parametrize("norm_layer", [nn.BatchNorm2d, None], ids=["bn", "no-norm"])
 @pytest.mark.parametrize("cardinality", [1, 2])
 @pytest.mark.parametrize("radix", [1, 2, 4])
-def test_results_stay(make, radix, cardinality, norm_layer, images):
+def test_results_stay(make, radix, cardinality, norm_layer, inputs):
     module = make(radix, cardinality, norm_layer=norm_layer)
-    assert_fuses(module, images)
-    assert_fuses(module.to(memory_format=torch.channels_last), images)
+    assert_fuses(module, inputs)
+    assert_fuses(module.to(memory_format=torch.channels_last), inputs)
 
 
 def test_class_stays_a_peers(make):
@@ -112,12 +117,12 @@ def test_hooks_run(make, images):
     assert ran == ["conv", "bn0", "module"]
 
 
-def test_any_conv_and_bn0(make, images):
+def test_any_conv_and_bn0(make, inputs):
     """As with a rectified convolution, or other norms before the attention."""
     module = make()
     module.conv = nn.Sequential(nn.Conv2d(16, 32, 1), nn.Tanh())
     module.bn0 = nn.GroupNorm(4, 32)
-    assert_fuses(module, images)
+    assert_fuses(randomise(module), inputs)
 
 
 def patch_forward(module: nn.Module) -> None:
@@ -201,10 +206,10 @@ def test_subclass_is_left_alone(make):
 
 
 @pytest.mark.parametrize("make", [timm], ids=["timm"])
-def test_any_first_activation(make, images):
+def test_any_first_activation(make, inputs):
     module = make()
     module.act0 = nn.SiLU()
-    assert_fuses(module, images)
+    assert_fuses(module, inputs)
 
 
 def as_in_repository(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -217,10 +222,10 @@ def as_in_repository(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_official_repository(monkeypatch, images):
+def test_official_repository(monkeypatch, inputs):
     as_in_repository(monkeypatch)
     module = official(module="resnest.torch.models.splat")
-    assert_fuses(module, images)
+    assert_fuses(module, inputs)
     fuse(module)
     stream = io.BytesIO()
     torch.save(module, stream)

@@ -4,225 +4,92 @@
 #include <algorithm>
 #include <memory>
 
+#include "cpu/gemm.h"
 #include "cpu/parallel.h"
 #include "formulas.h"
 
 namespace resnest_fused::cpu {
 namespace {
 
-// Samples that an FC computes at once, one to a lane. A lane's sums do not depend on the others'.
-template <typename A>
-constexpr int64_t kTile = kLanes<A>;
-
-// Rows of an FC in one unit of work; columns summed before they join the total, which keeps the
-// rounding error of long sums small.
-constexpr int64_t kRowsPerUnit = 32;
-constexpr int64_t kColumnsPerSum = 64;
-
 template <typename A>
 std::unique_ptr<A[]> uninitialized(int64_t count) {
   return std::make_unique_for_overwrite<A[]>(static_cast<size_t>(count));
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// result[f] = sum_b rows[b, f], b ascending, for features [begin, end).
+template <typename A>
+struct SumOverBatch {
+  template <typename Isa>
+  static RF_INLINE void run(const A* rows /* (B, F) */, int64_t batch, int64_t features,
+                            int64_t begin, int64_t end, A* result /* (F) */) {
+    std::fill(result + begin, result + end, A{});
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t f = begin; f < end; ++f) {
+        result[f] += rows[b * features + f];
+      }
+    }
+  }
+};
 
-// y = W x (+ bias) in `groups` independent blocks; W may be read transposed.
+template <typename A>
+void sum_over_batch(const A* rows, int64_t batch, int64_t features, A* result) {
+  parallel_units(features, batch * static_cast<int64_t>(sizeof(A)),
+                 [&](int64_t begin, int64_t end) {
+                   dispatch<SumOverBatch<A>>(rows, batch, features, begin, end, result);
+                 });
+}
+
+// An FC in `groups` blocks: y = W x + bias for `batch` samples.
 template <typename A>
 struct Fc {
-  const A* weight;
-  const A* bias;  // (groups * rows) or null
   int64_t groups;
-  int64_t rows;     // per group
-  int64_t columns;  // per group
-  int64_t row_stride;
-  int64_t column_stride;
+  int64_t outputs;
+  int64_t inputs;
+  const A* weight;  // (outputs, inputs / groups)
+  const A* bias;    // (outputs) or null
 
-  int64_t inputs() const { return groups * columns; }
-  int64_t outputs() const { return groups * rows; }
-  int64_t units_per_group() const { return ceil_div(rows, kRowsPerUnit); }
+  int64_t rows() const { return outputs / groups; }
+  int64_t columns() const { return inputs / groups; }
+  Matrices<const A> weights() const { return {weight, columns(), rows() * columns()}; }
+  template <typename P>
+  Matrices<P> x_of(P* x) const {
+    return {x, inputs, columns()};
+  }
+  template <typename P>
+  Matrices<P> y_of(P* y) const {
+    return {y, outputs, rows()};
+  }
+
+  void forward(int64_t batch, const A* x /* (B, inputs) */, A* y /* (B, outputs) */) const {
+    gemm_nt<A>(groups, batch, rows(), columns(), x_of(x), weights(), bias, y_of(y));
+  }
+
+  // dx = W^T dy
+  void input_gradient(int64_t batch, const A* dy /* (B, outputs) */,
+                      A* dx /* (B, inputs) */) const {
+    gemm_nn<A>(groups, batch, columns(), rows(), y_of(dy), false, weights(), x_of(dx));
+  }
+
+  // dW = dy^T x, dbias = sum_b dy; null for those not wanted.
+  void weight_gradient(int64_t batch, const A* dy, const A* x, A* dweight, A* dbias) const {
+    if (dweight) {
+      gemm_nn<A>(groups, rows(), columns(), batch, y_of(dy), true, x_of(x),
+                 {dweight, columns(), rows() * columns()});
+    }
+    if (dbias) {
+      sum_over_batch(dy, batch, outputs, dbias);
+    }
+  }
 };
 
 template <typename A>
-Fc<A> fc_of(const A* weight, const A* bias, int64_t groups, int64_t outputs, int64_t inputs) {
-  const int64_t columns = inputs / groups;
-  return {weight, bias, groups, outputs / groups, columns, columns, 1};
+Fc<A> fc1_of(const Problem& p, const AttentionParameters<A>& params) {
+  return {p.cardinality, p.inter, p.channels, params.fc1_weight, params.fc1_bias};
 }
 
-// The map of gradients, x = W^T y, of an FC with these inputs and outputs.
 template <typename A>
-Fc<A> transposed_fc_of(const A* weight, int64_t groups, int64_t outputs, int64_t inputs) {
-  const int64_t columns = inputs / groups;
-  return {weight, nullptr, groups, columns, outputs / groups, 1, columns};
-}
-
-// tiles[t, f, lane] = rows[t * kTile + lane, f], zero beyond the batch; t in [begin, end).
-template <typename A>
-struct ToTiles {
-  template <typename Isa>
-  static RF_INLINE void run(const A* rows /* (batch, F) */, int64_t batch, int64_t features,
-                            int64_t begin, int64_t end, A* tiles /* (tiles, F, kTile) */) {
-    for (int64_t t = begin; t < end; ++t) {
-      const A* first = rows + t * kTile<A> * features;
-      const int64_t samples = std::min(kTile<A>, batch - t * kTile<A>);
-      A* tile = tiles + t * features * kTile<A>;
-      for (int64_t f = 0; f < features; ++f) {
-        A* lanes = tile + f * kTile<A>;
-        for (int64_t s = 0; s < samples; ++s) {
-          lanes[s] = first[s * features + f];
-        }
-        std::fill(lanes + samples, lanes + kTile<A>, A{});
-      }
-    }
-  }
-};
-
-// Units (tile, group, block of rows) of y = W x + bias.
-template <typename A>
-struct FcUnits {
-  template <typename Isa>
-  static RF_INLINE void run(const Fc<A>* fc, const A* tiles /* (tiles, inputs, kTile) */,
-                            int64_t batch, int64_t begin, int64_t end, A* y /* (batch, outputs) */) {
-    const int64_t blocks = fc->units_per_group();
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t tile = unit / (fc->groups * blocks);
-      const int64_t group = unit / blocks % fc->groups;
-      const int64_t first = unit % blocks * kRowsPerUnit;
-      const int64_t last = std::min(first + kRowsPerUnit, fc->rows);
-      const A* x = tiles + (tile * fc->groups + group) * fc->columns * kTile<A>;
-      const int64_t samples = std::min(kTile<A>, batch - tile * kTile<A>);
-      A* out = y + tile * kTile<A> * fc->outputs() + group * fc->rows;
-      int64_t row = first;
-      for (; row + Isa::kRows <= last; row += Isa::kRows) {
-        rows<Isa::kRows>(*fc, x, group, row, samples, out);
-      }
-      for (; row < last; ++row) {
-        rows<1>(*fc, x, group, row, samples, out);
-      }
-    }
-  }
-
-  template <int kRows>
-  static RF_INLINE void rows(const Fc<A>& fc, const A* x, int64_t group, int64_t row,
-                             int64_t samples, A* out) {
-    const A* weight = fc.weight + group * fc.rows * fc.columns + row * fc.row_stride;
-    Vec<A> total[kRows];
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      total[i] = fc.bias ? broadcast(fc.bias[group * fc.rows + row + i]) : Vec<A>{};
-    }
-    for (int64_t first = 0; first < fc.columns; first += kColumnsPerSum) {
-      const int64_t last = std::min(first + kColumnsPerSum, fc.columns);
-      Vec<A> sum[kRows] = {};
-      for (int64_t column = first; column < last; ++column) {
-        const Vec<A> lanes = load(x + column * kTile<A>);
-#pragma GCC unroll 8
-        for (int i = 0; i < kRows; ++i) {
-          sum[i] += weight[i * fc.row_stride + column * fc.column_stride] * lanes;
-        }
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) {
-        total[i] += sum[i];
-      }
-    }
-    A block[kRows][kTile<A>];
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      store(block[i], total[i]);
-    }
-    for (int64_t s = 0; s < samples; ++s) {
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) {
-        out[s * fc.outputs() + row + i] = block[i][s];
-      }
-    }
-  }
-};
-
-template <typename A>
-void run_fc(const Fc<A>& fc, int64_t batch, const A* x /* (batch, inputs) */,
-            A* y /* (batch, outputs) */) {
-  const int64_t tiles = ceil_div(batch, kTile<A>);
-  const auto in_tiles = uninitialized<A>(tiles * fc.inputs() * kTile<A>);
-  A* const in = in_tiles.get();
-  parallel_units(tiles, fc.inputs() * kTile<A> * static_cast<int64_t>(sizeof(A)),
-                 [&](int64_t begin, int64_t end) {
-                   dispatch<ToTiles<A>>(x, batch, fc.inputs(), begin, end, in);
-                 });
-  // A unit reads its rows of W and takes about as long as moving four times those bytes.
-  const int64_t unit_bytes =
-      4 * std::min(kRowsPerUnit, fc.rows) * fc.columns * static_cast<int64_t>(sizeof(A));
-  parallel_units(tiles * fc.groups * fc.units_per_group(), unit_bytes,
-                 [&](int64_t begin, int64_t end) {
-                   dispatch<FcUnits<A>>(&fc, const_cast<const A*>(in), batch, begin, end, y);
-                 });
-}
-
-// dW[j, i] = sum_b dy[b, j] x[b, i] and dbias[j] = sum_b dy[b, j], b ascending; units are blocks of
-// rows of one group.
-template <typename A>
-struct FcWeightGradient {
-  template <typename Isa>
-  static RF_INLINE void run(const Fc<A>* fc, int64_t batch, const A* dy /* (batch, outputs) */,
-                            const A* x /* (batch, inputs) */, int64_t begin, int64_t end,
-                            A* dweight /* (outputs, columns) or null */,
-                            A* dbias /* (outputs) or null */) {
-    const int64_t blocks = fc->units_per_group();
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t group = unit / blocks;
-      const int64_t first = group * fc->rows + unit % blocks * kRowsPerUnit;
-      const int64_t last = std::min(first + kRowsPerUnit, (group + 1) * fc->rows);
-      const A* group_x = x + group * fc->columns;
-      if (dbias) {
-        std::fill(dbias + first, dbias + last, A{});
-        for (int64_t b = 0; b < batch; ++b) {
-          for (int64_t j = first; j < last; ++j) {
-            dbias[j] += dy[b * fc->outputs() + j];
-          }
-        }
-      }
-      if (dweight) {
-        int64_t j = first;
-        for (; j + Isa::kRows <= last; j += Isa::kRows) {
-          rows<Isa::kRows>(*fc, batch, dy + j, group_x, dweight + j * fc->columns);
-        }
-        for (; j < last; ++j) {
-          rows<1>(*fc, batch, dy + j, group_x, dweight + j * fc->columns);
-        }
-      }
-    }
-  }
-
-  template <int kRows>
-  static RF_INLINE void rows(const Fc<A>& fc, int64_t batch, const A* dy, const A* x, A* dweight) {
-    for (int64_t i = 0; i < fc.columns; i += kLanes<A>) {
-      const int64_t count = std::min<int64_t>(kLanes<A>, fc.columns - i);
-      Vec<A> sum[kRows] = {};
-      for (int64_t b = 0; b < batch; ++b) {
-        const A* from = x + b * fc.inputs() + i;
-        const Vec<A> lanes = load_lanes(from, count);
-#pragma GCC unroll 8
-        for (int j = 0; j < kRows; ++j) {
-          sum[j] += dy[b * fc.outputs() + j] * lanes;
-        }
-      }
-#pragma GCC unroll 8
-      for (int j = 0; j < kRows; ++j) {
-        A* to = dweight + j * fc.columns + i;
-        store_lanes(to, sum[j], count);
-      }
-    }
-  }
-};
-
-template <typename A>
-void run_fc_weight_gradient(const Fc<A>& fc, int64_t batch, const A* dy, const A* x, A* dweight,
-                            A* dbias) {
-  const int64_t unit_bytes = std::min(kRowsPerUnit, fc.rows) * (fc.columns + batch) *
-                             static_cast<int64_t>(sizeof(A));
-  parallel_units(fc.groups * fc.units_per_group(), unit_bytes, [&](int64_t begin, int64_t end) {
-    dispatch<FcWeightGradient<A>>(&fc, batch, dy, x, begin, end, dweight, dbias);
-  });
+Fc<A> fc2_of(const Problem& p, const AttentionParameters<A>& params) {
+  return {p.cardinality, p.features(), p.inter, params.fc2_weight, params.fc2_bias};
 }
 
 // mean and biased var over the batch of features [begin, end).
@@ -397,8 +264,7 @@ struct NormBackward {
 template <typename A>
 void attention_hidden(const Problem& p, const AttentionParameters<A>& params, int64_t batch,
                       const A* gap, A* hidden) {
-  run_fc(fc_of(params.fc1_weight, params.fc1_bias, p.cardinality, p.inter, p.channels), batch, gap,
-         hidden);
+  fc1_of(p, params).forward(batch, gap, hidden);
 }
 
 template <typename A>
@@ -414,8 +280,7 @@ void attention_from_hidden(const Problem& p, const AttentionParameters<A>& param
                            const A* hidden, A* attention) {
   const auto u = activated(p, params.bn1, batch, hidden);
   const auto logits = uninitialized<A>(batch * p.features());
-  run_fc(fc_of(params.fc2_weight, params.fc2_bias, p.cardinality, p.features(), p.inter), batch,
-         const_cast<const A*>(u.get()), logits.get());
+  fc2_of(p, params).forward(batch, u.get(), logits.get());
   // An exponential takes about as long as moving 32 bytes.
   parallel_units(batch, 32 * p.features(), [&](int64_t begin, int64_t end) {
     const auto scratch = uninitialized<A>((p.radix + 1) * kLanes<A>);
@@ -429,6 +294,7 @@ void attention_backward(const Problem& p, const AttentionParameters<A>& params, 
                         const A* gap, const A* hidden, const A* attention, const A* dattention,
                         const AttentionGradients<A>& grads) {
   const int64_t batch = p.batch;
+  const Fc<A> fc1 = fc1_of(p, params), fc2 = fc2_of(p, params);
   const int64_t row_bytes = 3 * p.features() * static_cast<int64_t>(sizeof(A));
   const auto dlogits_buffer = uninitialized<A>(batch * p.features());
   A* const dlogits = dlogits_buffer.get();
@@ -437,15 +303,12 @@ void attention_backward(const Problem& p, const AttentionParameters<A>& params, 
   });
   if (grads.fc2_weight || grads.fc2_bias) {
     const auto u = activated(p, params.bn1, batch, hidden);
-    const auto fc2 = fc_of<A>(nullptr, nullptr, p.cardinality, p.features(), p.inter);
-    run_fc_weight_gradient(fc2, batch, const_cast<const A*>(dlogits),
-                           const_cast<const A*>(u.get()), grads.fc2_weight, grads.fc2_bias);
+    fc2.weight_gradient(batch, dlogits, u.get(), grads.fc2_weight, grads.fc2_bias);
   }
 
   const auto dhidden_buffer = uninitialized<A>(batch * p.inter);
   A* const dhidden = dhidden_buffer.get();
-  run_fc(transposed_fc_of(params.fc2_weight, p.cardinality, p.features(), p.inter), batch,
-         const_cast<const A*>(dlogits), dhidden);
+  fc2.input_gradient(batch, dlogits, dhidden);
 
   const auto sums = uninitialized<A>(2 * p.inter);
   A* const dgamma = grads.bn1_weight ? grads.bn1_weight : sums.get();
@@ -456,13 +319,10 @@ void attention_backward(const Problem& p, const AttentionParameters<A>& params, 
                                              begin, end, dhidden, dgamma, dbeta);
                  });
   if (grads.fc1_weight || grads.fc1_bias) {
-    const auto fc1 = fc_of<A>(nullptr, nullptr, p.cardinality, p.inter, p.channels);
-    run_fc_weight_gradient(fc1, batch, const_cast<const A*>(dhidden), gap, grads.fc1_weight,
-                           grads.fc1_bias);
+    fc1.weight_gradient(batch, dhidden, gap, grads.fc1_weight, grads.fc1_bias);
   }
   if (grads.gap) {
-    run_fc(transposed_fc_of(params.fc1_weight, p.cardinality, p.inter, p.channels), batch,
-           const_cast<const A*>(dhidden), grads.gap);
+    fc1.input_gradient(batch, dhidden, grads.gap);
   }
 }
 

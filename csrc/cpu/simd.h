@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #define RF_INLINE inline __attribute__((always_inline))
 
@@ -213,16 +214,9 @@ RF_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
 
 // ---- instruction sets ----
 
-// kRows: rows of an FC that fit the registers at once, one accumulator vector each.
-struct Avx512 {
-  static constexpr int kRows = 8;
-};
-struct Avx2 {
-  static constexpr int kRows = 4;
-};
-struct Baseline {
-  static constexpr int kRows = 2;
-};
+struct Avx512 {};
+struct Avx2 {};
+struct Baseline {};
 
 #if defined(__x86_64__)
 

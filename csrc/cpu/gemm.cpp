@@ -1,0 +1,313 @@
+// Small grouped matrix products: kernels.
+#include "cpu/gemm.h"
+
+#include <algorithm>
+
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+
+namespace resnest_fused::cpu {
+namespace {
+
+// Rows and columns of C in one unit of work.
+constexpr int64_t kUnitRows = 64;
+constexpr int64_t kUnitColumns = 32;
+
+// Products that gemm_nn adds up before they join the total: long sums keep a small rounding error.
+constexpr int64_t kProductsPerSum = 64;
+
+// Accumulator vectors at once, kRows * kColumns of them, as many as the registers hold: 32 in
+// AVX-512; 16 of half the size in AVX2; 16 of a quarter of it in the baseline.
+template <typename Isa>
+struct Tile;
+template <>
+struct Tile<Avx512> {
+  static constexpr int kRows = 4, kColumns = 4;
+};
+template <>
+struct Tile<Avx2> {
+  static constexpr int kRows = 2, kColumns = 2;
+};
+template <>
+struct Tile<Baseline> {
+  static constexpr int kRows = 1, kColumns = 2;
+};
+
+struct Size {
+  int64_t groups, m, n, k;
+
+  int64_t row_units() const { return (m + kUnitRows - 1) / kUnitRows; }
+  int64_t column_units() const { return (n + kUnitColumns - 1) / kUnitColumns; }
+  int64_t units() const { return groups * row_units() * column_units(); }
+};
+
+// Call f<kRows, kColumns>(i, j) over the elements of units [begin, end), in tiles of at most
+// `Rows` x `Columns` elements, single rows and columns where no whole tile is left.
+template <int Rows, int Columns, typename F>
+RF_INLINE void for_tiles(const Size& size, int64_t begin, int64_t end, F f) {
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t group = unit / (size.row_units() * size.column_units());
+    const int64_t row = unit / size.column_units() % size.row_units() * kUnitRows;
+    const int64_t column = unit % size.column_units() * kUnitColumns;
+    const int64_t row_end = std::min(row + kUnitRows, size.m);
+    const int64_t column_end = std::min(column + kUnitColumns, size.n);
+    int64_t j = column;
+    for (; j + Columns <= column_end; j += Columns) {
+      int64_t i = row;
+      for (; i + Rows <= row_end; i += Rows) {
+        f.template operator()<Rows, Columns>(group, i, j);
+      }
+      for (; i < row_end; ++i) {
+        f.template operator()<1, Columns>(group, i, j);
+      }
+    }
+    for (; j < column_end; ++j) {
+      for (int64_t i = row; i < row_end; ++i) {
+        f.template operator()<1, 1>(group, i, j);
+      }
+    }
+  }
+}
+
+// Lanes `index` of the two vectors laid end to end.
+template <typename A, size_t... index>
+RF_INLINE Vec<A> shuffle(Vec<A> a, Vec<A> b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, static_cast<int>(index)...);
+#else
+  using Lane = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+  return __builtin_shuffle(a, b, Vec<Lane>{static_cast<Lane>(index)...});
+#endif
+}
+
+// Add the upper half of each block of 2 * kHalf lanes to its lower half; the sums of a's blocks
+// come first, then those of b's.
+template <int kHalf, typename A, size_t... lane>
+RF_INLINE Vec<A> fold(Vec<A> a, Vec<A> b, std::index_sequence<lane...>) {
+  return shuffle<A, (lane / kHalf * 2 * kHalf + lane % kHalf)...>(a, b) +
+         shuffle<A, (lane / kHalf * 2 * kHalf + lane % kHalf + kHalf)...>(a, b);
+}
+
+// totals[i] = sum of the lanes of sums[i], by halving: the vectors fold into each other until one is
+// left, which then folds into itself. kCount is a power of two.
+template <int kCount, int kHalf, typename A>
+RF_INLINE void fold_lanes(Vec<A>* sums, Vec<A>& totals) {
+  constexpr auto kAll = std::make_index_sequence<kLanes<A>>{};
+  if constexpr (kCount > 1) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount / 2; ++i) {
+      sums[i] = fold<kHalf, A>(sums[2 * i], sums[2 * i + 1], kAll);
+    }
+  } else {
+    sums[0] = fold<kHalf, A>(sums[0], sums[0], kAll);
+  }
+  if constexpr (kHalf > 1) {
+    fold_lanes<(kCount > 1 ? kCount / 2 : 1), kHalf / 2, A>(sums, totals);
+  } else {
+    totals = sums[0];
+  }
+}
+
+// The same sums in the same order where a shuffle of 64 bytes is no instruction.
+template <typename A, int kBytes, typename V>
+RF_INLINE A halve_lanes(V v) {
+  if constexpr (kBytes == 16) {
+    if constexpr (sizeof(A) == sizeof(float)) {
+      return (v[0] + v[2]) + (v[1] + v[3]);
+    } else {
+      return v[0] + v[1];
+    }
+  } else {
+    typedef A Half __attribute__((vector_size(kBytes / 2)));
+    struct Halves {
+      Half low, high;
+    };
+    const auto halves = reinterpret<Halves>(v);
+    return halve_lanes<A, kBytes / 2, Half>(halves.low + halves.high);
+  }
+}
+
+template <typename Isa, int kCount, typename A>
+RF_INLINE void sum_lanes_of(Vec<A>* sums, A* totals) {
+  if constexpr (std::is_same_v<Isa, Avx512> && kCount <= kLanes<A>) {
+    Vec<A> all;
+    fold_lanes<kCount, kLanes<A> / 2, A>(sums, all);
+    store_first(totals, all, kCount);
+  } else {
+    for (int i = 0; i < kCount; ++i) {
+      totals[i] = halve_lanes<A, 64>(sums[i]);
+    }
+  }
+}
+
+// Lanes hold partial sums over k modulo kLanes, added at the end by halving.
+template <typename A>
+struct GemmNt {
+  template <typename Isa>
+  static RF_INLINE void run(const Size* size, const Matrices<const A>* a,
+                            const Matrices<const A>* b, const A* bias, const Matrices<A>* c,
+                            int64_t begin, int64_t end) {
+    for_tiles<Tile<Isa>::kRows, Tile<Isa>::kColumns>(
+        *size, begin, end,
+        [&]<int kRows, int kColumns>(int64_t group, int64_t i, int64_t j)
+            __attribute__((always_inline)) {
+              tile<Isa, kRows, kColumns>(*size, *a, *b, bias, *c, group, i, j);
+            });
+  }
+
+  template <typename Isa, int kRows, int kColumns>
+  static RF_INLINE void tile(const Size& size, const Matrices<const A>& a,
+                             const Matrices<const A>& b, const A* bias, const Matrices<A>& c,
+                             int64_t group, int64_t row, int64_t column) {
+    const A* x = a.data + group * a.group_stride + row * a.row_stride;
+    const A* w = b.data + group * b.group_stride + column * b.row_stride;
+    Vec<A> sums[kRows * kColumns] = {};
+    int64_t p = 0;
+    for (; p + kLanes<A> <= size.k; p += kLanes<A>) {
+      add_products<kRows, kColumns>(x + p, a.row_stride, w + p, b.row_stride, kLanes<A>, sums);
+    }
+    if (p < size.k) {
+      add_products<kRows, kColumns>(x + p, a.row_stride, w + p, b.row_stride, size.k - p, sums);
+    }
+    A totals[kRows * kColumns];
+    sum_lanes_of<Isa, kRows * kColumns, A>(sums, totals);
+    A* out = c.data + group * c.group_stride + row * c.row_stride + column;
+    for (int i = 0; i < kRows; ++i) {
+      for (int j = 0; j < kColumns; ++j) {
+        const A start = bias ? bias[group * size.n + column + j] : A{};
+        out[i * c.row_stride + j] = start + totals[i * kColumns + j];
+      }
+    }
+  }
+
+  template <int kRows, int kColumns>
+  static RF_INLINE void add_products(const A* x, int64_t x_stride, const A* w, int64_t w_stride,
+                                     int64_t count, Vec<A>* sums) {
+    Vec<A> columns[kColumns];
+#pragma GCC unroll 4
+    for (int j = 0; j < kColumns; ++j) {
+      columns[j] = load_lanes(w + j * w_stride, count);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+      const Vec<A> lanes = load_lanes(x + i * x_stride, count);
+#pragma GCC unroll 4
+      for (int j = 0; j < kColumns; ++j) {
+        sums[i * kColumns + j] += lanes * columns[j];
+      }
+    }
+  }
+};
+
+// Lanes hold kLanes neighbours of a row of C.
+template <typename A>
+struct GemmNn {
+  template <typename Isa>
+  static RF_INLINE void run(const Size* vectors, const Matrices<const A>* a, bool a_transposed,
+                            const Matrices<const A>* b, int64_t n, const Matrices<A>* c,
+                            int64_t begin, int64_t end) {
+    for_tiles<Tile<Isa>::kRows, Tile<Isa>::kColumns>(
+        *vectors, begin, end,
+        [&]<int kRows, int kColumns>(int64_t group, int64_t i, int64_t j)
+            __attribute__((always_inline)) {
+              const int64_t column = j * kLanes<A>;
+              const int64_t count = n - column;
+              const A* x = a->data + group * a->group_stride + i * (a_transposed ? 1 : a->row_stride);
+              const A* w = b->data + group * b->group_stride + column;
+              A* out = c->data + group * c->group_stride + i * c->row_stride + column;
+              const int64_t i_stride = a_transposed ? 1 : a->row_stride;
+              const int64_t k_stride = a_transposed ? a->row_stride : 1;
+              if (count >= kColumns * kLanes<A>) {
+                tile<kRows, kColumns, true>(vectors->k, x, i_stride, k_stride, w, b->row_stride, out,
+                                            c->row_stride, count);
+              } else {
+                tile<kRows, kColumns, false>(vectors->k, x, i_stride, k_stride, w, b->row_stride, out,
+                                             c->row_stride, count);
+              }
+            });
+  }
+
+  template <int kRows, int kColumns, bool kWhole>
+  static RF_INLINE void tile(int64_t k, const A* x, int64_t i_stride, int64_t k_stride, const A* w,
+                             int64_t w_stride, A* out, int64_t out_stride, int64_t count) {
+    const auto width = [&](int j) __attribute__((always_inline)) {
+      return kWhole ? int64_t{kLanes<A>} : std::min<int64_t>(kLanes<A>, count - j * kLanes<A>);
+    };
+    Vec<A> totals[kRows * kColumns] = {};
+    for (int64_t first = 0; first < k; first += kProductsPerSum) {
+      const int64_t last = std::min(first + kProductsPerSum, k);
+      Vec<A> sums[kRows * kColumns] = {};
+      for (int64_t p = first; p < last; ++p) {
+        Vec<A> columns[kColumns];
+#pragma GCC unroll 4
+        for (int j = 0; j < kColumns; ++j) {
+          columns[j] = load_lanes(w + p * w_stride + j * kLanes<A>, width(j));
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < kRows; ++i) {
+          const A scalar = x[i * i_stride + p * k_stride];
+#pragma GCC unroll 4
+          for (int j = 0; j < kColumns; ++j) {
+            sums[i * kColumns + j] += scalar * columns[j];
+          }
+        }
+      }
+#pragma GCC unroll 16
+      for (int t = 0; t < kRows * kColumns; ++t) {
+        totals[t] += sums[t];
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kColumns; ++j) {
+        store_lanes(out + i * out_stride + j * kLanes<A>, totals[i * kColumns + j], width(j));
+      }
+    }
+  }
+};
+
+// Bytes that take as long to move as a unit of this many multiply-adds takes to compute.
+template <typename A>
+int64_t unit_bytes(const Size& size, int64_t columns) {
+  return std::min(size.m, kUnitRows) * columns * size.k * static_cast<int64_t>(sizeof(A)) / 4;
+}
+
+}  // namespace
+
+template <typename A>
+void gemm_nt(int64_t groups, int64_t m, int64_t n, int64_t k, Matrices<const A> a,
+             Matrices<const A> b, const A* bias, Matrices<A> c) {
+  const Size size{groups, m, n, k};
+  parallel_units(size.units(), unit_bytes<A>(size, std::min(n, kUnitColumns)),
+                 [&](int64_t begin, int64_t end) {
+                   dispatch<GemmNt<A>>(&size, const_cast<const Matrices<const A>*>(&a),
+                                       const_cast<const Matrices<const A>*>(&b), bias,
+                                       const_cast<const Matrices<A>*>(&c), begin, end);
+                 });
+}
+
+template <typename A>
+void gemm_nn(int64_t groups, int64_t m, int64_t n, int64_t k, Matrices<const A> a, bool a_transposed,
+             Matrices<const A> b, Matrices<A> c) {
+  // Columns are counted in vectors here.
+  const Size vectors{groups, m, (n + kLanes<A> - 1) / kLanes<A>, k};
+  parallel_units(vectors.units(),
+                 unit_bytes<A>(vectors, std::min(n, kUnitColumns * kLanes<A>)),
+                 [&](int64_t begin, int64_t end) {
+                   dispatch<GemmNn<A>>(&vectors, const_cast<const Matrices<const A>*>(&a),
+                                       a_transposed, const_cast<const Matrices<const A>*>(&b), n,
+                                       const_cast<const Matrices<A>*>(&c), begin, end);
+                 });
+}
+
+#define RF_INSTANTIATE(A)                                                                        \
+  template void gemm_nt<A>(int64_t, int64_t, int64_t, int64_t, Matrices<const A>,                \
+                           Matrices<const A>, const A*, Matrices<A>);                            \
+  template void gemm_nn<A>(int64_t, int64_t, int64_t, int64_t, Matrices<const A>, bool,          \
+                           Matrices<const A>, Matrices<A>);
+RF_INSTANTIATE(float)
+RF_INSTANTIATE(double)
+#undef RF_INSTANTIATE
+
+}  // namespace resnest_fused::cpu
