@@ -1,3 +1,3 @@
-"""The compiled module: importing it registers the ops, calling it tells how it was built."""
+"""The compiled module: importing it registers the ops."""
 
 def build_info() -> dict[str, str]: ...

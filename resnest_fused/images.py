@@ -19,11 +19,11 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     """The picture in a file, decoded, in RGB.
 
     Raises:
-        ValueError: no such file, not a picture that Pillow can read, truncated, or too large.
+        ValueError: not a file, not a picture that Pillow can read, truncated, or too large.
     """
     name = os.fspath(path)
     if not os.path.isfile(path):
-        raise ValueError(f"{name}: no such file")
+        raise ValueError(f"{name}: not a file that exists")
     try:
         with Image.open(path) as image:
             return image.convert("RGB")

@@ -9,23 +9,39 @@ namespace {
 // Four independent sums hide the latency of the adder.
 constexpr int kChains = 4;
 
-// sums[] += term(i) over [0, count); term(i) is a vector of elements i, i+1, ...; term_first(i, n)
-// has n of them and zeros.
-template <typename A, typename Term, typename TermFirst>
-RF_INLINE void accumulate(int64_t count, Vec<A> (&sums)[kChains], Term term, TermFirst term_first) {
+// The elements [i, i + n) of a row of `count`, for load functions below: all lanes, or the rest.
+struct Whole {};
+struct Rest {
+  int64_t n;
+  bool behind_a_vector;  // at least a vector of the row lies before its end
+};
+
+template <typename T>
+RF_INLINE Vec<Acc<T>> load_part(const T* p, Whole) {
+  return load(p);
+}
+
+template <typename T>
+RF_INLINE Vec<Acc<T>> load_part(const T* p, Rest rest) {
+  return rest.behind_a_vector ? load_last(p + rest.n, rest.n) : load_first(p, rest.n);
+}
+
+// sums[] += term(i, part) over [0, count); term(i, part) loads elements from i on with load_part.
+template <typename A, typename Term>
+RF_INLINE void accumulate(int64_t count, Vec<A> (&sums)[kChains], Term term) {
   constexpr int64_t kStep = kLanes<A>;
   int64_t i = 0;
   for (; i + kChains * kStep <= count; i += kChains * kStep) {
 #pragma GCC unroll 4
     for (int chain = 0; chain < kChains; ++chain) {
-      sums[chain] += term(i + chain * kStep);
+      sums[chain] += term(i + chain * kStep, Whole{});
     }
   }
   for (; i + kStep <= count; i += kStep) {
-    sums[0] += term(i);
+    sums[0] += term(i, Whole{});
   }
   if (i < count) {
-    sums[1] += term_first(i, count - i);
+    sums[1] += term(i, Rest{count - i, count >= kStep});
   }
 }
 
@@ -47,12 +63,9 @@ struct PoolNchw {
       Vec<A> sums[kChains] = {};
       for (int64_t r = 0; r < p->radix; ++r) {
         const T* row = x + ((b * p->radix + r) * p->channels + c) * pixels;
-        accumulate<A>(
-            pixels, sums,
-            [&](int64_t i) __attribute__((always_inline)) { return load(row + i); },
-            [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-              return load_first(row + i, n);
-            });
+        accumulate<A>(pixels, sums, [&](int64_t i, auto part) __attribute__((always_inline)) {
+          return load_part(row + i, part);
+        });
       }
       partial[unit] = total<A>(sums);
     }
@@ -74,12 +87,9 @@ struct PoolBackwardNchw {
         const int64_t feature = (b * p->radix + r) * p->channels + c;
         const T* row = x + feature * pixels;
         Vec<A> sums[kChains] = {};
-        accumulate<A>(
-            pixels, sums,
-            [&](int64_t i) __attribute__((always_inline)) { return load(g + i) * load(row + i); },
-            [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-              return load_first(g + i, n) * load_first(row + i, n);
-            });
+        accumulate<A>(pixels, sums, [&](int64_t i, auto part) __attribute__((always_inline)) {
+          return load_part(g + i, part) * load_part(row + i, part);
+        });
         partial[feature] = total<A>(sums);
       }
     }

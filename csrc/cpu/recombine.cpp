@@ -6,19 +6,40 @@
 namespace resnest_fused::cpu {
 namespace {
 
+// Results at least this large pass the caches: they would not stay there until they are read.
+// Measured on 2 cores of an Xeon with 48 MB of L3, shared with other machines.
+constexpr int64_t kStreamBytes = 8 * 1024 * 1024;
+
+template <typename T>
+bool streams(const Problem& p, int64_t features) {
+  return p.batch * features * p.pixels() * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+}
+
 // Write value(i) to out[i, ...] for all of [0, count), a vector at a time. The last vector of a row
-// overlaps the one before it, which writes the same values again; rows shorter than a vector use
-// value_first(i, n).
-template <typename T, typename Value, typename ValueFirst>
-RF_INLINE void write_row(int64_t count, T* out, Value value, ValueFirst value_first) {
+// overlaps the one before it, which writes the same values again (as does the first, where streaming
+// starts at an aligned element); rows shorter than a vector use value_first(i, n).
+template <typename Isa, typename T, typename Value, typename ValueFirst>
+RF_INLINE void write_row(bool streamed, int64_t count, T* out, Value value, ValueFirst value_first) {
   constexpr int64_t kStep = kLanes<Acc<T>>;
   if (count < kStep) {
     store_first(out, value_first(0, count), count);
     return;
   }
   int64_t i = 0;
-  for (; i + kStep <= count; i += kStep) {
-    store(out + i, value(i));
+  if (streamed) {
+    constexpr uintptr_t kBytes = kStep * sizeof(T);
+    const uintptr_t past = reinterpret_cast<uintptr_t>(out) % kBytes;
+    if (past != 0) {
+      store(out, value(0));
+      i = static_cast<int64_t>((kBytes - past) / sizeof(T));
+    }
+    for (; i + kStep <= count; i += kStep) {
+      stream<Isa>(out + i, value(i));
+    }
+  } else {
+    for (; i + kStep <= count; i += kStep) {
+      store(out + i, value(i));
+    }
   }
   if (i < count) {
     store(out + count - kStep, value(count - kStep));
@@ -32,6 +53,7 @@ struct RecombineNchw {
   static RF_INLINE void run(const Problem* p, const T* x, const Acc<T>* attention, int64_t begin,
                             int64_t end, T* out) {
     using A = Acc<T>;
+    const bool streamed = streams<T>(*p, p->channels);
     const int64_t pixels = p->pixels(), channels = p->channels;
     const int64_t radix = kRadix ? kRadix : p->radix;
     const int64_t split = channels * pixels;
@@ -39,8 +61,8 @@ struct RecombineNchw {
       const int64_t b = unit / channels, c = unit % channels;
       const T* row = x + (b * radix * channels + c) * pixels;
       const A* a = attention + b * radix * channels + c;
-      write_row(
-          pixels, out + unit * pixels,
+      write_row<Isa>(
+          streamed, pixels, out + unit * pixels,
           [&](int64_t i) __attribute__((always_inline)) {
             Vec<A> sum = a[0] * load(row + i);
 #pragma GCC unroll 4
@@ -57,6 +79,7 @@ struct RecombineNchw {
             return sum;
           });
     }
+    stream_fence();
   }
 };
 
@@ -67,6 +90,7 @@ struct RecombineBackwardNchw {
   static RF_INLINE void run(const Problem* p, const T* dout, const Acc<T>* attention,
                             const Acc<T>* dgap, int64_t begin, int64_t end, T* dx) {
     using A = Acc<T>;
+    const bool streamed = streams<T>(*p, p->features());
     const int64_t pixels = p->pixels(), channels = p->channels, radix = p->radix;
     for (int64_t unit = end; unit-- > begin;) {
       const int64_t b = unit / channels, c = unit % channels;
@@ -75,14 +99,15 @@ struct RecombineBackwardNchw {
       for (int64_t r = 0; r < radix; ++r) {
         const int64_t feature = (b * radix + r) * channels + c;
         const A a = attention[feature];
-        write_row(
-            pixels, dx + feature * pixels,
+        write_row<Isa>(
+            streamed, pixels, dx + feature * pixels,
             [&](int64_t i) __attribute__((always_inline)) { return a * load(g + i) + shift; },
             [&](int64_t i, int64_t n) __attribute__((always_inline)) {
               return a * load_first(g + i, n) + shift;
             });
       }
     }
+    stream_fence();
   }
 };
 
@@ -93,6 +118,7 @@ struct RecombineNhwc {
   static RF_INLINE void run(const Problem* p, const T* x, const Acc<T>* attention, int64_t begin,
                             int64_t end, T* out) {
     using A = Acc<T>;
+    const bool streamed = streams<T>(*p, p->channels);
     const int64_t channels = p->channels;
     const int64_t radix = kRadix ? kRadix : p->radix;
     const int64_t features = radix * channels;
@@ -105,8 +131,8 @@ struct RecombineNhwc {
       for (int64_t i = count; i-- > 0;) {
         const int64_t pixel = b * p->pixels() + first + i;
         const T* row = x + pixel * features;
-        write_row(
-            channels, out + pixel * channels,
+        write_row<Isa>(
+            streamed, channels, out + pixel * channels,
             [&](int64_t c) __attribute__((always_inline)) {
               Vec<A> sum = load(a + c) * load(row + c);
 #pragma GCC unroll 4
@@ -124,6 +150,7 @@ struct RecombineNhwc {
             });
       }
     }
+    stream_fence();
   }
 };
 
@@ -134,6 +161,7 @@ struct RecombineBackwardNhwc {
   static RF_INLINE void run(const Problem* p, const T* dout, const Acc<T>* attention,
                             const Acc<T>* dgap, int64_t begin, int64_t end, T* dx) {
     using A = Acc<T>;
+    const bool streamed = streams<T>(*p, p->features());
     const int64_t channels = p->channels, radix = p->radix, features = p->features();
     const int64_t per_sample = pool_partials(*p);
     const A scale = A(1) / static_cast<A>(p->pixels());
@@ -147,8 +175,8 @@ struct RecombineBackwardNhwc {
         const T* g = dout + pixel * channels;
         for (int64_t r = 0; r < radix; ++r) {
           const A* a = attention + b * features + r * channels;
-          write_row(
-              channels, dx + pixel * features + r * channels,
+          write_row<Isa>(
+              streamed, channels, dx + pixel * features + r * channels,
               [&](int64_t c) __attribute__((always_inline)) {
                 return load(a + c) * load(g + c) + load(shift + c) * scale;
               },
@@ -158,6 +186,7 @@ struct RecombineBackwardNhwc {
         }
       }
     }
+    stream_fence();
   }
 };
 

@@ -8,6 +8,8 @@
 // the same order of summation.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -138,6 +140,22 @@ RF_INLINE void store_first(T* p, Vec<Acc<T>> value, int64_t count) {
   }
 }
 
+// The `count` elements before `end` in the last lanes, zeros in the others; at least kLanes elements
+// lie before `end`. Far cheaper than load_first, which goes through memory.
+template <typename T>
+RF_INLINE Vec<Acc<T>> load_last(const T* end, int64_t count) {
+  using A = Acc<T>;
+  using Bits = std::conditional_t<sizeof(A) == 4, uint32_t, uint64_t>;
+  static constexpr auto kMask = [] {
+    std::array<Bits, 2 * kLanes<A>> mask{};
+    std::fill(mask.begin() + kLanes<A>, mask.end(), ~Bits{0});
+    return mask;
+  }();
+  Vec<Bits> mask;
+  std::memcpy(&mask, kMask.data() + count, sizeof mask);
+  return reinterpret<Vec<A>>(reinterpret<Vec<Bits>>(load(end - kLanes<A>)) & mask);
+}
+
 // All lanes where the row has them, else the first `count`.
 template <typename T>
 RF_INLINE Vec<Acc<T>> load_lanes(const T* p, int64_t count) {
@@ -217,6 +235,40 @@ RF_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
 struct Avx512 {};
 struct Avx2 {};
 struct Baseline {};
+
+// Store a whole vector past the caches, which saves reading the line first; p is aligned to the
+// bytes stored. Inline assembly, as an intrinsic would have to be inlined from a function that is
+// already compiled for its instruction set. Call stream_fence() before other threads may read.
+template <typename Isa, typename T>
+RF_INLINE void stream(T* p, Vec<Acc<T>> value) {
+#if defined(__x86_64__)
+  if constexpr (!std::is_same_v<Isa, Baseline>) {
+    typedef float Line __attribute__((vector_size(64)));
+    typedef float HalfLine __attribute__((vector_size(32)));
+    struct Halves {
+      HalfLine low, high;
+    };
+    if constexpr (sizeof(T) < sizeof(Acc<T>)) {
+      const auto half = reinterpret<HalfLine>(narrow(value, T{}));
+      asm("vmovntps %1, %0" : "=m"(*reinterpret_cast<HalfLine*>(p)) : "v"(half));
+    } else if constexpr (std::is_same_v<Isa, Avx512>) {
+      asm("vmovntps %1, %0" : "=m"(*reinterpret_cast<Line*>(p)) : "v"(reinterpret<Line>(value)));
+    } else {
+      const auto halves = reinterpret<Halves>(value);
+      asm("vmovntps %1, %0" : "=m"(*reinterpret_cast<HalfLine*>(p)) : "x"(halves.low));
+      asm("vmovntps %1, %0" : "=m"(*(reinterpret_cast<HalfLine*>(p) + 1)) : "x"(halves.high));
+    }
+    return;
+  }
+#endif
+  store(p, value);
+}
+
+RF_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
 
 #if defined(__x86_64__)
 

@@ -22,10 +22,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     "module." of ``DataParallel`` is taken off. Read with ``weights_only=True``: no code runs.
 
     Raises:
-        CheckpointError: no such file, truncated or damaged, or something else than tensors by name.
+        CheckpointError: not a file, truncated or damaged, or something else than tensors by name.
     """
     if not os.path.isfile(path):
-        raise CheckpointError(f"{os.fspath(path)}: no such file")
+        raise CheckpointError(f"{os.fspath(path)}: not a file that exists")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     # A damaged file can make the unpickler raise almost anything.

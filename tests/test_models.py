@@ -1,0 +1,240 @@
+"""The model builders: official layout and numbers, and checkpoints that load whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from resnest_fused import FusedSplitAttentionConv2d, SplitAttentionConv2d, models
+from resnest_fused.models import CheckpointError
+from resnest_fused.models.resnest import Bottleneck
+
+# From the official resnest50: the first keys, a block with a shortcut, and the last keys.
+_STEM = ["conv1.0.weight", "conv1.1.weight", "conv1.1.bias", "conv1.1.running_mean"]
+_BLOCK = [
+    "conv1.weight",
+    *(f"bn1.{name}" for name in ("weight", "bias", "running_mean", "running_var")),
+    "bn1.num_batches_tracked",
+    "conv2.conv.weight",
+]
+
+
+def build(fused: bool = False, seed: int = 0) -> models.ResNeSt:
+    torch.manual_seed(seed)
+    return models.resnest50(fused=fused)
+
+
+@pytest.fixture(scope="module")
+def reference() -> models.ResNeSt:
+    return build()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(reference: models.ResNeSt, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "resnest50.pth"
+    torch.save(reference.state_dict(), path)
+    return path
+
+
+def assert_same_state(a: nn.Module, b: nn.Module) -> None:
+    left, right = a.state_dict(), b.state_dict()
+    assert list(left) == list(right)
+    assert [key for key in left if not torch.equal(left[key], right[key])] == []
+
+
+def test_layout(reference: models.ResNeSt) -> None:
+    state = reference.state_dict()
+    keys = list(state)
+    assert keys[:4] == _STEM
+    assert keys[-2:] == ["fc.weight", "fc.bias"]
+    start = keys.index("layer2.0.conv1.weight")
+    assert keys[start : start + len(_BLOCK)] == [f"layer2.0.{name}" for name in _BLOCK]
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    assert shapes["conv1.6.weight"] == (64, 32, 3, 3)
+    assert shapes["layer1.0.downsample.1.weight"] == (256, 64, 1, 1)
+    assert shapes["layer4.2.conv2.conv.weight"] == (1024, 256, 3, 3)
+    assert shapes["layer4.2.conv2.fc1.weight"] == (256, 512, 1, 1)
+    assert shapes["layer1.0.conv2.fc2.weight"] == (128, 32, 1, 1)
+    assert sum(p.numel() for p in reference.parameters()) == 27_483_240
+    assert [len(getattr(reference, f"layer{n}")) for n in (1, 2, 3, 4)] == [3, 4, 6, 3]
+
+
+def test_fused_changes_the_attention_only(reference: models.ResNeSt) -> None:
+    fused = build(fused=True)
+    assert_same_state(reference, fused)
+
+    def kinds(model: nn.Module) -> list[type]:
+        return [type(m) for m in model.modules() if isinstance(m, SplitAttentionConv2d)]
+
+    assert kinds(fused) == 16 * [FusedSplitAttentionConv2d]
+    assert kinds(reference) == 16 * [SplitAttentionConv2d]
+
+
+@pytest.mark.parametrize("size", [64, 75])
+def test_fused_equals_reference_in_eval(size: int) -> None:
+    reference, fused = build().eval(), build(fused=True).eval()
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        expected = reference(x)
+        torch.testing.assert_close(fused(x), expected, rtol=0, atol=1e-5 * expected.abs().max())
+
+
+def test_any_size_and_number_of_classes() -> None:
+    model = models.create("resnest50", num_classes=7).eval()
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 33, 70)).shape == (1, 7)
+
+
+@pytest.mark.parametrize(
+    ("stride", "size", "expected"), [(1, 7, 7), (2, 7, 4), (2, 8, 4), (2, 1, 1)]
+)
+def test_bottleneck_output_size(stride: int, size: int, expected: int) -> None:
+    downsample = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
+    block = Bottleneck(64, 16, SplitAttentionConv2d, nn.BatchNorm2d, stride, downsample).eval()
+    assert block(torch.randn(2, 64, size, size)).shape == (2, 64, expected, expected)
+
+
+def test_norm_layer() -> None:
+    def group_norm(features: int) -> nn.Module:
+        return nn.GroupNorm(8, features)
+
+    with pytest.raises(TypeError, match="GroupNorm"):
+        models.resnest50(norm_layer=group_norm)
+    model = models.resnest50(norm_layer=group_norm, fused=False)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert model(torch.randn(1, 3, 32, 32)).isfinite().all()
+
+
+def test_names() -> None:
+    assert models.list_models() == ["resnest50"]
+    with pytest.raises(ValueError, match=r"expected one of resnest50, got 'resnest5'"):
+        models.create("resnest5")
+
+
+@pytest.mark.parametrize("form", ["plain", "nested", "data parallel"])
+def test_weights(form: str, checkpoint: Path, reference: nn.Module, tmp_path: Path) -> None:
+    state = reference.state_dict()
+    if form == "data parallel":
+        state = {f"module.{key}": value for key, value in state.items()}
+    path = tmp_path / "weights.pth"
+    torch.save(state if form == "plain" else {"state_dict": state, "epoch": 270}, path)
+    assert_same_state(models.create("resnest50", path, fused=False), reference)
+    assert_same_state(models.create("resnest50", str(path)), reference)
+
+
+def _without(state: dict[str, Tensor], *keys: str) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if key not in keys}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: _without(s, "fc.bias"), r"1 missing \(fc.bias\)$"),
+        (lambda s: s | {"head.weight": torch.ones(1)}, r"1 unexpected \(head.weight\)$"),
+        (
+            lambda s: s | {"fc.weight": torch.ones(10, 2048)},
+            r"1 of another shape \(fc.weight \(10, 2048\) for \(1000, 2048\)\)$",
+        ),
+        (
+            lambda s: {f"backbone.{key}": value for key, value in s.items()},
+            r"(\d+) missing \(conv1.0.weight, conv1.1.weight, conv1.1.bias, ...\); \1 unexpected",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit(
+    change: object, message: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "other.pth"
+    torch.save(change(torch.load(checkpoint)), path)  # type: ignore[operator]
+    model, untouched = build(seed=1), build(seed=1)
+    with pytest.raises(CheckpointError, match=f"other.pth: not a checkpoint of this .*{message}"):
+        models.load_checkpoint(model, path)
+    assert_same_state(model, untouched)
+
+
+class Opaque:
+    """What torch.load(weights_only=True) must refuse."""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "truncated, damaged"),
+        (b"no checkpoint at all", "truncated, damaged"),
+        ("half", "truncated, damaged"),
+        (Opaque(), "truncated, damaged"),
+        ([1, 2], "expected a state_dict, got list"),
+        ({}, "got dict without entries"),
+        ({"state_dict": {"epoch": 3}}, "expected tensors by name, got int under 'epoch'"),
+        (None, "expected a state_dict, got NoneType"),
+    ],
+)
+def test_files_that_are_no_checkpoints(
+    content: object, message: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "file.pth"
+    if content == "half":
+        content = checkpoint.read_bytes()[: checkpoint.stat().st_size // 2]
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        models.create("resnest50", path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["absent.pth", ""])
+def test_weights_without_a_file(name: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not a file that exists"):
+        models.create("resnest50", tmp_path / name)
+
+
+@pytest.mark.peers
+class TestOfficial:
+    """Against the official package's resnest50."""
+
+    @staticmethod
+    def official(seed: int = 0) -> nn.Module:
+        from resnest.torch import resnest50
+
+        torch.manual_seed(seed)
+        return resnest50()
+
+    def test_one_seed_gives_the_same_weights(self, reference: models.ResNeSt) -> None:
+        assert_same_state(self.official(), reference)
+
+    def test_loads_both_ways(self, reference: models.ResNeSt, tmp_path: Path) -> None:
+        official = self.official(seed=5)
+        torch.save(official.state_dict(), tmp_path / "official.pth")
+        ours = models.create("resnest50", tmp_path / "official.pth")
+        assert_same_state(ours, official)
+        official.load_state_dict(reference.state_dict(), strict=True)
+        assert_same_state(official, reference)
+
+    @pytest.mark.parametrize("training", [False, True])
+    def test_equal_to_the_bit(self, training: bool) -> None:
+        official, ours = self.official().train(training), build().train(training)
+        x = torch.randn(3, 3, 70, 64)
+        logits, expected = ours(x), official(x)
+        assert torch.equal(logits, expected)
+        logits.logsumexp(1).sum().backward()
+        expected.logsumexp(1).sum().backward()
+        for (name, p), q in zip(ours.named_parameters(), official.parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad), name
+        assert_same_state(ours, official)
+
+
+@pytest.mark.peers
+def test_timm_loads_it(reference: models.ResNeSt) -> None:
+    import timm
+
+    theirs = timm.create_model("resnest50d")
+    theirs.load_state_dict(reference.state_dict(), strict=True)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(theirs.eval()(x), reference.eval()(x))
