@@ -2,17 +2,17 @@
 //
 // Arguments and results are described in cpu/split_attention.h and resnest_fused/functional.py.
 // Ops are functional: no argument is written to, and no result shares memory with one.
-#include <map>
-#include <string>
-
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
 
+#include <map>
+#include <string>
+
 #include "cpu/simd.h"
 #include "cpu/split_attention.h"
 
-#define RF_ATTENTION_ARGS                                                            \
+#define RF_ATTENTION_ARGS                                                                \
   "Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, " \
   "Tensor? bn1_weight, Tensor? bn1_bias, Tensor? bn1_mean, Tensor? bn1_var, float bn1_eps, "
 
@@ -53,9 +53,9 @@ std::map<std::string, std::string> build_info() {
       {"torch_version", RESNEST_FUSED_TORCH_VERSION},
       {"compiler", compiler()},
       {"cxx_flags", RESNEST_FUSED_CXX_FLAGS},
+      {"cuda", RESNEST_FUSED_CUDA_STATUS},
       {"cuda_archs", RESNEST_FUSED_CUDA_ARCHS},
-      {"cpu_capability",
-       resnest_fused::cpu::capability_name(resnest_fused::cpu::capability())},
+      {"cpu_capability", resnest_fused::cpu::capability_name(resnest_fused::cpu::capability())},
   };
 }
 

@@ -1,11 +1,11 @@
 // Validation of a call, and fresh tensors for its results.
 #include "problem.h"
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <string>
 #include <vector>
-
-#include <torch/csrc/stable/ops.h>
 
 namespace resnest_fused {
 namespace {
@@ -78,8 +78,7 @@ void check_shape(const char* name, const Tensor& tensor, std::initializer_list<i
   STD_TORCH_CHECK(tensor.device() == x.device(), name, ": expected on x's device");
 }
 
-Problem make_problem(const Tensor& x, Parameters& params, int64_t radix,
-                     int64_t cardinality) {
+Problem make_problem(const Tensor& x, Parameters& params, int64_t radix, int64_t cardinality) {
   STD_TORCH_CHECK(x.dim() == 4, "x: expected 4 dimensions, got ", x.dim());
   STD_TORCH_CHECK(radix >= 1, "radix: expected at least 1, got ", radix);
   STD_TORCH_CHECK(cardinality >= 1, "cardinality: expected at least 1, got ", cardinality);
@@ -127,8 +126,8 @@ Tensor in_layout(const Tensor& tensor, Layout layout) {
   if (fits) {
     return tensor;
   }
-  return torch::stable::contiguous(tensor, layout == Layout::kNchw ? MemoryFormat::Contiguous
-                                                                   : MemoryFormat::ChannelsLast);
+  return torch::stable::contiguous(
+      tensor, layout == Layout::kNchw ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast);
 }
 
 Tensor empty_map(const Problem& p, int64_t features, const Tensor& x) {

@@ -1,11 +1,11 @@
 // One validated call: its sizes, layout and dtype, shared by every device.
 #pragma once
 
-#include <cstdint>
-#include <optional>
-
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
 
 namespace resnest_fused {
 
@@ -33,16 +33,16 @@ struct Problem {
 
 // The parameters as the ops receive them; float32 or x's dtype.
 struct Parameters {
-  Tensor fc1_weight;                  // (I, C/K, 1, 1)
-  std::optional<Tensor> fc1_bias;     // (I)
-  Tensor fc2_weight;                  // (R*C, I/K, 1, 1)
-  std::optional<Tensor> fc2_bias;     // (R*C)
-  std::optional<Tensor> bn1_weight;   // (I)
-  std::optional<Tensor> bn1_bias;     // (I)
-  std::optional<Tensor> bn1_mean;     // (I)
-  std::optional<Tensor> bn1_var;      // (I), biased
+  Tensor fc1_weight;                 // (I, C/K, 1, 1)
+  std::optional<Tensor> fc1_bias;    // (I)
+  Tensor fc2_weight;                 // (R*C, I/K, 1, 1)
+  std::optional<Tensor> fc2_bias;    // (R*C)
+  std::optional<Tensor> bn1_weight;  // (I)
+  std::optional<Tensor> bn1_bias;    // (I)
+  std::optional<Tensor> bn1_mean;    // (I)
+  std::optional<Tensor> bn1_var;     // (I), biased
   double bn1_eps;
-  bool batch_stats;                   // bn1 normalises with statistics of this batch
+  bool batch_stats;  // bn1 normalises with statistics of this batch
 
   bool has_bn1() const { return batch_stats || bn1_mean.has_value(); }
 };

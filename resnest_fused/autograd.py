@@ -1,4 +1,4 @@
-"""One autograd Function around a backend's forward and backward; saves x and (B, C)-sized crumbs."""
+"""One autograd Function around a backend's kernels; it saves x and (B, C)-sized crumbs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def split_attention(
     radix: int,
     cardinality: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Run checked arguments on the named backend; return out and bn1's batch mean and biased variance.
+    """Run checked arguments on the named backend; return out, bn1's batch mean and biased variance.
 
     The statistics are None unless ``batch_stats``. Without a gradient to compute nothing is saved.
     """
@@ -112,8 +112,14 @@ def _reference_gradients(
     assert x is not None and fc1_weight is not None and fc2_weight is not None
     bn1 = None
     if mean is not None:
-        running = (None, None) if batch_stats else (mean, var)
-        bn1 = BatchNormArgs(bn1_weight, bn1_bias, *running, eps=eps, batch_stats=batch_stats)
+        bn1 = BatchNormArgs(
+            bn1_weight,
+            bn1_bias,
+            running_mean=None if batch_stats else mean,
+            running_var=None if batch_stats else var,
+            eps=eps,
+            batch_stats=batch_stats,
+        )
     out = reference.split_attention(
         x,
         fc1_weight,

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from PIL.Image import Image
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -40,11 +41,11 @@ _UsageError: Any = typer.BadParameter.__base__
 class _Commands(TyperGroup):
     """Reports a wrong command line in one line, where typer draws a box."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **options: Any) -> Any:
-        if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **options)
+    def main(self, *args: Any, **options: Any) -> Any:
+        # In this mode errors are raised and exit codes returned.
+        options["standalone_mode"] = False
         try:
-            code = super().main(*args, standalone_mode=False, **options)
+            code = super().main(*args, **options)
         except _UsageError as error:
             print("resnest-fused:", *error.format_message().split(), file=sys.stderr)
             code = 2
@@ -96,7 +97,7 @@ def _info() -> None:
         facts.add_row("instructions", f"{built['cpu_capability']}, chosen for this CPU at run time")
         facts.add_row("CUDA kernels", built.get("cuda_status", "not included"))
     else:
-        facts.add_row("native kernels", f"none: {reason}")
+        facts.add_row("native kernels", "none")
     console.print(facts)
     table = _table("name", "available", "")
     for status in backends():
@@ -154,6 +155,8 @@ def _compare(
     with _blame("--image"):
         pictures = [images.read_image(path) for path in image or []]
     size = batch or max(len(pictures), _TRAIN_BATCH if train else 1)
+    if size < len(pictures):
+        raise _bad("--batch", f"must hold all {len(pictures)} images, got {size}")
     if train and size < _TRAIN_BATCH:
         raise _bad("--batch", f"--train needs at least {_TRAIN_BATCH}, got {size}")
     with _blame("--model"):
@@ -169,14 +172,7 @@ def _compare(
     if not report:
         raise _bad("--model", f"{model} has no split attention that can be fused")
 
-    if pictures:
-        x = torch.stack([source.preprocess(picture) for picture in pictures])
-        if train:
-            x = images.random_crops(x, size, _SEED)
-        else:
-            x = x[torch.arange(size) % len(x)]
-    else:
-        x = images.random_images(size, source.size, _SEED + 1)
+    x = _input(source, pictures, size, train)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     options: dict[str, Any] = {"dtype": getattr(torch, dtype.value), "memory_format": layout}
     x = x.to(**options)
@@ -189,7 +185,9 @@ def _compare(
     names = [path.name for path in image or []]
     facts.add_row("input", f"{', '.join(names) or 'random pictures'}: {_describe(x)}")
     facts.add_row("fused", _summary(report))
-    facts.add_row("backend", choose(backend.value, x))
+    chosen = choose(backend.value, x)
+    unfused = chosen == "reference" and backend is _Backend.auto
+    facts.add_row("backend", chosen + (", for want of a fused one: see info" if unfused else ""))
     facts.add_row("threads", str(torch.get_num_threads()))
     console.print(facts)
 
@@ -205,6 +203,15 @@ def _compare(
     raise typer.Exit(0 if agreed else 1)
 
 
+def _input(source: sources.Source, pictures: list[Image], size: int, train: bool) -> Tensor:
+    if not pictures:
+        # Another seed than that of the picture by which the random norms were set.
+        return images.random_images(size, source.size, _SEED + 1)
+    x = torch.stack([source.preprocess(picture) for picture in pictures])
+    # Copies of one picture would leave batch normalisation nothing but rounding errors.
+    return images.random_crops(x, size, _SEED) if train else x[torch.arange(size) % len(x)]
+
+
 def _eval_agrees(
     console: Console, reference: nn.Module, fused: nn.Module, names: list[str], x: Tensor
 ) -> bool:
@@ -218,7 +225,9 @@ def _eval_agrees(
         classes = (" ".join(map(str, best)) for best in (top.reference, top.fused))
         table.add_row(names[index % len(names)], *classes, _mark(top.passed))
     title = f"Top-5 classes: the same for {same} of {len(tops)}"
-    note = f"{ties} differ only between logits that are as close as the allowed error" if ties else ""
+    note = (
+        f"{ties} differ only between logits that are as close as the allowed error" if ties else ""
+    )
     _print_table(console, title, table, note)
     return logits.passed and all(top.passed for top in tops)
 

@@ -93,9 +93,7 @@ def check(
     return Check(quantity, own, error, 1.5 * own + torch.finfo(reference.dtype).eps)
 
 
-def check_eval(
-    reference: nn.Module, fused: nn.Module, x: Tensor
-) -> tuple[Check, list[TopFive]]:
+def check_eval(reference: nn.Module, fused: nn.Module, x: Tensor) -> tuple[Check, list[TopFive]]:
     """Agreement of the logits in eval mode; in 16-bit dtypes both are measured against float32.
 
     Args:
@@ -155,7 +153,13 @@ def check_train(
             exact = _run_module(module, entering.float(), dout.float())
         for quantity, result in results.items():
             by_quantity.setdefault(quantity, []).append(
-                check(quantity, result, fused_results[quantity], exact and exact[quantity], half)
+                check(
+                    quantity,
+                    result,
+                    fused_results[quantity],
+                    exact[quantity] if exact else None,
+                    half,
+                )
             )
     return [check("loss", loss, fused_loss, None, half), *map(_worst, by_quantity.values())]
 

@@ -1,4 +1,4 @@
-"""The public function ``split_attention``: its contract, every check of its arguments, its dispatch."""
+"""The public function ``split_attention``: its contract, its checks, its dispatch."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def split_attention(
         x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, radix, cardinality, bn0, bn1, training
     )  # fmt: skip
     chosen = choose(backend, x)
-    # In eager mode the native op checks the same in C++, ten times faster; only when it refuses are
-    # the checks here run, to name what was wrong. Elsewhere nothing may run, or be traced, unchecked.
+    # In eager mode the native op checks the same in C++, ten times faster; only when it refuses
+    # are the checks here run, to name what was wrong. Elsewhere nothing runs, or is traced, unchecked.
     checked = chosen != "native" or bn0 is not None or torch.compiler.is_compiling()
     if checked:
         _check(*arguments)
@@ -114,9 +114,7 @@ def split_attention(
 
 
 @torch.no_grad()
-def _update_running_stats(
-    bn: BatchNormArgs, mean: Tensor, var: Tensor | None, count: int
-) -> None:
+def _update_running_stats(bn: BatchNormArgs, mean: Tensor, var: Tensor | None, count: int) -> None:
     """running = (1 - momentum) * running + momentum * batch, with the unbiased variance."""
     if count == 0:
         return

@@ -84,11 +84,11 @@ def fuse(model: nn.Module, *, backend: str = "auto") -> FuseReport:
     Results, parameters, state_dict, hooks and ``isinstance`` stay the same, and deepcopy and pickle
     work. A module whose result would change is left alone, and the report says why.
 
-    Three things differ in a fused module: ``fc1``, ``bn1``, ``fc2``, the activation between them
-    and the softmax are not called, so hooks put on them later do not run; the output keeps the
-    input's dtype under autocast, which peers widen to float32, and its memory format, which peers
-    force to NCHW; ``torch.jit.script`` and loading a pickle where this package is missing need
-    :func:`unfuse` first.
+    Three things differ in a fused module. ``fc1``, ``bn1``, ``fc2``, the activation between them
+    and the softmax are not called, so hooks put on them later do not run. The output keeps the
+    feature map's memory format, where peers force NCHW, and its dtype, where peers give float32
+    under CUDA's autocast. ``torch.jit.script``, and loading a pickle where this package is missing,
+    need :func:`unfuse` first.
 
     Args:
         model: any module, wrapped by ``torch.compile`` or ``DataParallel`` or not.

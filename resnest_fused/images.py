@@ -63,7 +63,7 @@ def random_images(count: int, size: int, seed: int) -> Tensor:
 def random_crops(pictures: Tensor, count: int, seed: int) -> Tensor:
     """``count`` seeded random crops, resized and half of them mirrored, cycling through pictures.
 
-    ``(N, C, H, W)`` to ``(count, C, H, W)``. A crop has half to all of the picture's height and width.
+    ``(N, C, H, W)`` to ``(count, C, H, W)``. A crop has half to all of the height and width.
     """
     generator = torch.Generator().manual_seed(seed)
     height, width = pictures.shape[-2:]

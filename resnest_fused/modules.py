@@ -22,14 +22,14 @@ def unsupported_norm(norm: nn.Module | None) -> str | None:
 
 def fused_attention(
     x: Tensor,
-    fc1: nn.Conv2d,
-    bn1: nn.Module | None,
-    fc2: nn.Conv2d,
+    fc1: Any,
+    bn1: Any,
+    fc2: Any,
     radix: int,
     cardinality: int,
     backend: str,
 ) -> Tensor:
-    """Split attention by the fused op over modules' parameters, with ``nn.BatchNorm2d``'s semantics.
+    """Split attention by the fused op over modules' parameters; bn1 as ``nn.BatchNorm2d``.
 
     Raises:
         TypeError: when ``bn1`` is a norm that the op does not have.
@@ -58,7 +58,7 @@ def fused_attention(
     return out
 
 
-def _tensor(module: nn.Module, name: str) -> Tensor | None:
+def _tensor(module: nn.Module, name: str) -> Any:
     """``module.name`` without the cost of ``nn.Module.__getattr__`` where it is a parameter."""
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)

@@ -1,4 +1,4 @@
-"""Builds a network by the name that the command line takes: our own, the official package's, timm's."""
+"""Builds the network that the command line names: ours, the official package's or timm's."""
 
 from __future__ import annotations
 
@@ -101,8 +101,9 @@ def randomize_norms(model: nn.Module, size: int, seed: int) -> None:
 
     def calibrate(norm: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
         variance, mean = torch.var_mean(inputs[0])
-        nn.init.constant_(norm.running_mean, mean.item())
-        nn.init.constant_(norm.running_var, variance.item())
+        assert norm.running_mean is not None and norm.running_var is not None
+        norm.running_mean.fill_(mean)
+        norm.running_var.fill_(variance)
 
     handles = []
     for module in model.modules():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -31,9 +32,9 @@ def run(*arguments: str) -> Result:
 
 def tiny_network() -> nn.Module:
     return nn.Sequential(
-        SplitAttentionConv2d(3, 16, 3, stride=2, padding=1),
-        nn.Conv2d(16, 8, 1),
+        nn.Conv2d(3, 8, 3, stride=2),
         nn.BatchNorm2d(8),
+        SplitAttentionConv2d(8, 8, 3, padding=1),
         SplitAttentionConv2d(8, 32, 3, stride=2, padding=1, cardinality=2),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
@@ -134,11 +135,26 @@ def test_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("tiny")
-def test_compile() -> None:
-    result = run("compare", "--repeats", "2", "--compile")
+@pytest.mark.parametrize("train", [False, True])
+def test_compile(train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Traced as ever, but without the minutes of C++ compilation.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    result = run("compare", "--repeats", "2", "--compile", *(["--train"] if train else []))
     assert result.exit_code == 0, result.output
     assert "compiled reference" in result.output
     assert "compiled fused" in result.output
+
+
+@pytest.mark.usefixtures("tiny")
+def test_compile_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no C++ compiler found\nmore on that")
+
+    monkeypatch.setattr(torch, "compile", lambda network: fail)
+    monkeypatch.setattr(fail, "training", False, raising=False)
+    result = run("compare", "--repeats", "1", "--compile")
+    assert result.exit_code == 2
+    assert result.stderr == ("resnest-fused: Invalid value for --compile: no C++ compiler found\n")
 
 
 @pytest.mark.usefixtures("tiny")
@@ -190,6 +206,7 @@ def test_bad_files(files: Path) -> None:
         (("--repeats", "0"), "1"),
         (("--backend", "abacus"), "abacus"),
         (("--train", "--batch", "2"), "--train needs at least 4, got 2"),
+        (("--batch", "1", "--image", CHINA, "--image", FLOWER), "must hold all 2 images, got 1"),
     ],
 )
 def test_bad_arguments(
@@ -333,9 +350,7 @@ def test_networks_are_left_as_they_were() -> None:
     fused = copy.deepcopy(reference)
     names = [entry.name for entry in fuse(fused).fused]
     before = copy.deepcopy(reference.state_dict())
-    compare.check_train(
-        reference, fused, names, images.random_images(4, 32, 0), torch.arange(4)
-    )
+    compare.check_train(reference, fused, names, images.random_images(4, 32, 0), torch.arange(4))
     for network in (reference, fused):
         assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
         assert all(p.grad is None for p in network.parameters())

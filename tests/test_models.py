@@ -1,4 +1,4 @@
-"""The model builders: official layout and numbers, and checkpoints that load whole or not at all."""
+"""The models: official layout and numbers, and checkpoints that load whole or not at all."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "cpu/dtype.h"
 #include "cpu/gemm.h"
 #include "cpu/parallel.h"
 #include "formulas.h"
@@ -16,17 +17,37 @@ std::unique_ptr<A[]> uninitialized(int64_t count) {
   return std::make_unique_for_overwrite<A[]>(static_cast<size_t>(count));
 }
 
-// result[f] = sum_b rows[b, f], b ascending, for features [begin, end).
+// Features whose sums over the batch are held on the stack at a time. They are held in float64, as
+// PyTorch's batch normalisation does on the CPU.
+constexpr int64_t kFeatureBlock = 64;
+
+// Clear the sums and call add(b, f, f - first) for b ascending and features f in [first, last).
+template <int kSums, typename F>
+RF_INLINE void sum_block(int64_t batch, int64_t first, int64_t last,
+                         double (&sums)[kSums][kFeatureBlock], F add) {
+  for (int k = 0; k < kSums; ++k) {
+    std::fill_n(sums[k], kFeatureBlock, 0.0);
+  }
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t f = first; f < last; ++f) {
+      add(b, f, f - first);
+    }
+  }
+}
+
+// result[f] = sum_b rows[b, f] for features [begin, end).
 template <typename A>
 struct SumOverBatch {
   template <typename Isa>
   static RF_INLINE void run(const A* rows /* (B, F) */, int64_t batch, int64_t features,
                             int64_t begin, int64_t end, A* result /* (F) */) {
-    std::fill(result + begin, result + end, A{});
-    for (int64_t b = 0; b < batch; ++b) {
-      for (int64_t f = begin; f < end; ++f) {
-        result[f] += rows[b * features + f];
-      }
+    for (int64_t first = begin; first < end; first += kFeatureBlock) {
+      const int64_t last = std::min(first + kFeatureBlock, end);
+      double sums[1][kFeatureBlock];
+      sum_block(batch, first, last, sums,
+                [&](int64_t b, int64_t f, int64_t at)
+                    __attribute__((always_inline)) { sums[0][at] += rows[b * features + f]; });
+      std::copy_n(sums[0], last - first, result + first);
     }
   }
 };
@@ -45,12 +66,15 @@ struct Fc {
   int64_t groups;
   int64_t outputs;
   int64_t inputs;
-  const A* weight;  // (outputs, inputs / groups)
-  const A* bias;    // (outputs) or null
+  Weight weight;  // (outputs, inputs / groups)
+  const A* bias;  // (outputs) or null
 
   int64_t rows() const { return outputs / groups; }
   int64_t columns() const { return inputs / groups; }
-  Matrices<const A> weights() const { return {weight, columns(), rows() * columns()}; }
+  template <typename P>
+  Matrices<P> w_of(P* w) const {
+    return {w, columns(), rows() * columns()};
+  }
   template <typename P>
   Matrices<P> x_of(P* x) const {
     return {x, inputs, columns()};
@@ -61,24 +85,38 @@ struct Fc {
   }
 
   void forward(int64_t batch, const A* x /* (B, inputs) */, A* y /* (B, outputs) */) const {
-    gemm_nt<A>(groups, batch, rows(), columns(), x_of(x), weights(), bias, y_of(y));
+    with_weight([&](const auto* w) {
+      gemm_nt(groups, batch, rows(), columns(), x_of(x), w_of(w), bias, y_of(y));
+    });
   }
 
   // dx = W^T dy
   void input_gradient(int64_t batch, const A* dy /* (B, outputs) */,
                       A* dx /* (B, inputs) */) const {
-    gemm_nn<A>(groups, batch, columns(), rows(), y_of(dy), false, weights(), x_of(dx));
+    with_weight([&](const auto* w) {
+      gemm_nn(groups, batch, columns(), rows(), y_of(dy), false, w_of(w), x_of(dx));
+    });
   }
 
   // dW = dy^T x, dbias = sum_b dy; null for those not wanted.
   void weight_gradient(int64_t batch, const A* dy, const A* x, A* dweight, A* dbias) const {
     if (dweight) {
-      gemm_nn<A>(groups, rows(), columns(), batch, y_of(dy), true, x_of(x),
-                 {dweight, columns(), rows() * columns()});
+      gemm_nn(groups, rows(), columns(), batch, y_of(dy), true, x_of(x), w_of(dweight));
     }
     if (dbias) {
       sum_over_batch(dy, batch, outputs, dbias);
     }
+  }
+
+ private:
+  template <typename F>
+  void with_weight(const F& f) const {
+    for_dtype(weight.dtype, [&](auto tag) {
+      using P = decltype(tag);
+      if constexpr (kReads<A, P>) {
+        f(static_cast<const P*>(weight.data));
+      }
+    });
   }
 };
 
@@ -92,31 +130,31 @@ Fc<A> fc2_of(const Problem& p, const AttentionParameters<A>& params) {
   return {p.cardinality, p.features(), p.inter, params.fc2_weight, params.fc2_bias};
 }
 
-// mean and biased var over the batch of features [begin, end).
+// Mean and biased variance over the batch of features [begin, end), in two passes.
 template <typename A>
 struct BatchStats {
   template <typename Isa>
   static RF_INLINE void run(const A* hidden /* (B, I) */, int64_t batch, int64_t inter,
                             int64_t begin, int64_t end, A* mean /* (I) */, A* var /* (I) */) {
-    const A scale = A(1) / static_cast<A>(batch);
-    std::fill(mean + begin, mean + end, A{});
-    for (int64_t b = 0; b < batch; ++b) {
-      for (int64_t i = begin; i < end; ++i) {
-        mean[i] += hidden[b * inter + i];
+    const double scale = 1.0 / static_cast<double>(batch);
+    for (int64_t first = begin; first < end; first += kFeatureBlock) {
+      const int64_t last = std::min(first + kFeatureBlock, end);
+      double sums[1][kFeatureBlock], means[kFeatureBlock];
+      sum_block(batch, first, last, sums,
+                [&](int64_t b, int64_t i, int64_t at)
+                    __attribute__((always_inline)) { sums[0][at] += hidden[b * inter + i]; });
+      for (int64_t at = 0; at < last - first; ++at) {
+        means[at] = sums[0][at] * scale;
+        mean[first + at] = static_cast<A>(means[at]);
       }
-    }
-    for (int64_t i = begin; i < end; ++i) {
-      mean[i] *= scale;
-      var[i] = A{};
-    }
-    for (int64_t b = 0; b < batch; ++b) {
-      for (int64_t i = begin; i < end; ++i) {
-        const A centered = hidden[b * inter + i] - mean[i];
-        var[i] += centered * centered;
+      sum_block(batch, first, last, sums,
+                [&](int64_t b, int64_t i, int64_t at) __attribute__((always_inline)) {
+                  const double centered = hidden[b * inter + i] - means[at];
+                  sums[0][at] += centered * centered;
+                });
+      for (int64_t at = 0; at < last - first; ++at) {
+        var[first + at] = static_cast<A>(sums[0][at] * scale);
       }
-    }
-    for (int64_t i = begin; i < end; ++i) {
-      var[i] *= scale;
     }
   }
 };
@@ -235,25 +273,33 @@ struct NormBackward {
     const A* invstd = bn->invstd.data();
     const A* gamma = bn->gamma.data();
     const A* beta = bn->beta.data();
-    std::fill(dgamma + begin, dgamma + end, A{});
-    std::fill(dbeta + begin, dbeta + end, A{});
-    for (int64_t b = 0; b < batch; ++b) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t at = b * inter + i;
-        const A n = batch_norm(hidden[at], mean[i], gamma[i] * invstd[i], beta[i]);
-        const A dn = relu_backward(dhidden[at], n);
-        dhidden[at] = dn;
-        dbeta[i] += dn;
-        dgamma[i] += dn * ((hidden[at] - mean[i]) * invstd[i]);
+    const double scale = batch_stats ? 1.0 / static_cast<double>(batch) : 0.0;
+    for (int64_t first = begin; first < end; first += kFeatureBlock) {
+      const int64_t last = std::min(first + kFeatureBlock, end);
+      double sums[2][kFeatureBlock];
+      sum_block(batch, first, last, sums,
+                [&](int64_t b, int64_t i, int64_t at) __attribute__((always_inline)) {
+                  const int64_t e = b * inter + i;
+                  const A n = batch_norm(hidden[e], mean[i], gamma[i] * invstd[i], beta[i]);
+                  const A dn = relu_backward(dhidden[e], n);
+                  dhidden[e] = dn;
+                  sums[0][at] += dn;
+                  sums[1][at] += static_cast<double>(dn) * ((hidden[e] - mean[i]) * invstd[i]);
+                });
+      A mean_dn[kFeatureBlock], mean_dn_xhat[kFeatureBlock];
+      for (int64_t at = 0; at < last - first; ++at) {
+        dbeta[first + at] = static_cast<A>(sums[0][at]);
+        dgamma[first + at] = static_cast<A>(sums[1][at]);
+        mean_dn[at] = static_cast<A>(sums[0][at] * scale);
+        mean_dn_xhat[at] = static_cast<A>(sums[1][at] * scale);
       }
-    }
-    const A scale = batch_stats ? A(1) / static_cast<A>(batch) : A{};
-    for (int64_t b = 0; b < batch; ++b) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t at = b * inter + i;
-        const A xhat = (hidden[at] - mean[i]) * invstd[i];
-        dhidden[at] = batch_norm_backward(dhidden[at], xhat, gamma[i] * invstd[i],
-                                          dbeta[i] * scale, dgamma[i] * scale);
+      for (int64_t b = 0; b < batch; ++b) {
+        for (int64_t i = first; i < last; ++i) {
+          const int64_t e = b * inter + i;
+          const A xhat = (hidden[e] - mean[i]) * invstd[i];
+          dhidden[e] = batch_norm_backward(dhidden[e], xhat, gamma[i] * invstd[i],
+                                           mean_dn[i - first], mean_dn_xhat[i - first]);
+        }
       }
     }
   }

@@ -20,13 +20,19 @@ struct Norm {
   std::vector<A> beta;    // (I)
 };
 
-// The parameters of phase 2 in the accumulator's type.
+// The weight of an FC, in a dtype that the kernels widen as they read it.
+struct Weight {
+  const void* data;
+  ScalarType dtype;
+};
+
+// The parameters of phase 2, but for the weights in the accumulator's type.
 template <typename A>
 struct AttentionParameters {
-  const A* fc1_weight;  // (I, C/K)
-  const A* fc1_bias;    // (I) or null
-  const A* fc2_weight;  // (R*C, I/K), rows in the logits' order
-  const A* fc2_bias;    // (R*C) or null
+  Weight fc1_weight;  // (I, C/K)
+  const A* fc1_bias;  // (I) or null
+  Weight fc2_weight;  // (R*C, I/K), rows in the logits' order
+  const A* fc2_bias;  // (R*C) or null
   Norm<A> bn1;
 };
 

@@ -36,7 +36,8 @@ Capability chosen_capability() {
     }
   }
   throw std::runtime_error(
-      std::string("RESNEST_FUSED_CPU_CAPABILITY: expected baseline, avx2 or avx512, got ") + wanted);
+      std::string("RESNEST_FUSED_CPU_CAPABILITY: expected baseline, avx2 or avx512, got ") +
+      wanted);
 }
 
 }  // namespace

@@ -88,8 +88,8 @@ RF_INLINE Vec<A> fold(Vec<A> a, Vec<A> b, std::index_sequence<lane...>) {
          shuffle<A, (lane / kHalf * 2 * kHalf + lane % kHalf + kHalf)...>(a, b);
 }
 
-// totals[i] = sum of the lanes of sums[i], by halving: the vectors fold into each other until one is
-// left, which then folds into itself. kCount is a power of two.
+// totals[i] = sum of the lanes of sums[i], by halving: the vectors fold into each other until one
+// is left, which then folds into itself. kCount is a power of two.
 template <int kCount, int kHalf, typename A>
 RF_INLINE void fold_lanes(Vec<A>* sums, Vec<A>& totals) {
   constexpr auto kAll = std::make_index_sequence<kLanes<A>>{};
@@ -141,26 +141,24 @@ RF_INLINE void sum_lanes_of(Vec<A>* sums, A* totals) {
 }
 
 // Lanes hold partial sums over k modulo kLanes, added at the end by halving.
-template <typename A>
+template <typename A, typename B>
 struct GemmNt {
   template <typename Isa>
   static RF_INLINE void run(const Size* size, const Matrices<const A>* a,
-                            const Matrices<const A>* b, const A* bias, const Matrices<A>* c,
+                            const Matrices<const B>* b, const A* bias, const Matrices<A>* c,
                             int64_t begin, int64_t end) {
     for_tiles<Tile<Isa>::kRows, Tile<Isa>::kColumns>(
         *size, begin, end,
-        [&]<int kRows, int kColumns>(int64_t group, int64_t i, int64_t j)
-            __attribute__((always_inline)) {
-              tile<Isa, kRows, kColumns>(*size, *a, *b, bias, *c, group, i, j);
-            });
+        [&]<int kRows, int kColumns>(int64_t group, int64_t i, int64_t j) __attribute__((
+            always_inline)) { tile<Isa, kRows, kColumns>(*size, *a, *b, bias, *c, group, i, j); });
   }
 
   template <typename Isa, int kRows, int kColumns>
   static RF_INLINE void tile(const Size& size, const Matrices<const A>& a,
-                             const Matrices<const A>& b, const A* bias, const Matrices<A>& c,
+                             const Matrices<const B>& b, const A* bias, const Matrices<A>& c,
                              int64_t group, int64_t row, int64_t column) {
     const A* x = a.data + group * a.group_stride + row * a.row_stride;
-    const A* w = b.data + group * b.group_stride + column * b.row_stride;
+    const B* w = b.data + group * b.group_stride + column * b.row_stride;
     Vec<A> sums[kRows * kColumns] = {};
     int64_t p = 0;
     for (; p + kLanes<A> <= size.k; p += kLanes<A>) {
@@ -181,7 +179,7 @@ struct GemmNt {
   }
 
   template <int kRows, int kColumns>
-  static RF_INLINE void add_products(const A* x, int64_t x_stride, const A* w, int64_t w_stride,
+  static RF_INLINE void add_products(const A* x, int64_t x_stride, const B* w, int64_t w_stride,
                                      int64_t count, Vec<A>* sums) {
     Vec<A> columns[kColumns];
 #pragma GCC unroll 4
@@ -200,35 +198,35 @@ struct GemmNt {
 };
 
 // Lanes hold kLanes neighbours of a row of C.
-template <typename A>
+template <typename A, typename B>
 struct GemmNn {
   template <typename Isa>
   static RF_INLINE void run(const Size* vectors, const Matrices<const A>* a, bool a_transposed,
-                            const Matrices<const A>* b, int64_t n, const Matrices<A>* c,
+                            const Matrices<const B>* b, int64_t n, const Matrices<A>* c,
                             int64_t begin, int64_t end) {
     for_tiles<Tile<Isa>::kRows, Tile<Isa>::kColumns>(
         *vectors, begin, end,
-        [&]<int kRows, int kColumns>(int64_t group, int64_t i, int64_t j)
-            __attribute__((always_inline)) {
-              const int64_t column = j * kLanes<A>;
-              const int64_t count = n - column;
-              const A* x = a->data + group * a->group_stride + i * (a_transposed ? 1 : a->row_stride);
-              const A* w = b->data + group * b->group_stride + column;
-              A* out = c->data + group * c->group_stride + i * c->row_stride + column;
-              const int64_t i_stride = a_transposed ? 1 : a->row_stride;
-              const int64_t k_stride = a_transposed ? a->row_stride : 1;
-              if (count >= kColumns * kLanes<A>) {
-                tile<kRows, kColumns, true>(vectors->k, x, i_stride, k_stride, w, b->row_stride, out,
-                                            c->row_stride, count);
-              } else {
-                tile<kRows, kColumns, false>(vectors->k, x, i_stride, k_stride, w, b->row_stride, out,
-                                             c->row_stride, count);
-              }
-            });
+        [&]<int kRows, int kColumns>(int64_t group, int64_t i,
+                                     int64_t j) __attribute__((always_inline)) {
+          const int64_t column = j * kLanes<A>;
+          const int64_t count = n - column;
+          const A* x = a->data + group * a->group_stride + i * (a_transposed ? 1 : a->row_stride);
+          const B* w = b->data + group * b->group_stride + column;
+          A* out = c->data + group * c->group_stride + i * c->row_stride + column;
+          const int64_t i_stride = a_transposed ? 1 : a->row_stride;
+          const int64_t k_stride = a_transposed ? a->row_stride : 1;
+          if (count >= kColumns * kLanes<A>) {
+            tile<kRows, kColumns, true>(vectors->k, x, i_stride, k_stride, w, b->row_stride, out,
+                                        c->row_stride, count);
+          } else {
+            tile<kRows, kColumns, false>(vectors->k, x, i_stride, k_stride, w, b->row_stride, out,
+                                         c->row_stride, count);
+          }
+        });
   }
 
   template <int kRows, int kColumns, bool kWhole>
-  static RF_INLINE void tile(int64_t k, const A* x, int64_t i_stride, int64_t k_stride, const A* w,
+  static RF_INLINE void tile(int64_t k, const A* x, int64_t i_stride, int64_t k_stride, const B* w,
                              int64_t w_stride, A* out, int64_t out_stride, int64_t count) {
     const auto width = [&](int j) __attribute__((always_inline)) {
       return kWhole ? int64_t{kLanes<A>} : std::min<int64_t>(kLanes<A>, count - j * kLanes<A>);
@@ -275,39 +273,40 @@ int64_t unit_bytes(const Size& size, int64_t columns) {
 
 }  // namespace
 
-template <typename A>
+template <typename A, typename B>
 void gemm_nt(int64_t groups, int64_t m, int64_t n, int64_t k, Matrices<const A> a,
-             Matrices<const A> b, const A* bias, Matrices<A> c) {
+             Matrices<const B> b, const A* bias, Matrices<A> c) {
   const Size size{groups, m, n, k};
   parallel_units(size.units(), unit_bytes<A>(size, std::min(n, kUnitColumns)),
                  [&](int64_t begin, int64_t end) {
-                   dispatch<GemmNt<A>>(&size, const_cast<const Matrices<const A>*>(&a),
-                                       const_cast<const Matrices<const A>*>(&b), bias,
-                                       const_cast<const Matrices<A>*>(&c), begin, end);
+                   dispatch<GemmNt<A, B>>(&size, const_cast<const Matrices<const A>*>(&a),
+                                          const_cast<const Matrices<const B>*>(&b), bias,
+                                          const_cast<const Matrices<A>*>(&c), begin, end);
                  });
 }
 
-template <typename A>
-void gemm_nn(int64_t groups, int64_t m, int64_t n, int64_t k, Matrices<const A> a, bool a_transposed,
-             Matrices<const A> b, Matrices<A> c) {
+template <typename A, typename B>
+void gemm_nn(int64_t groups, int64_t m, int64_t n, int64_t k, Matrices<const A> a,
+             bool a_transposed, Matrices<const B> b, Matrices<A> c) {
   // Columns are counted in vectors here.
   const Size vectors{groups, m, (n + kLanes<A> - 1) / kLanes<A>, k};
-  parallel_units(vectors.units(),
-                 unit_bytes<A>(vectors, std::min(n, kUnitColumns * kLanes<A>)),
+  parallel_units(vectors.units(), unit_bytes<A>(vectors, std::min(n, kUnitColumns * kLanes<A>)),
                  [&](int64_t begin, int64_t end) {
-                   dispatch<GemmNn<A>>(&vectors, const_cast<const Matrices<const A>*>(&a),
-                                       a_transposed, const_cast<const Matrices<const A>*>(&b), n,
-                                       const_cast<const Matrices<A>*>(&c), begin, end);
+                   dispatch<GemmNn<A, B>>(&vectors, const_cast<const Matrices<const A>*>(&a),
+                                          a_transposed, const_cast<const Matrices<const B>*>(&b), n,
+                                          const_cast<const Matrices<A>*>(&c), begin, end);
                  });
 }
 
-#define RF_INSTANTIATE(A)                                                                        \
-  template void gemm_nt<A>(int64_t, int64_t, int64_t, int64_t, Matrices<const A>,                \
-                           Matrices<const A>, const A*, Matrices<A>);                            \
-  template void gemm_nn<A>(int64_t, int64_t, int64_t, int64_t, Matrices<const A>, bool,          \
-                           Matrices<const A>, Matrices<A>);
-RF_INSTANTIATE(float)
-RF_INSTANTIATE(double)
+#define RF_INSTANTIATE(A, B)                                                               \
+  template void gemm_nt<A, B>(int64_t, int64_t, int64_t, int64_t, Matrices<const A>,       \
+                              Matrices<const B>, const A*, Matrices<A>);                   \
+  template void gemm_nn<A, B>(int64_t, int64_t, int64_t, int64_t, Matrices<const A>, bool, \
+                              Matrices<const B>, Matrices<A>);
+RF_INSTANTIATE(float, float)
+RF_INSTANTIATE(float, BFloat16)
+RF_INSTANTIATE(float, Half)
+RF_INSTANTIATE(double, double)
 #undef RF_INSTANTIATE
 
 }  // namespace resnest_fused::cpu

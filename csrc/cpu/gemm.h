@@ -15,14 +15,16 @@ struct Matrices {
   int64_t group_stride;
 };
 
-// C[g] (m, n) = A[g] (m, k) B[g]^T + bias[g], B[g] being (n, k); bias (groups, n) or null.
-template <typename A>
+// C[g] (m, n) = A[g] (m, k) B[g]^T + bias[g], B[g] being (n, k) and of any type that widens to A;
+// bias (groups, n) or null.
+template <typename A, typename B>
 void gemm_nt(int64_t groups, int64_t m, int64_t n, int64_t k, Matrices<const A> a,
-             Matrices<const A> b, const A* bias, Matrices<A> c);
+             Matrices<const B> b, const A* bias, Matrices<A> c);
 
-// C[g] (m, n) = A[g] B[g], B[g] being (k, n). A[g] is (m, k), or when a_transposed stored as (k, m).
-template <typename A>
-void gemm_nn(int64_t groups, int64_t m, int64_t n, int64_t k, Matrices<const A> a, bool a_transposed,
-             Matrices<const A> b, Matrices<A> c);
+// C[g] (m, n) = A[g] B[g], B[g] being (k, n). A[g] is (m, k), or when a_transposed stored as (k,
+// m).
+template <typename A, typename B>
+void gemm_nn(int64_t groups, int64_t m, int64_t n, int64_t k, Matrices<const A> a,
+             bool a_transposed, Matrices<const B> b, Matrices<A> c);
 
 }  // namespace resnest_fused::cpu

@@ -1,10 +1,10 @@
 // Work shared among the threads of torch's own pool, in pieces worth a thread.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <cstdint>
-
-#include <torch/csrc/stable/ops.h>
 
 namespace resnest_fused::cpu {
 
@@ -16,7 +16,8 @@ inline constexpr int64_t kBytesPerThread = 64 * 1024;
 // of threads, so f must not let a unit's result depend on its piece.
 template <typename F>
 void parallel_units(int64_t units, int64_t bytes_per_unit, const F& f) {
-  const int64_t grain = std::max<int64_t>(1, kBytesPerThread / std::max<int64_t>(bytes_per_unit, 1));
+  const int64_t grain =
+      std::max<int64_t>(1, kBytesPerThread / std::max<int64_t>(bytes_per_unit, 1));
   if (units <= grain) {
     if (units > 0) {
       f(0, units);

@@ -258,9 +258,9 @@ void pool_backward_finish(const Problem& problem, const A* partial, int64_t begi
                            dattention);
 }
 
-#define RF_INSTANTIATE(T)                                                                        \
-  template void pool_units<T>(const Problem&, const T*, int64_t, int64_t, Acc<T>*);              \
-  template void pool_backward_units<T>(const Problem&, const T*, const T*, int64_t, int64_t,     \
+#define RF_INSTANTIATE(T)                                                                    \
+  template void pool_units<T>(const Problem&, const T*, int64_t, int64_t, Acc<T>*);          \
+  template void pool_backward_units<T>(const Problem&, const T*, const T*, int64_t, int64_t, \
                                        Acc<T>*);
 RF_INSTANTIATE(float)
 RF_INSTANTIATE(double)
@@ -268,8 +268,8 @@ RF_INSTANTIATE(BFloat16)
 RF_INSTANTIATE(Half)
 #undef RF_INSTANTIATE
 
-#define RF_INSTANTIATE(A)                                                                \
-  template void pool_finish<A>(const Problem&, const A*, int64_t, int64_t, A*);          \
+#define RF_INSTANTIATE(A)                                                       \
+  template void pool_finish<A>(const Problem&, const A*, int64_t, int64_t, A*); \
   template void pool_backward_finish<A>(const Problem&, const A*, int64_t, int64_t, A*);
 RF_INSTANTIATE(float)
 RF_INSTANTIATE(double)

@@ -16,10 +16,11 @@ bool streams(const Problem& p, int64_t features) {
 }
 
 // Write value(i) to out[i, ...] for all of [0, count), a vector at a time. The last vector of a row
-// overlaps the one before it, which writes the same values again (as does the first, where streaming
-// starts at an aligned element); rows shorter than a vector use value_first(i, n).
+// overlaps the one before it, which writes the same values again (as does the first, where
+// streaming starts at an aligned element); rows shorter than a vector use value_first(i, n).
 template <typename Isa, typename T, typename Value, typename ValueFirst>
-RF_INLINE void write_row(bool streamed, int64_t count, T* out, Value value, ValueFirst value_first) {
+RF_INLINE void write_row(bool streamed, int64_t count, T* out, Value value,
+                         ValueFirst value_first) {
   constexpr int64_t kStep = kLanes<Acc<T>>;
   if (count < kStep) {
     store_first(out, value_first(0, count), count);
@@ -102,9 +103,8 @@ struct RecombineBackwardNchw {
         write_row<Isa>(
             streamed, pixels, dx + feature * pixels,
             [&](int64_t i) __attribute__((always_inline)) { return a * load(g + i) + shift; },
-            [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-              return a * load_first(g + i, n) + shift;
-            });
+            [&](int64_t i, int64_t n)
+                __attribute__((always_inline)) { return a * load_first(g + i, n) + shift; });
       }
     }
     stream_fence();
@@ -181,7 +181,8 @@ struct RecombineBackwardNhwc {
                 return load(a + c) * load(g + c) + load(shift + c) * scale;
               },
               [&](int64_t c, int64_t n) __attribute__((always_inline)) {
-                return load_first(a + c, n) * load_first(g + c, n) + load_first(shift + c, n) * scale;
+                return load_first(a + c, n) * load_first(g + c, n) +
+                       load_first(shift + c, n) * scale;
               });
         }
       }
@@ -227,9 +228,9 @@ void recombine_backward_units(const Problem& problem, const T* dout, const Acc<T
   }
 }
 
-#define RF_INSTANTIATE(T)                                                                         \
+#define RF_INSTANTIATE(T)                                                                          \
   template void recombine_units<T>(const Problem&, const T*, const Acc<T>*, int64_t, int64_t, T*); \
-  template void recombine_backward_units<T>(const Problem&, const T*, const Acc<T>*,              \
+  template void recombine_backward_units<T>(const Problem&, const T*, const Acc<T>*,               \
                                             const Acc<T>*, int64_t, int64_t, T*);
 RF_INSTANTIATE(float)
 RF_INSTANTIATE(double)

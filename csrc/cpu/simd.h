@@ -76,7 +76,7 @@ RF_INLINE Vec<float> widen(U16Lanes half, Half) {
   const U32Lanes is_special = reinterpret<U32Lanes>(magnitude >= (0x7c00u << 13));
   const U32Lanes finite = reinterpret<U32Lanes>(scaled);
   return reinterpret<Vec<float>>(select(is_special, finite | 0x7f800000, finite) |
-                                   ((bits & 0x8000) << 16));
+                                 ((bits & 0x8000) << 16));
 }
 
 RF_INLINE U16Lanes narrow(Vec<float> value, Half) {
@@ -140,8 +140,8 @@ RF_INLINE void store_first(T* p, Vec<Acc<T>> value, int64_t count) {
   }
 }
 
-// The `count` elements before `end` in the last lanes, zeros in the others; at least kLanes elements
-// lie before `end`. Far cheaper than load_first, which goes through memory.
+// The `count` elements before `end` in the last lanes, zeros in the others; at least kLanes
+// elements lie before `end`. Far cheaper than load_first, which goes through memory.
 template <typename T>
 RF_INLINE Vec<Acc<T>> load_last(const T* end, int64_t count) {
   using A = Acc<T>;

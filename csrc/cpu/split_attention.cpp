@@ -10,6 +10,7 @@
 #include <memory>
 
 #include "cpu/attention.h"
+#include "cpu/dtype.h"
 #include "cpu/parallel.h"
 #include "cpu/pool.h"
 #include "cpu/recombine.h"
@@ -40,56 +41,24 @@ void advise_huge_pages(const Tensor& fresh) {
 #endif
 }
 
-// Call f with a value of the dtype's stored type.
-template <typename F>
-void for_dtype(ScalarType dtype, const F& f) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::BFloat16:
-      return f(BFloat16{});
-    case ScalarType::Half:
-      return f(Half{});
-    default:
-      STD_TORCH_CHECK(false, "x: expected float32, float64, bfloat16 or float16");
-  }
-}
-
-template <typename A>
-ScalarType acc_dtype() {
-  return sizeof(A) == sizeof(double) ? ScalarType::Double : ScalarType::Float;
-}
-
-// to[i] = from[i] in another dtype, one of them the accumulator's.
-template <typename To, typename From>
-void convert(const From* from, int64_t count, To* to) {
-  using A = std::conditional_t<std::is_same_v<To, double> || std::is_same_v<From, double>, double,
-                               float>;
-  if constexpr (std::is_same_v<To, From>) {
-    std::copy_n(from, count, to);
-  } else if constexpr (sizeof(A) == sizeof(double)) {
-    static_assert(sizeof(To) + sizeof(From) == 12, "float64 meets only float32");
-    std::copy_n(from, count, to);
-  } else {
-    for (int64_t i = 0; i < count; i += kLanes<float>) {
-      const int64_t n = std::min<int64_t>(kLanes<float>, count - i);
-      store_lanes(to + i, load_lanes(from + i, n), n);
-    }
-  }
-}
-
+// to[i] = from[i] in another dtype, rounding once; float64 meets only float32.
 template <typename To, typename From>
 struct Convert {
   template <typename Isa>
   static RF_INLINE void run(const From* from, int64_t count, To* to) {
-    convert(from, count, to);
+    if constexpr (sizeof(To) + sizeof(From) >= 12) {
+      std::copy_n(from, count, to);
+    } else {
+      for (int64_t i = 0; i < count; i += kLanes<float>) {
+        const int64_t n = std::min<int64_t>(kLanes<float>, count - i);
+        store_lanes(to + i, load_lanes(from + i, n), n);
+      }
+    }
   }
 };
 
 template <typename To, typename From>
-void convert_all(const From* from, int64_t count, To* to) {
+void convert(const From* from, int64_t count, To* to) {
   constexpr int64_t kChunk = 4096;
   parallel_units((count + kChunk - 1) / kChunk, kChunk * (sizeof(To) + sizeof(From)),
                  [&](int64_t begin, int64_t end) {
@@ -99,10 +68,9 @@ void convert_all(const From* from, int64_t count, To* to) {
                  });
 }
 
-// Whether a parameter of dtype P may meet accumulators A.
+// Whether a parameter of type P may stand beside accumulators A: float32, or x's own dtype.
 template <typename A, typename P>
-constexpr bool kMeets = std::is_same_v<P, float> || std::is_same_v<A, float> ==
-                                                        !std::is_same_v<P, double>;
+inline constexpr bool kMeets = std::is_same_v<P, float> || kReads<A, P>;
 
 // A parameter in the accumulator's type: in place where it has it already, else converted.
 template <typename A>
@@ -120,7 +88,7 @@ class Widened {
       } else if constexpr (kMeets<A, P>) {
         const int64_t count = tensor->numel();
         owned_ = std::make_unique_for_overwrite<A[]>(static_cast<size_t>(count));
-        convert_all(from, count, owned_.get());
+        convert(from, count, owned_.get());
         data_ = owned_.get();
       }
     });
@@ -136,6 +104,25 @@ class Widened {
  private:
   const A* data_ = nullptr;
   std::unique_ptr<A[]> owned_;
+};
+
+// An FC's weight as the kernels read it: as it is stored, but for float32 beside float64.
+template <typename A>
+class StoredWeight {
+ public:
+  explicit StoredWeight(const Tensor& tensor)
+      : widened_(std::is_same_v<A, double> ? std::optional(tensor) : std::nullopt),
+        weight_{tensor.const_data_ptr(), tensor.scalar_type()} {
+    if constexpr (std::is_same_v<A, double>) {
+      weight_ = {widened_.get(), ScalarType::Double};
+    }
+  }
+
+  Weight get() const { return weight_; }
+
+ private:
+  Widened<A> widened_;
+  Weight weight_;
 };
 
 template <typename A>
@@ -176,8 +163,7 @@ int64_t weight_elements(const Problem& p) {
 bool by_sample(const Problem& p) {
   const int64_t threads = torch::stable::get_num_threads();
   const bool balanced = p.batch >= 4 * threads || p.batch % threads == 0;
-  return threads == 1 ||
-         (balanced && p.batch * sample_elements(p) >= threads * weight_elements(p));
+  return threads == 1 || (balanced && p.batch * sample_elements(p) >= threads * weight_elements(p));
 }
 
 template <typename A>
@@ -193,8 +179,8 @@ template <typename T>
 void forward(const Problem& p, const T* x, const Parameters& tensors, const Crumbs<Acc<T>>& crumbs,
              T* out) {
   using A = Acc<T>;
-  const Widened<A> fc1_weight(tensors.fc1_weight), fc1_bias(tensors.fc1_bias);
-  const Widened<A> fc2_weight(tensors.fc2_weight), fc2_bias(tensors.fc2_bias);
+  const StoredWeight<A> fc1_weight(tensors.fc1_weight), fc2_weight(tensors.fc2_weight);
+  const Widened<A> fc1_bias(tensors.fc1_bias), fc2_bias(tensors.fc2_bias);
   AttentionParameters<A> params{fc1_weight.get(), fc1_bias.get(), fc2_weight.get(), fc2_bias.get(),
                                 make_norm<A>(p, tensors)};
   const int64_t units = pool_units_per_sample(p);
@@ -224,9 +210,8 @@ void forward(const Problem& p, const T* x, const Parameters& tensors, const Crum
   }
 
   const int64_t unit_bytes = pool_unit_bytes(p, sizeof(T));
-  parallel_units(p.batch * units, unit_bytes, [&](int64_t begin, int64_t end) {
-    pool_units(p, x, begin, end, partial);
-  });
+  parallel_units(p.batch * units, unit_bytes,
+                 [&](int64_t begin, int64_t end) { pool_units(p, x, begin, end, partial); });
   pool_finish<A>(p, partial, 0, p.batch, crumbs.gap);
   attention_hidden<A>(p, params, p.batch, crumbs.gap, crumbs.hidden);
   if (tensors.batch_stats) {
@@ -251,7 +236,7 @@ class Gradient {
  public:
   Gradient(bool needed, const Tensor& x, std::initializer_list<int64_t> sizes, ScalarType dtype)
       : tensor_(needed ? empty_on(x, sizes, dtype) : empty_on(x, {0}, dtype)), needed_(needed) {
-    if (needed && dtype != acc_dtype<A>()) {
+    if (needed && dtype != kAccDtype<A>) {
       buffer_ = std::make_unique_for_overwrite<A[]>(static_cast<size_t>(tensor_.numel()));
     }
   }
@@ -263,7 +248,7 @@ class Gradient {
       for_dtype(tensor_.scalar_type(), [&](auto tag) {
         using P = decltype(tag);
         if constexpr (kMeets<A, P> && !std::is_same_v<A, P>) {
-          convert_all(const_cast<const A*>(buffer_.get()), tensor_.numel(), data<P>(tensor_));
+          convert(const_cast<const A*>(buffer_.get()), tensor_.numel(), data<P>(tensor_));
         }
       });
     }
@@ -289,7 +274,7 @@ Gradients backward(const Problem& p, const Tensor& dout_tensor, const Tensor& x_
   using A = Acc<T>;
   const T* dout = static_cast<const T*>(dout_tensor.const_data_ptr());
   const T* x = static_cast<const T*>(x_tensor.const_data_ptr());
-  const Widened<A> fc1_weight(tensors.fc1_weight), fc2_weight(tensors.fc2_weight);
+  const StoredWeight<A> fc1_weight(tensors.fc1_weight), fc2_weight(tensors.fc2_weight);
   const AttentionParameters<A> params{fc1_weight.get(), nullptr, fc2_weight.get(), nullptr,
                                       make_norm<A>(p, tensors)};
 
@@ -301,7 +286,8 @@ Gradients backward(const Problem& p, const Tensor& dout_tensor, const Tensor& x_
   Gradient<A> dfc2_bias(needed[4], x_tensor, {p.features()}, fc2_dtype);
   Gradient<A> dbn1_weight(needed[5], x_tensor, {p.inter}, dtype_of(tensors.bn1_weight, p.dtype));
   Gradient<A> dbn1_bias(needed[6], x_tensor, {p.inter}, dtype_of(tensors.bn1_bias, p.dtype));
-  const Tensor dx = needed[0] ? empty_map(p, p.features(), x_tensor) : empty_on(x_tensor, {0}, p.dtype);
+  const Tensor dx =
+      needed[0] ? empty_map(p, p.features(), x_tensor) : empty_on(x_tensor, {0}, p.dtype);
 
   const int64_t units = pool_units_per_sample(p);
   const int64_t unit_bytes = pool_unit_bytes(p, sizeof(T));
@@ -311,18 +297,15 @@ Gradients backward(const Problem& p, const Tensor& dout_tensor, const Tensor& x_
   parallel_units(p.batch * units, unit_bytes, [&](int64_t begin, int64_t end) {
     pool_backward_units(p, dout, x, begin, end, partial);
   });
-  // The sums land where the first partial sums of each sample were, or in a buffer of their own.
   const auto dattention =
       std::make_unique_for_overwrite<A[]>(static_cast<size_t>(p.batch * p.features()));
   pool_backward_finish<A>(p, partial, 0, p.batch, dattention.get());
 
-  const auto dgap =
-      std::make_unique_for_overwrite<A[]>(static_cast<size_t>(p.batch * p.channels));
-  attention_backward<A>(
-      p, params, tensors.batch_stats, data<A>(gap), data<A>(hidden), data<A>(attention),
-      dattention.get(),
-      {needed[0] ? dgap.get() : nullptr, dfc1_weight.get(), dfc1_bias.get(), dfc2_weight.get(),
-       dfc2_bias.get(), dbn1_weight.get(), dbn1_bias.get()});
+  const auto dgap = std::make_unique_for_overwrite<A[]>(static_cast<size_t>(p.batch * p.channels));
+  attention_backward<A>(p, params, tensors.batch_stats, data<A>(gap), data<A>(hidden),
+                        data<A>(attention), dattention.get(),
+                        {needed[0] ? dgap.get() : nullptr, dfc1_weight.get(), dfc1_bias.get(),
+                         dfc2_weight.get(), dfc2_bias.get(), dbn1_weight.get(), dbn1_bias.get()});
   if (needed[0]) {
     advise_huge_pages(dx);
     parallel_units(p.batch * units, unit_bytes, [&](int64_t begin, int64_t end) {

@@ -1,25 +1,27 @@
-"""The native backend: the compiled ops of ``csrc/``, their fake kernels, and whether they are there."""
+"""The native backend: the compiled ops of ``csrc/`` and their fake kernels."""
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_C: Any = None
+_missing: str | None = None
 try:
-    from resnest_fused import _C
+    _C = importlib.import_module("resnest_fused._C")
 except ImportError as error:
-    _C = None  # type: ignore[assignment]
-    _missing = f"the compiled extension is not installed ({error})"
+    _missing = f"the compiled extension is not there ({error})"
 
 
 def unavailable() -> str | None:
-    return _missing if _C is None else None
+    return _missing
 
 
 def can_run(x: Tensor) -> str | None:
-    if _C is None:
+    if _missing is not None:
         return _missing
     if not (x.is_cpu or x.is_meta):  # meta: the ops trace through their fake kernels
         return f"its kernels are built for cpu, x is on {x.device.type}"
@@ -60,9 +62,7 @@ if _C is not None:
         batch_stats, radix = args[-3], args[-2]
         batch, features = x.shape[:2]
         channels, inter = features // radix, fc1_weight.shape[0]
-        crumbs = x.new_empty(
-            0, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32
-        )
+        crumbs = x.new_empty(0, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
         stats = inter if batch_stats else 0
         return (
             _empty_out(x, channels),
@@ -85,17 +85,17 @@ if _C is not None:
     ) -> tuple[Tensor, ...]:
         needed = args[-1]
         inter, features = fc1_weight.shape[0], x.shape[1]
-        empty = x.new_empty(0)
+
+        def gradient(i: int, like: Tensor | None, *shape: int) -> Tensor:
+            like = x if like is None else like
+            return like.new_empty(shape if needed[i] else (0,))
+
         return (
-            _empty_out(x, features) if needed[0] else empty,
-            torch.empty_like(fc1_weight, memory_format=torch.contiguous_format)
-            if needed[1]
-            else fc1_weight.new_empty(0),
-            fc1_weight.new_empty(inter if needed[2] else 0),
-            torch.empty_like(fc2_weight, memory_format=torch.contiguous_format)
-            if needed[3]
-            else fc2_weight.new_empty(0),
-            fc2_weight.new_empty(features if needed[4] else 0),
-            empty.new_empty(0) if bn1_weight is None else bn1_weight.new_empty(inter if needed[5] else 0),
-            empty.new_empty(0) if bn1_bias is None else bn1_bias.new_empty(inter if needed[6] else 0),
+            _empty_out(x, features) if needed[0] else x.new_empty(0),
+            gradient(1, fc1_weight, *fc1_weight.shape),
+            gradient(2, fc1_weight, inter),
+            gradient(3, fc2_weight, *fc2_weight.shape),
+            gradient(4, fc2_weight, features),
+            gradient(5, bn1_weight, inter),
+            gradient(6, bn1_bias, inter),
         )

@@ -18,7 +18,9 @@ __all__ = [
     "resnest50",
 ]
 
-_BUILDERS: dict[str, Callable[..., ResNeSt]] = {builder.__name__: builder for builder in (resnest50,)}
+_BUILDERS: dict[str, Callable[..., ResNeSt]] = {
+    builder.__name__: builder for builder in (resnest50,)
+}
 
 
 def list_models() -> list[str]:

@@ -12,7 +12,7 @@ _NAMED = 3  # how many keys an error names
 
 
 class CheckpointError(ValueError):
-    """A file is not a checkpoint, or not one of this model; says which file and what did not fit."""
+    """A file is no checkpoint, or not one of this model; says which file and what did not fit."""
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:

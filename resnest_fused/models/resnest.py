@@ -135,9 +135,7 @@ class ResNeSt(nn.Module):
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
-def _shortcut(
-    in_channels: int, planes: int, norm_layer: NormLayer, stride: int
-) -> nn.Sequential:
+def _shortcut(in_channels: int, planes: int, norm_layer: NormLayer, stride: int) -> nn.Sequential:
     # The official layout pools at stride 1 too, by 1x1: the keys begin at 1 for that reason.
     return nn.Sequential(
         nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False),

@@ -1,0 +1,189 @@
+"""First and second derivatives, what is saved for them, and which gradients are asked for."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from cases import NORMS, Call, Case, draw
+from torch import Tensor
+
+import resnest_fused as rf
+
+FORMS = [
+    Case(3, 4, 2, 3, radix, cardinality, 4, torch.float64, norm=norm)
+    for radix in (1, 2, 3)
+    for cardinality in (1, 2)
+    for norm in NORMS
+] + [
+    Case(3, 4, 3, 2, 2, 2, 2, torch.float64, layout="channels_last", norm="batch"),
+    Case(2, 4, 3, 2, 2, 1, 2, torch.float64, layout="transposed", norm="running"),
+    Case(2, 2, 1, 1, 2, 1, 3, torch.float64, bias=False, norm="none"),
+    Case(3, 2, 2, 2, 2, 1, 3, torch.float64, affine=False, norm="batch"),
+]
+
+
+def _as_function(call: Call):
+    """The call as a function of its differentiable tensors, and those tensors."""
+    names = call.differentiable()
+
+    def function(*tensors: Tensor) -> Tensor:
+        return call.forward(**dict(zip(names, tensors, strict=True)))
+
+    return function, [call.tensor(name).detach().requires_grad_() for name in names]
+
+
+@pytest.mark.parametrize("case", FORMS, ids=str)
+def test_gradcheck(case: Case) -> None:
+    function, inputs = _as_function(draw(case))
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("case", FORMS[::3] + FORMS[-4:], ids=str)
+def test_gradgradcheck(case: Case) -> None:
+    function, inputs = _as_function(draw(case))
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_double_backward_in_float32(norm: str) -> None:
+    """A gradient penalty gives the parameters the gradients that the reference gives them."""
+    call = draw(Case(3, 8, 4, 4, 2, 2, 8, norm=norm))
+
+    def penalty(backend: str) -> tuple[Tensor, ...]:
+        leaves = {
+            name: call.tensor(name).clone().requires_grad_() for name in call.params | {"x": 0}
+        }
+        out = call.forward(backend, **leaves)
+        (dx,) = torch.autograd.grad(out.square().sum(), leaves["x"], create_graph=True)
+        wanted = [leaves[name] for name in ("x", "fc1_weight", "fc2_weight", "fc2_bias")]
+        return torch.autograd.grad(dx.square().sum(), wanted)
+
+    for ours, expected in zip(penalty("native"), penalty("reference"), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_first_gradients_are_the_same_with_and_without_create_graph() -> None:
+    call = draw(Case(3, 8, 4, 4, 2, 2, 8, torch.float64))
+    x = call.x.requires_grad_()
+    out = call.forward()
+    (plain,) = torch.autograd.grad(out, x, call.dout, retain_graph=True)
+    (differentiable,) = torch.autograd.grad(out, x, call.dout, create_graph=True)
+    assert not plain.requires_grad
+    assert differentiable.requires_grad
+    torch.testing.assert_close(differentiable.detach(), plain, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("norm", ["running", "batch"])
+def test_every_subset_of_gradients(norm: str) -> None:
+    """What is asked for does not change by what else is; what is not asked for is not given."""
+    call = draw(Case(3, 6, 3, 3, 2, 2, 6, norm=norm))
+    names = call.differentiable()
+    _, expected = call.gradients()
+    for size in range(1, len(names) + 1):
+        for subset in itertools.combinations(names, size):
+            leaves = {n: call.tensor(n).detach().clone().requires_grad_(n in subset) for n in names}
+            call.forward(**leaves).backward(call.dout)
+            for name, leaf in leaves.items():
+                if name in subset:
+                    assert torch.equal(leaf.grad, expected[name]), (name, subset)
+                else:
+                    assert leaf.grad is None, (name, subset)
+
+
+def test_without_a_gradient_to_compute_nothing_is_recorded() -> None:
+    call = draw(Case(2, 4, 3, 3))
+    assert not call.forward().requires_grad
+    call.x.requires_grad_()
+    with torch.no_grad():
+        assert call.forward().grad_fn is None
+    with torch.inference_mode():
+        assert call.forward().is_inference()
+
+
+def test_out_is_the_same_with_and_without_gradients() -> None:
+    for case in (
+        Case(3, 8, 5, 5, norm=norm, dtype=dtype)
+        for norm in NORMS
+        for dtype in (torch.float32, torch.bfloat16)
+    ):
+        call = draw(case)
+        out, _ = call.gradients()
+        assert torch.equal(call.forward(), out)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_saved_are_x_and_small_tensors(dtype: torch.dtype, layout: str) -> None:
+    case = Case(4, 32, 20, 20, dtype=dtype, layout=layout)
+    call = draw(case)
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x = call.x.requires_grad_()
+    call.params["fc1_weight"].requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = call.forward()
+    assert x.data_ptr() in saved
+    assert out.data_ptr() not in saved
+    parameters = sum(p.nbytes for p in call.params.values())
+    # gap, hidden, attention, and the batch's mean and variance, in float32
+    crumbs = 4 * (4 * 32 + 4 * 32 + 4 * 2 * 32 + 2 * 32)
+    assert sum(saved.values()) <= x.nbytes + parameters + crumbs
+
+
+def test_backward_twice_over_one_forward() -> None:
+    call = draw(Case(3, 8, 4, 4))
+    x = call.x.requires_grad_()
+    out = call.forward()
+    (first,) = torch.autograd.grad(out, x, call.dout, retain_graph=True)
+    (second,) = torch.autograd.grad(out, x, call.dout)
+    assert torch.equal(first, second)
+
+
+def test_changing_x_between_forward_and_backward_is_noticed() -> None:
+    call = draw(Case(3, 8, 4, 4))
+    call.params["fc1_weight"].requires_grad_()
+    out = call.forward()
+    call.x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_checkpointing_gives_the_same_gradients() -> None:
+    call = draw(Case(3, 8, 4, 4))
+    _, expected = call.gradients(names=["x"])
+    x = call.x.requires_grad_()
+    out = torch.utils.checkpoint.checkpoint(lambda x: call.forward(x=x), x, use_reentrant=False)
+    (dx,) = torch.autograd.grad(out, x, call.dout)
+    assert torch.equal(dx, expected["x"])
+
+
+def test_torch_func_grad() -> None:
+    call = draw(Case(3, 8, 4, 4, dtype=torch.float64, norm="running"))
+    dx = torch.func.grad(lambda x: (call.forward(x=x) * call.dout).sum())(call.x)
+    _, expected = call.gradients(names=["x"])
+    torch.testing.assert_close(dx, expected["x"])
+
+
+def test_parameters_learn() -> None:
+    """A few steps of SGD follow the reference's."""
+    torch.manual_seed(0)
+    eager = rf.SplitAttention(8, radix=2, cardinality=2, inter_channels=8).double()
+    fused = rf.FusedSplitAttention(8, radix=2, cardinality=2, inter_channels=8).double()
+    fused.load_state_dict(eager.state_dict())
+    x, target = torch.randn(6, 16, 4, 4).double(), torch.randn(6, 8, 4, 4).double()
+    for module in (eager, fused):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.5, momentum=0.9)
+        for _ in range(5):
+            optimizer.zero_grad()
+            (module(x) - target).square().mean().backward()
+            optimizer.step()
+    for (name, ours), expected in zip(
+        fused.state_dict().items(), eager.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9, msg=name)

@@ -1,0 +1,307 @@
+"""Every wrong input raises the error that names the tensor, what was expected and what came."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import resnest_fused as rf
+
+B, C, R, K, INTER = 3, 12, 2, 2, 6
+
+
+def _arguments() -> dict[str, Any]:
+    """A call that runs, in the names of ``rf.split_attention``."""
+    return {
+        "x": torch.randn(B, R * C, 4, 5),
+        "fc1_weight": torch.randn(INTER, C // K, 1, 1),
+        "fc1_bias": torch.randn(INTER),
+        "fc2_weight": torch.randn(R * C, INTER // K, 1, 1),
+        "fc2_bias": torch.randn(R * C),
+        "radix": R,
+        "cardinality": K,
+        "bn0": _norm(R * C),
+        "bn1": _norm(INTER),
+        "training": True,
+    }
+
+
+def _norm(features: int) -> rf.BatchNormArgs:
+    return rf.BatchNormArgs(
+        torch.randn(features),
+        torch.randn(features),
+        torch.randn(features),
+        torch.rand(features) + 0.5,
+    )
+
+
+def _norms() -> list[tuple[type[Exception], str, Callable[[dict[str, Any]], dict[str, Any]]]]:
+    """What can be wrong with bn0 and bn1 alike."""
+    wrong: list[tuple[type[Exception], str, Callable[[dict[str, Any]], dict[str, Any]]]] = []
+    for bn, features in (("bn0", R * C), ("bn1", INTER)):
+        for field in ("weight", "bias", "running_mean", "running_var"):
+            wrong += [
+                (
+                    ValueError,
+                    f"{bn}.{field}: expected shape ({features},), got (5,)",
+                    lambda a, bn=bn, field=field: {bn: a[bn]._replace(**{field: torch.ones(5)})},
+                ),
+                (
+                    TypeError,
+                    f"{bn}.{field}: expected x's torch.float32 or torch.float32, got torch.float64",
+                    lambda a, bn=bn, field=field: {
+                        bn: a[bn]._replace(**{field: getattr(a[bn], field).double()})
+                    },
+                ),
+                (
+                    ValueError,
+                    f"{bn}.{field}: expected on cpu as x is, got meta",
+                    lambda a, bn=bn, field=field: {
+                        bn: a[bn]._replace(**{field: getattr(a[bn], field).to("meta")})
+                    },
+                ),
+            ]
+        for field in ("running_mean", "running_var"):
+            wrong.append(
+                (
+                    ValueError,
+                    f"{bn}: expected running_mean and running_var both given or both None",
+                    lambda a, bn=bn, field=field: {bn: a[bn]._replace(**{field: None})},
+                )
+            )
+    return wrong
+
+
+# The error, its whole message, and the arguments that cause it.
+WRONG: list[tuple[type[Exception], str, Callable[[dict[str, Any]], dict[str, Any]]]] = [
+    (ValueError, "radix: expected at least 1, got 0", lambda a: {"radix": 0}),
+    (ValueError, "radix: expected at least 1, got -1", lambda a: {"radix": -1}),
+    (ValueError, "cardinality: expected at least 1, got 0", lambda a: {"cardinality": 0}),
+    (
+        ValueError,
+        "x: expected channels divisible by radix=5, got 24",
+        lambda a: {"radix": 5},
+    ),
+    (
+        ValueError,
+        "x: expected channels divisible by radix=2, got 0",
+        lambda a: {"x": torch.randn(B, 0, 4, 5)},
+    ),
+    (
+        ValueError,
+        "x: expected channels/radix divisible by cardinality=5, got 24/2=12",
+        lambda a: {"cardinality": 5},
+    ),
+    (
+        ValueError,
+        "fc1_weight: expected rows divisible by cardinality=4, got 6",
+        lambda a: {"cardinality": 4},
+    ),
+    (
+        ValueError,
+        "fc1_weight: expected rows divisible by cardinality=2, got 0",
+        lambda a: {"fc1_weight": torch.randn(0, 6, 1, 1)},
+    ),
+    *(
+        (
+            TypeError,
+            f"x: expected float32, float64, bfloat16 or float16, got {dtype}",
+            lambda a, dtype=dtype: {"x": a["x"].to(dtype)},
+        )
+        for dtype in (torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e5m2)
+    ),
+    (
+        ValueError,
+        "x: expected 4 dimensions (B, R*C, H, W), got shape (24, 4, 5)",
+        lambda a: {"x": a["x"][0]},
+    ),
+    (
+        ValueError,
+        "x: expected 4 dimensions (B, R*C, H, W), got shape (3, 24, 4, 5, 1)",
+        lambda a: {"x": a["x"][..., None]},
+    ),
+    (
+        ValueError,
+        "x: expected at least one pixel, got height=0 and width=5",
+        lambda a: {"x": a["x"][:, :, :0]},
+    ),
+    (
+        ValueError,
+        "x: expected at least one pixel, got height=4 and width=0",
+        lambda a: {"x": a["x"][..., :0]},
+    ),
+    (
+        ValueError,
+        "fc1_weight: expected shape (6, 6, 1, 1), got (6, 12, 1, 1)",
+        lambda a: {"fc1_weight": torch.randn(6, 12, 1, 1)},
+    ),
+    (
+        ValueError,
+        "fc1_weight: expected shape (6, 6, 1, 1), got (6, 6)",
+        lambda a: {"fc1_weight": a["fc1_weight"].flatten(1)},
+    ),
+    (
+        ValueError,
+        "fc1_weight: expected shape (6, 6, 1, 1), got (6, 6, 3, 3)",
+        lambda a: {"fc1_weight": torch.randn(6, 6, 3, 3)},
+    ),
+    (
+        ValueError,
+        "fc1_weight: expected 4 dimensions (I, C/K, 1, 1), got shape ()",
+        lambda a: {"fc1_weight": torch.tensor(1.0)},
+    ),
+    (
+        ValueError,
+        "fc2_weight: expected shape (24, 3, 1, 1), got (12, 3, 1, 1)",
+        lambda a: {"fc2_weight": a["fc2_weight"][:12]},
+    ),
+    (
+        ValueError,
+        "fc2_weight: expected shape (24, 3, 1, 1), got (24, 6, 1, 1)",
+        lambda a: {"fc2_weight": torch.randn(24, 6, 1, 1)},
+    ),
+    (
+        ValueError,
+        "fc1_bias: expected shape (6,), got (1,)",
+        lambda a: {"fc1_bias": torch.randn(1)},
+    ),
+    (
+        ValueError,
+        "fc2_bias: expected shape (24,), got (12,)",
+        lambda a: {"fc2_bias": torch.randn(12)},
+    ),
+    *(
+        (
+            TypeError,
+            f"{name}: expected x's torch.float32 or torch.float32, got torch.float16",
+            lambda a, name=name: {name: a[name].half()},
+        )
+        for name in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+    ),
+    (
+        TypeError,
+        "fc1_weight: expected x's torch.float32 or torch.float32, got torch.int64",
+        lambda a: {"fc1_weight": a["fc1_weight"].long()},
+    ),
+    (
+        TypeError,
+        "fc1_weight: expected x's torch.bfloat16 or torch.float32, got torch.float16",
+        lambda a: {"x": a["x"].bfloat16(), "fc1_weight": a["fc1_weight"].half()},
+    ),
+    (
+        TypeError,
+        "fc2_bias: expected its weight's torch.float32, got torch.bfloat16",
+        lambda a: {"x": a["x"].bfloat16(), "fc2_bias": a["fc2_bias"].bfloat16()},
+    ),
+    *(
+        (
+            ValueError,
+            f"{name}: expected on cpu as x is, got meta",
+            lambda a, name=name: {name: a[name].to("meta")},
+        )
+        for name in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+    ),
+    (
+        ValueError,
+        "fc1_weight: expected on meta as x is, got cpu",
+        lambda a: {"x": a["x"].to("meta")},
+    ),
+    (
+        ValueError,
+        "bn0: Expected more than 1 value per channel when training, got input size [1, 24, 1, 1]",
+        lambda a: {"x": a["x"][:1, :, :1, :1]},
+    ),
+    (
+        ValueError,
+        "bn1: Expected more than 1 value per channel when training, got input size [1, 6, 1, 1]",
+        lambda a: {"x": a["x"][:1]},
+    ),
+    (
+        ValueError,
+        "bn1: Expected more than 1 value per channel when training, got input size [1, 6, 1, 1]",
+        lambda a: {
+            "x": a["x"][:1],
+            "training": False,
+            "bn1": a["bn1"]._replace(running_mean=None, running_var=None),
+        },
+    ),
+    (
+        ValueError,
+        "backend: expected one of auto, native, reference, got 'fast'",
+        lambda a: {"backend": "fast"},
+    ),
+    *_norms(),
+]
+
+
+@pytest.mark.parametrize(("error", "message", "change"), WRONG, ids=[text for _, text, _ in WRONG])
+def test_wrong_argument(
+    error: type[Exception], message: str, change: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    arguments = _arguments()
+    rf.split_attention(**arguments)
+    wrong = {**arguments, **change(arguments)}
+    norms = [norm for norm in (wrong["bn0"], wrong["bn1"]) if norm.running_mean is not None]
+    before = copy.deepcopy(norms)
+    with pytest.raises(error, match=f"^{re.escape(message)}$") as raised:
+        rf.split_attention(**wrong)
+    assert type(raised.value) is error
+    for norm, kept in zip(norms, before, strict=True):
+        for ours, expected in zip(norm[2:4], kept[2:4], strict=True):
+            if ours is not None and ours.device.type == "cpu":
+                assert torch.equal(ours, expected), "a failing call changed running statistics"
+
+
+def test_one_sample_in_training_is_refused_as_pytorch_refuses_it() -> None:
+    messages = []
+    for module in (rf.SplitAttention(8), rf.FusedSplitAttention(8)):
+        with pytest.raises(ValueError, match="Expected more than 1 value per channel") as raised:
+            module(torch.randn(1, 16, 4, 4))
+        messages.append(str(raised.value).replace("torch.Size(", "").replace(")", ""))
+    assert messages[1] == f"bn1: {messages[0]}"
+
+
+@pytest.mark.parametrize("module", [rf.SplitAttention, rf.FusedSplitAttention])
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ("channels must be at least 1, got 0", {"channels": 0}),
+        ("radix must be at least 1, got 0", {"channels": 8, "radix": 0}),
+        ("cardinality must be at least 1, got -1", {"channels": 8, "cardinality": -1}),
+        ("reduction must be at least 1, got 0", {"channels": 8, "reduction": 0}),
+        (
+            "cardinality must divide channels, got cardinality=3 and channels=8",
+            {"channels": 8, "cardinality": 3},
+        ),
+        (
+            "cardinality must divide inter_channels, got cardinality=2 and inter_channels=5",
+            {"channels": 8, "cardinality": 2, "inter_channels": 5},
+        ),
+        ("inter_channels must be at least 1, got 0", {"channels": 8, "inter_channels": 0}),
+    ],
+)
+def test_wrong_module_option(
+    module: type[torch.nn.Module], message: str, options: dict[str, int]
+) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        module(**options)
+
+
+def test_wrong_conv_module_option() -> None:
+    with pytest.raises(ValueError, match="^in_channels must be at least 1, got 0$"):
+        rf.FusedSplitAttentionConv2d(0, 8, 3)
+
+
+def test_module_given_what_it_cannot_take() -> None:
+    module = rf.FusedSplitAttention(8, radix=2)
+    with pytest.raises(ValueError, match=re.escape("x: expected channels divisible by radix=2")):
+        module(torch.randn(2, 17, 4, 4))
+    with pytest.raises(ValueError, match=re.escape("fc1_weight: expected shape (32, 9, 1, 1)")):
+        module(torch.randn(2, 18, 4, 4))
+    with pytest.raises(TypeError, match=re.escape("x: expected float32")):
+        module(torch.ones(2, 16, 4, 4, dtype=torch.int32))
