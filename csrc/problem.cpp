@@ -117,6 +117,13 @@ Problem make_problem(const Tensor& x, Parameters& params, int64_t radix, int64_t
                   "bn1_mean, bn1_var: expected both or neither");
   take_parameter("bn1_mean", params.bn1_mean, inter, x);
   take_parameter("bn1_var", params.bn1_var, inter, x);
+  for (const auto* fc : {&params.fc1_bias, &params.fc2_bias}) {
+    const Tensor& weight = fc == &params.fc1_bias ? params.fc1_weight : params.fc2_weight;
+    STD_TORCH_CHECK(!fc->has_value() || (*fc)->scalar_type() == weight.scalar_type(),
+                    "fc1_bias, fc2_bias: expected their weight's dtype");
+  }
+  STD_TORCH_CHECK(!params.batch_stats || problem.batch != 1,
+                  "bn1: expected more than 1 value per channel when training");
   return problem;
 }
 

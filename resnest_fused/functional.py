@@ -72,7 +72,7 @@ def split_attention(
     )  # fmt: skip
     chosen = choose(backend, x)
     # In eager mode the native op checks the same in C++, ten times faster; only when it refuses
-    # are the checks here run, to name what was wrong. Elsewhere nothing runs, or is traced, unchecked.
+    # are the checks here run, to name what was wrong. Elsewhere nothing is run, or traced, unchecked.
     checked = chosen != "native" or bn0 is not None or torch.compiler.is_compiling()
     if checked:
         _check(*arguments)

@@ -43,6 +43,12 @@ if _C is not None:
     forward_train = torch.ops.resnest_fused.split_attention_train.default
     backward = torch.ops.resnest_fused.split_attention_backward.default
 
+    def _check_devices(x: Tensor, args: tuple[Any, ...]) -> None:
+        # Beside a meta tensor PyTorch calls the fake kernel, whatever the device of the others.
+        for tensor in args:
+            if isinstance(tensor, Tensor) and tensor.device != x.device:
+                raise RuntimeError(f"expected all tensors on {x.device}, got {tensor.device}")
+
     def _empty_out(x: Tensor, channels: int) -> Tensor:
         # channels_last only where it is not also plainly contiguous: as the kernels choose.
         nhwc = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
@@ -54,11 +60,13 @@ if _C is not None:
 
     @torch.library.register_fake("resnest_fused::split_attention")
     def _(x: Tensor, *args: Any) -> Tensor:
+        _check_devices(x, args)
         radix = args[-2]
         return _empty_out(x, x.shape[1] // radix)
 
     @torch.library.register_fake("resnest_fused::split_attention_train")
     def _(x: Tensor, fc1_weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        _check_devices(x, (fc1_weight, *args))
         batch_stats, radix = args[-3], args[-2]
         batch, features = x.shape[:2]
         channels, inter = features // radix, fc1_weight.shape[0]
