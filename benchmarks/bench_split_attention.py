@@ -1,4 +1,4 @@
-"""Split attention as a module call: eager, compiled and fused against each other and a plain copy."""
+"""Split attention as a module call: eager, compiled, fused, and a plain copy to compare with."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_split_attention(
     case: Case,
     contender: str,
 ) -> None:
-    """Fails when a contender's results are not eager's."""
+    """Fails when the fused module's results are not eager's."""
     samples = measure(case)
     benchmark.group = str(case)
     benchmark.extra_info.update(extra_info(case, samples, contender))

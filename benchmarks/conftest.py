@@ -125,7 +125,7 @@ def pytest_terminal_summary(
     for line in (
         f"{cpu.get('brand_raw', 'unknown CPU')}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}, {datetime.date.today()}",
-        f"fused: FusedSplitAttention, {config.option.backend} backend. Contenders took turns in the same run.",
+        f"fused: FusedSplitAttention, {config.option.backend} backend, in turns with the others.",
         "copy: tensor.copy_ moving as many bytes as the op must, half read and half written:",
         "R+1 times out's size in eval; (2R+1) + (2R+2) times in train, forward + backward.",
         "",

@@ -1,4 +1,4 @@
-"""What is measured: the cases, the contenders, and the bytes that split attention cannot avoid moving."""
+"""What is measured: the cases, the contenders, and the bytes that must move whoever runs."""
 
 from __future__ import annotations
 

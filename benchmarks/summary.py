@@ -10,7 +10,7 @@ from grid import Case
 Samples = Mapping[str, Sequence[float]]
 
 _HEADER = (
-    f"{'':<10}{'median us':>44}{'fused':>7}{'speed-up over':>18}{'times':>8}",
+    f"{'':<10}{'median us':^44}{'fused':>7}{'speed-up over':>18}{'times':>8}",
     f"{'shape':<10}{'eager':>11}{'compile':>11}{'fused':>11}{'copy':>11}"
     f"{'iqr':>7}{'eager':>9}{'compile':>9}{'copy':>8}",
 )

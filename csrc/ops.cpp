@@ -2,8 +2,12 @@
 //
 // Arguments and results are described in cpu/split_attention.h and resnest_fused/functional.py.
 // Ops are functional: no argument is written to, and no result shares memory with one.
+// The pybind11 in torch's headers refuses the stable ABI, which it takes no part in here.
+#pragma push_macro("TORCH_TARGET_VERSION")
+#undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#pragma pop_macro("TORCH_TARGET_VERSION")
 #include <torch/csrc/stable/library.h>
 
 #include <map>
@@ -53,7 +57,7 @@ std::map<std::string, std::string> build_info() {
       {"torch_version", RESNEST_FUSED_TORCH_VERSION},
       {"compiler", compiler()},
       {"cxx_flags", RESNEST_FUSED_CXX_FLAGS},
-      {"cuda", RESNEST_FUSED_CUDA_STATUS},
+      {"cuda_status", RESNEST_FUSED_CUDA_STATUS},
       {"cuda_archs", RESNEST_FUSED_CUDA_ARCHS},
       {"cpu_capability", resnest_fused::cpu::capability_name(resnest_fused::cpu::capability())},
   };

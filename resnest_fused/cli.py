@@ -152,6 +152,8 @@ def _compare(
     status = {s.name: s for s in backends()}.get(backend.value)
     if status is not None and not status.available:
         raise _bad("--backend", f"{status.name} cannot run: {status.reason}")
+    with _blame("--backend"):
+        chosen = choose(backend.value, torch.empty(0))
     with _blame("--image"):
         pictures = [images.read_image(path) for path in image or []]
     size = batch or max(len(pictures), _TRAIN_BATCH if train else 1)
@@ -185,7 +187,6 @@ def _compare(
     names = [path.name for path in image or []]
     facts.add_row("input", f"{', '.join(names) or 'random pictures'}: {_describe(x)}")
     facts.add_row("fused", _summary(report))
-    chosen = choose(backend.value, x)
     unfused = chosen == "reference" and backend is _Backend.auto
     facts.add_row("backend", chosen + (", for want of a fused one: see info" if unfused else ""))
     facts.add_row("threads", str(torch.get_num_threads()))

@@ -72,8 +72,11 @@ def split_attention(
     )  # fmt: skip
     chosen = choose(backend, x)
     # In eager mode the native op checks the same in C++, ten times faster; only when it refuses
-    # are the checks here run, to name what was wrong. Elsewhere nothing is run, or traced, unchecked.
-    checked = chosen != "native" or bn0 is not None or torch.compiler.is_compiling()
+    # are the checks here run, to name what was wrong. Elsewhere nothing is run or traced unchecked,
+    # nor with batch statistics: the op does not see the running ones that they then enter.
+    batch_stats = bn1 is not None and bn1.uses_batch_stats(training)
+    unseen = bn0 is not None or batch_stats
+    checked = chosen != "native" or unseen or torch.compiler.is_compiling()
     if checked:
         _check(*arguments)
     if chosen == "reference":
@@ -100,7 +103,7 @@ def split_attention(
             fc2_weight,
             fc2_bias,
             bn1,
-            bn1 is not None and bn1.uses_batch_stats(training),
+            batch_stats,
             radix,
             cardinality,
         )
@@ -154,6 +157,10 @@ def _check(
         raise ValueError(
             f"x: expected channels/radix divisible by cardinality={cardinality}, got "
             f"{features}/{radix}={channels}"
+        )
+    if fc1_weight.dim() != 4:
+        raise ValueError(
+            f"fc1_weight: expected 4 dimensions (I, C/K, 1, 1), got shape {tuple(fc1_weight.shape)}"
         )
     inter = fc1_weight.shape[0]
     if inter == 0 or inter % cardinality:

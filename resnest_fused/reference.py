@@ -96,16 +96,27 @@ def recombine(splits: tuple[Tensor, ...], attention: Tensor) -> Tensor:
 
 def batch_norm(x: Tensor, args: BatchNormArgs, training: bool) -> Tensor:
     """``F.batch_norm`` with the arguments that ``args`` holds."""
-    return F.batch_norm(
+
+    def beside_x(tensor: Tensor | None) -> Tensor | None:
+        # F.batch_norm takes float32 beside a 16-bit x, but not beside a float64 one.
+        return tensor.double() if tensor is not None and x.dtype == torch.float64 else tensor
+
+    running = args.running_mean, args.running_var
+    mean, var = beside_x(args.running_mean), beside_x(args.running_var)
+    out = F.batch_norm(
         x,
-        args.running_mean,
-        args.running_var,
-        args.weight,
-        args.bias,
+        mean,
+        var,
+        beside_x(args.weight),
+        beside_x(args.bias),
         args.uses_batch_stats(training),
         args.momentum,
         args.eps,
     )
+    for kept, updated in zip(running, (mean, var), strict=True):
+        if kept is not None and updated is not None and updated is not kept:
+            kept.copy_(updated)
+    return out
 
 
 def attend(x: Tensor, mlp: Callable[[Tensor], Tensor], radix: int, cardinality: int) -> Tensor:

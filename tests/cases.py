@@ -33,7 +33,7 @@ def _unaligned(tensor: Tensor) -> Tensor:
     return buffer[1:].as_strided(tensor.shape, tensor.stride(), 1).copy_(tensor)
 
 
-# Each gives a dense NCHW tensor other strides; "expanded" ones repeat values.
+# Each gives a dense NCHW tensor other strides; the expanded ones repeat values.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "nchw": lambda t: t,
     "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
@@ -47,8 +47,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "batch_last": lambda t: t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
     "expanded_pixels": lambda t: t[..., :1].expand(t.shape),
     "expanded_batch": lambda t: t[:1].expand(t.shape),
-    "expanded_scalar": lambda t: t.new_ones(()).expand(t.shape),
 }
+# The gradient that ``out.sum()`` sends back is one number, expanded.
+DOUT_LAYOUTS = LAYOUTS | {"sum": lambda t: t.new_ones(()).expand(t.shape)}
 
 
 @dataclass(frozen=True)
@@ -158,12 +159,12 @@ class Call:
 
 
 def draw(case: Case) -> Call:
-    """Random tensors from torch's global generator, without hidden units that amplify rounding.
+    """:func:`draw_any` without hidden units that amplify rounding.
 
     Next to the ReLU's edge the gradient jumps, and one rounding decides on which side a call falls;
     normalisation by a variance of almost nothing magnifies every earlier rounding.
     """
-    call = _draw(case)
+    call = draw_any(case)
     while case.batch:
         normed, var = call.truth.relu_input, call.truth.batch_var
         bad = np.abs(normed).min(axis=0) < 2e-5 * np.abs(normed).max()
@@ -172,7 +173,7 @@ def draw(case: Case) -> Call:
         units = torch.from_numpy(bad)
         if not units.any():
             break
-        fresh = _draw(case).params
+        fresh = draw_any(case).params
         for name in ("fc1_weight", "bn1_bias"):
             if name in fresh:
                 call.params[name][units] = fresh[name][units]
@@ -180,7 +181,8 @@ def draw(case: Case) -> Call:
     return call
 
 
-def _draw(case: Case) -> Call:
+def draw_any(case: Case) -> Call:
+    """Random tensors from torch's global generator."""
     features, inter = case.channels * case.radix, case.inter
     param_dtype = case.param_dtype or case.dtype
     fan_in1, fan_in2 = case.channels // case.cardinality, inter // case.cardinality
@@ -203,7 +205,7 @@ def _draw(case: Case) -> Call:
         case,
         LAYOUTS[case.layout](x.to(case.dtype)),
         {name: tensor.to(param_dtype) for name, tensor in params.items()},
-        LAYOUTS[case.dout_layout](dout.to(case.dtype)),
+        DOUT_LAYOUTS[case.dout_layout](dout.to(case.dtype)),
     )
 
 

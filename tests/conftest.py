@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -26,14 +27,18 @@ def seed(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Fill every fresh tensor with NaN, so that an element that nothing writes shows."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(3).isnan().all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
+def fill_memory() -> Iterator[Callable[[int], None]]:
+    """A function that makes glibc fill what is allocated with a byte, and what is freed with its
+    complement."""
+    perturb = -6  # M_PERTURB of malloc.h
+    mallopt = ctypes.CDLL(None).mallopt
+
+    def fill(byte: int) -> None:
+        assert mallopt(perturb, byte ^ 0xFF)
+        assert (torch.empty(5000, dtype=torch.uint8) == byte).all()
+
+    yield fill
+    mallopt(perturb, 0)
 
 
 @pytest.fixture

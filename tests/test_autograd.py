@@ -40,10 +40,10 @@ def test_gradcheck(case: Case) -> None:
     assert torch.autograd.gradcheck(function, inputs)
 
 
-@pytest.mark.parametrize("case", FORMS[::3] + FORMS[-4:], ids=str)
+@pytest.mark.parametrize("case", FORMS, ids=str)
 def test_gradgradcheck(case: Case) -> None:
     function, inputs = _as_function(draw(case))
-    assert torch.autograd.gradgradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -52,9 +52,7 @@ def test_double_backward_in_float32(norm: str) -> None:
     call = draw(Case(3, 8, 4, 4, 2, 2, 8, norm=norm))
 
     def penalty(backend: str) -> tuple[Tensor, ...]:
-        leaves = {
-            name: call.tensor(name).clone().requires_grad_() for name in call.params | {"x": 0}
-        }
+        leaves = {n: call.tensor(n).clone().requires_grad_() for n in call.differentiable()}
         out = call.forward(backend, **leaves)
         (dx,) = torch.autograd.grad(out.square().sum(), leaves["x"], create_graph=True)
         wanted = [leaves[name] for name in ("x", "fc1_weight", "fc2_weight", "fc2_bias")]
@@ -172,7 +170,6 @@ def test_torch_func_grad() -> None:
 
 def test_parameters_learn() -> None:
     """A few steps of SGD follow the reference's."""
-    torch.manual_seed(0)
     eager = rf.SplitAttention(8, radix=2, cardinality=2, inter_channels=8).double()
     fused = rf.FusedSplitAttention(8, radix=2, cardinality=2, inter_channels=8).double()
     fused.load_state_dict(eager.state_dict())

@@ -142,7 +142,7 @@ WRONG: list[tuple[type[Exception], str, Callable[[dict[str, Any]], dict[str, Any
     ),
     (
         ValueError,
-        "fc1_weight: expected shape (6, 6, 1, 1), got (6, 6)",
+        "fc1_weight: expected 4 dimensions (I, C/K, 1, 1), got shape (6, 6)",
         lambda a: {"fc1_weight": a["fc1_weight"].flatten(1)},
     ),
     (
@@ -239,14 +239,29 @@ WRONG: list[tuple[type[Exception], str, Callable[[dict[str, Any]], dict[str, Any
 ]
 
 
-@pytest.mark.parametrize(("error", "message", "change"), WRONG, ids=[text for _, text, _ in WRONG])
+# With bn0 the arguments are checked in Python at once; without it the op is tried first.
+@pytest.mark.parametrize(
+    ("error", "message", "change", "has_bn0"),
+    [
+        (*wrong, has_bn0)
+        for wrong in WRONG
+        for has_bn0 in (True, False)
+        if has_bn0 or "bn0" not in wrong[1]
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_wrong_argument(
-    error: type[Exception], message: str, change: Callable[[dict[str, Any]], dict[str, Any]]
+    error: type[Exception],
+    message: str,
+    change: Callable[[dict[str, Any]], dict[str, Any]],
+    has_bn0: bool,
 ) -> None:
     arguments = _arguments()
+    if not has_bn0:
+        arguments["bn0"] = None
     rf.split_attention(**arguments)
     wrong = {**arguments, **change(arguments)}
-    norms = [norm for norm in (wrong["bn0"], wrong["bn1"]) if norm.running_mean is not None]
+    norms = [wrong[name] for name in ("bn0", "bn1") if wrong[name] is not None]
     before = copy.deepcopy(norms)
     with pytest.raises(error, match=f"^{re.escape(message)}$") as raised:
         rf.split_attention(**wrong)
@@ -293,7 +308,7 @@ def test_wrong_module_option(
 
 
 def test_wrong_conv_module_option() -> None:
-    with pytest.raises(ValueError, match="^in_channels must be at least 1, got 0$"):
+    with pytest.raises(ValueError, match=r"^in_channels must be at least 1, got 0$"):
         rf.FusedSplitAttentionConv2d(0, 8, 3)
 
 

@@ -1,4 +1,4 @@
-"""The fused modules against the reference modules: results, BatchNorm's state, copies, checkpoints."""
+"""The fused modules against the reference's: results, BatchNorm's state, copies, checkpoints."""
 
 from __future__ import annotations
 
@@ -17,15 +17,19 @@ import resnest_fused as rf
 def _pair(
     norm_layer: Callable[[int], nn.Module] | None = nn.BatchNorm2d, **options: int
 ) -> tuple[nn.Module, nn.Module]:
-    """A reference module with random statistics and a fused one with the same state."""
+    """A reference module and a fused one with the same state, in float64."""
     options = {"radix": 2, "cardinality": 2, "inter_channels": 12, **options}
-    eager = rf.SplitAttention(12, norm_layer=norm_layer, **options)
-    if norm_layer is not None and eager.bn1.weight is not None:
+    eager = rf.SplitAttention(12, norm_layer=norm_layer, **options).double()
+    if isinstance(eager.bn1, nn.BatchNorm2d) and eager.bn1.affine:
         nn.init.normal_(eager.bn1.weight)
         nn.init.normal_(eager.bn1.bias)
-    fused = rf.FusedSplitAttention(12, norm_layer=norm_layer, **options)
+    fused = rf.FusedSplitAttention(12, norm_layer=norm_layer, **options).double()
     fused.load_state_dict(eager.state_dict())
     return eager, fused
+
+
+def _randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
 
 
 def _assert_same_state(fused: nn.Module, eager: nn.Module) -> None:
@@ -42,10 +46,10 @@ def _assert_same_step(fused: nn.Module, eager: nn.Module, x: Tensor) -> None:
         module.zero_grad()
         leaf = x.clone().requires_grad_()
         out = module(leaf)
-        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        (out * torch.linspace(-1, 1, out.numel()).double().view_as(out)).sum().backward()
         results.append([out.detach(), leaf.grad, *(p.grad for p in module.parameters())])
     for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours, expected)
     _assert_same_state(fused, eager)
 
 
@@ -67,7 +71,7 @@ def test_training_and_eval_follow_the_reference(norm_layer: Callable[[int], nn.M
     for training in (True, True, False, True, False):
         eager.train(training)
         fused.train(training)
-        _assert_same_step(fused, eager, torch.randn(4, 24, 5, 3) + torch.randn(4, 24, 1, 1))
+        _assert_same_step(fused, eager, _randn(4, 24, 5, 3) + _randn(4, 24, 1, 1))
 
 
 @pytest.mark.parametrize("module_trains", [True, False])
@@ -78,7 +82,7 @@ def test_bn1_s_own_mode_decides(module_trains: bool) -> None:
         module.train(module_trains)
         module.bn1.train(not module_trains)
     before = fused.bn1.running_mean.clone()
-    _assert_same_step(fused, eager, torch.randn(4, 24, 5, 3))
+    _assert_same_step(fused, eager, _randn(4, 24, 5, 3))
     assert torch.equal(fused.bn1.running_mean, before) == module_trains
     assert fused.bn1.num_batches_tracked == (0 if module_trains else 1)
 
@@ -88,7 +92,7 @@ def test_frozen_affine_parameters() -> None:
     for module in (eager, fused):
         module.bn1.requires_grad_(False)
         module.train()
-        module(torch.randn(4, 24, 3, 3)).sum().backward()
+        module(_randn(4, 24, 3, 3)).sum().backward()
         assert module.bn1.weight.grad is None
         assert module.fc1.weight.grad is not None
 
@@ -99,7 +103,7 @@ def test_tracking_switched_off_later(training: bool) -> None:
     for module in (eager, fused):
         module.train(training)
         module.bn1.track_running_stats = False
-    _assert_same_step(fused, eager, torch.randn(4, 24, 3, 3))
+    _assert_same_step(fused, eager, _randn(4, 24, 3, 3))
     assert fused.bn1.num_batches_tracked == 0
 
 
@@ -108,25 +112,25 @@ def test_without_a_count_of_batches() -> None:
     eager, fused = _pair(lambda n: nn.BatchNorm2d(n, momentum=None))
     for module in (eager, fused):
         module.bn1.num_batches_tracked = None
-    _assert_same_step(fused, eager, torch.randn(4, 24, 3, 3))
+    _assert_same_step(fused, eager, _randn(4, 24, 3, 3))
 
 
 def test_an_empty_batch_leaves_the_statistics() -> None:
     eager, fused = _pair()
     for module in (eager, fused):
-        assert module(torch.randn(0, 24, 3, 3)).shape == (0, 12, 3, 3)
+        assert module(_randn(0, 24, 3, 3)).shape == (0, 12, 3, 3)
     _assert_same_state(fused, eager)
 
 
 def test_identity_is_no_norm() -> None:
     eager, fused = _pair(lambda n: nn.Identity())
-    _assert_same_step(fused, eager, torch.randn(4, 24, 3, 3))
+    _assert_same_step(fused, eager, _randn(4, 24, 3, 3))
 
 
 def test_gradient_mode_makes_no_difference_to_the_statistics() -> None:
     _, fused = _pair()
     other = copy.deepcopy(fused)
-    x = torch.randn(4, 24, 3, 3)
+    x = _randn(4, 24, 3, 3)
     with torch.no_grad():
         fused(x)
     other(x)
@@ -136,7 +140,7 @@ def test_gradient_mode_makes_no_difference_to_the_statistics() -> None:
 def test_a_call_that_fails_changes_nothing() -> None:
     _, fused = _pair()
     before = copy.deepcopy(fused.state_dict())
-    for bad in (torch.randn(1, 24, 3, 3), torch.randn(4, 23, 3, 3), torch.randn(4, 24, 0, 3)):
+    for bad in (_randn(1, 24, 3, 3), _randn(4, 23, 3, 3), _randn(4, 24, 0, 3)):
         with pytest.raises(ValueError):
             fused(bad)
     for name, value in fused.state_dict().items():
@@ -148,13 +152,14 @@ def test_a_call_that_fails_changes_nothing() -> None:
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_conv_module(memory_format: torch.memory_format, radix: int, training: bool) -> None:
     options = {"stride": 2, "padding": 1, "cardinality": 2, "radix": radix}
-    eager = rf.SplitAttentionConv2d(16, 8, 3, **options).to(memory_format=memory_format)
-    fused = rf.FusedSplitAttentionConv2d(16, 8, 3, **options).to(memory_format=memory_format)
+    kind = {"dtype": torch.float64, "memory_format": memory_format}
+    eager = rf.SplitAttentionConv2d(16, 8, 3, **options).to(**kind)
+    fused = rf.FusedSplitAttentionConv2d(16, 8, 3, **options).to(**kind)
     fused.load_state_dict(eager.state_dict())
     eager.train(training)
     fused.train(training)
     for _ in range(2):
-        x = torch.randn(4, 16, 9, 7).contiguous(memory_format=memory_format)
+        x = _randn(4, 16, 9, 7).contiguous(memory_format=memory_format)
         _assert_same_step(fused, eager, x)
     assert fused(x).is_contiguous(memory_format=memory_format)
 
@@ -177,7 +182,7 @@ def test_state_dict_goes_both_ways() -> None:
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
 def test_copies(way: str) -> None:
     _, fused = _pair()
-    x = torch.randn(4, 24, 3, 3)
+    x = _randn(4, 24, 3, 3)
     fused(x).sum().backward()
     fused.eval()
     if way == "deepcopy":
@@ -200,9 +205,9 @@ def test_copies(way: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_whole_module_in_another_dtype(dtype: torch.dtype) -> None:
     _, fused = _pair()
-    exact = copy.deepcopy(fused).double()
     fused.to(dtype)
-    x = torch.randn(4, 24, 5, 5).to(dtype)
+    exact = copy.deepcopy(fused).double()
+    x = _randn(4, 24, 5, 5).to(dtype)
     out = fused(x)
     assert out.dtype == fused.bn1.running_mean.dtype == dtype
     tolerance = 8 * torch.finfo(dtype).eps
@@ -237,7 +242,7 @@ def test_autocast(training: bool) -> None:
 def test_functional_call() -> None:
     _, fused = _pair()
     fused.eval()
-    x = torch.randn(2, 24, 3, 3)
+    x = _randn(2, 24, 3, 3)
     other = {name: torch.randn_like(p) for name, p in fused.named_parameters()}
     out = torch.func.functional_call(fused, other, (x,))
     twin = copy.deepcopy(fused)

@@ -1,4 +1,4 @@
-"""The three ops as PyTorch sees them: schema, fake kernels, results, and arguments that do not fit."""
+"""The three ops as PyTorch sees them: schema, fake kernels, crumbs, arguments that do not fit."""
 
 from __future__ import annotations
 

@@ -61,7 +61,8 @@ def check_name(name: str, source: str) -> str:
     return name
 
 
-_default = check_name(os.environ.get("RESNEST_FUSED_BACKEND", "auto"), "RESNEST_FUSED_BACKEND")
+# Checked when a call needs it, so that a wrong one does not keep the package from being imported.
+_default = os.environ.get("RESNEST_FUSED_BACKEND", "auto")
 
 
 @contextlib.contextmanager
@@ -98,10 +99,11 @@ def choose(name: str, x: Tensor) -> str:
         ValueError: when there is no such backend.
         RuntimeError: when the named backend cannot run the call, with its reason.
     """
+    source = "backend"
     if name == "auto":
-        name = _default
+        name, source = _default, "RESNEST_FUSED_BACKEND"
     if name != "auto":
-        reason = _BACKENDS[check_name(name, "backend")].can_run(x)
+        reason = _BACKENDS[check_name(name, source)].can_run(x)
         if reason is not None:
             raise RuntimeError(f"backend {name!r} cannot run this call: {reason}")
         return name
