@@ -73,9 +73,7 @@ def stage_grid() -> Iterator[tuple[Case, str]]:
         for contender in CONTENDERS:
             yield Case(channels, side, batch, train), contender
     for (dtype, layout), train, (channels, side) in itertools.product(
-        (("fp32", "channels_last"), ("bf16", "NCHW"), ("bf16", "channels_last")),
-        (False, True),
-        STAGES,
+        (("fp32", "channels_last"), ("bf16", "NCHW")), (False, True), STAGES
     ):
         for contender in CONTENDERS:
             if contender != "compile":

@@ -115,9 +115,7 @@ def test_environment_sets_the_default() -> None:
 
 def test_a_wrong_environment_is_named() -> None:
     options: dict[str, Any] = {"PYTHONPATH": os.pathsep.join(sys.path)}
-    code = (
-        "import torch; from resnest_fused.backends import choose; choose('auto', torch.empty(1))"
-    )
+    code = "import torch; from resnest_fused.backends import choose; choose('auto', torch.empty(1))"
     run = _python(code, RESNEST_FUSED_BACKEND="fast", **options)
     assert (
         "RESNEST_FUSED_BACKEND: expected one of auto, native, reference, got 'fast'" in run.stderr

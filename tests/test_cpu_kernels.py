@@ -138,7 +138,7 @@ def test_float32_parameters(norm: str, dtype: torch.dtype) -> None:
     affine=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
 def test_any_call(
     batch: int,
     cardinality: int,
@@ -184,9 +184,9 @@ def test_mean_error_is_no_larger_than_eager_s(norm: str, dtype: torch.dtype) -> 
     """Over a sample of calls, for out and for each gradient."""
     ours: dict[str, float] = {}
     eager: dict[str, float] = {}
-    for index in range(8):
+    for index in range(64):
         radix, layout = index % 4 + 1, FORMATS[index % 2]
-        call = draw(Case(6, 48, 7, 7, radix, 2, 24, dtype, layout=layout, norm=norm))
+        call = draw(Case(6, 24, 5, 5, radix, 2, 16, dtype, layout=layout, norm=norm))
         for backend, total in (("native", ours), ("reference", eager)):
             out, grads = call.gradients(backend)
             for name, value in {"out": out, **grads}.items():
@@ -194,8 +194,8 @@ def test_mean_error_is_no_larger_than_eager_s(norm: str, dtype: torch.dtype) -> 
                 mean = float(np.abs(value.double().numpy() - truth).mean())
                 size = call.truth.scales.get(name) or float(np.abs(truth).max())
                 total[name] = total.get(name, 0.0) + mean / size
-    for name in ours:
-        assert ours[name] <= 1.1 * eager[name], (name, ours[name], eager[name])
+    ratios = {name: ours[name] / eager[name] for name in ours}
+    assert max(ratios.values()) <= 1.1, ratios  # a tenth for chance
 
 
 @pytest.mark.parametrize("case", [Case(0, 6, 2, 3, 2, 3, 9, norm=norm) for norm in NORMS], ids=str)

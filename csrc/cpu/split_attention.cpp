@@ -23,7 +23,7 @@ namespace {
 constexpr int64_t kBlockBytes = 1024 * 1024;
 
 // Fresh memory of this size comes page by page from the kernel; huge pages cost a fifth of it.
-constexpr int64_t kHugePageThreshold = 16 * 1024 * 1024;
+constexpr int64_t kHugePageThreshold = 4 * 1024 * 1024;
 
 void advise_huge_pages(const Tensor& fresh) {
 #if defined(__linux__)
