@@ -21,7 +21,7 @@ class Replay:
     def __init__(self) -> None:
         self._now = 0.0
 
-    def now(self) -> float:
+    def replayed(self) -> float:
         return self._now
 
     def play(self, benchmark: BenchmarkFixture, durations: Sequence[float]) -> None:
@@ -36,7 +36,7 @@ class Replay:
 replay = Replay()
 
 
-@pytest.mark.benchmark(timer=replay.now)
+@pytest.mark.benchmark(timer=replay.replayed)
 def test_split_attention(
     benchmark: BenchmarkFixture,
     measure: Callable[[Case], dict[str, list[float]]],

