@@ -87,7 +87,8 @@ Problem make_problem(const Tensor& x, Parameters& params, int64_t radix, int64_t
                       dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
                   "x: expected float32, float64, bfloat16 or float16");
   const int64_t features = x.size(1);
-  STD_TORCH_CHECK(features > 0 && features % (radix * cardinality) == 0,
+  // One after the other: the product of two arbitrary counts may overflow.
+  STD_TORCH_CHECK(features > 0 && features % radix == 0 && features / radix % cardinality == 0,
                   "x: expected channels divisible by radix * cardinality, got ", features);
   STD_TORCH_CHECK(x.size(2) > 0 && x.size(3) > 0, "x: expected at least one pixel");
   STD_TORCH_CHECK(params.fc1_weight.dim() == 4, "fc1_weight: expected 4 dimensions");

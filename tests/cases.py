@@ -216,28 +216,32 @@ SUM_TOLERANCE = {torch.float64: 1e-14, torch.float32: 5e-6}
 def check(case: Case) -> None:
     """Assert that out and every gradient come as near to the truth as plain PyTorch does.
 
-    That is within 1.5 times eager's error and 1 ulp, in the largest element of several draws when
-    one draw has few elements. A parameter's gradient, a sum over the batch, may also have the error
-    of summing that many rows.
+    Within 1.5 times eager's error and 1 ulp: in one draw that has many elements, in the median of
+    several draws of few, where a single error is mostly luck. A parameter's gradient, a sum over
+    the batch, may also have the error of summing that many rows.
     """
     elements = case.batch * case.channels * case.radix * case.height * case.width
-    draws = min(12, math.ceil(4000 / elements))
-    check_calls([draw(case) for _ in range(draws)])
+    check_calls([draw(case) for _ in range(1 if elements > 50_000 else 9)])
 
 
 def check_calls(calls: list[Call]) -> None:
     """:func:`check` for calls of one case."""
     case = calls[0].case
-    ours = _largest(_errors(call, *call.gradients()) for call in calls)
-    eager = _largest(_eager_errors(call) for call in calls)
-    assert set(ours) == set(eager) == set(calls[0].truth.values)
-    for name, found in ours.items():
-        bound = 1.5 * eager[name]
+    ours = [_errors(call, *call.gradients()) for call in calls]
+    eager = [_eager_errors(call) for call in calls]
+    for name in calls[0].truth.values:
+        found = sorted(errors[name] for errors in ours)
+        usual = sorted(errors[name] for errors in eager)
+        slack = 1.0
         if name not in ("out", "x"):
             dtype = calls[0].params[name].dtype
             tolerance = SUM_TOLERANCE[torch.promote_types(dtype, torch.float32)]
-            bound += tolerance * math.sqrt(case.batch) / torch.finfo(dtype).eps
-        assert found <= bound + 1, f"{name} of {case}: {found} ulp, eager {eager[name]}"
+            slack += tolerance * math.sqrt(case.batch) / torch.finfo(dtype).eps
+        middle = len(calls) // 2
+        told = f"{name} of {case} in ulps: {found}, eager {usual}"
+        assert found[middle] <= 1.5 * usual[middle] + slack, told
+        # Luck does not make a wrong element.
+        assert found[-1] <= 30 * (usual[-1] + slack), told
 
 
 def _errors(call: Call, out: Tensor, grads: dict[str, Tensor]) -> dict[str, float]:
@@ -261,25 +265,14 @@ def _eager_errors(call: Call) -> dict[str, float]:
     no reason to add up in it.
     """
     wide = torch.promote_types(call.case.dtype, torch.float32)
-    errors = []
+    errors: dict[str, float] = {}
     for run, names in (
         (call, ("out", "x")),
         (call.to(wide), [name for name in call.differentiable() if name != "x"]),
     ):
-        out, grads = run.gradients("reference")
         flipped_out, flipped_grads = run.reversed().gradients("reference")
         flipped_grads["x"] = flipped_grads["x"].flip(0, 2, 3)
-        for found in (
-            _errors(call, out, grads),
-            _errors(call, flipped_out.flip(0, 2, 3), flipped_grads),
-        ):
-            errors.append({name: found[name] for name in names})
-    return _largest(errors)
-
-
-def _largest(errors: Iterable[dict[str, float]]) -> dict[str, float]:
-    largest: dict[str, float] = {}
-    for found in errors:
-        for name, value in found.items():
-            largest[name] = max(value, largest.get(name, 0.0))
-    return largest
+        one = _errors(call, *run.gradients("reference"))
+        other = _errors(call, flipped_out.flip(0, 2, 3), flipped_grads)
+        errors |= {name: max(one[name], other[name]) for name in names}
+    return errors
