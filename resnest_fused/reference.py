@@ -180,9 +180,9 @@ class _AttentionModule(nn.Module):
         norm_layer: NormLayer | None,
     ) -> None:
         if inter_channels is None:
-            if reduction < 1:
-                raise ValueError(f"reduction must be at least 1, got {reduction}")
+            _check_counts(reduction=reduction)
             inter_channels = default_inter_channels(channels, radix, reduction)
+        _check_counts(inter_channels=inter_channels)
         for name, features in (("channels", channels), ("inter_channels", inter_channels)):
             if features % cardinality:
                 raise ValueError(
