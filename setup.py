@@ -21,7 +21,7 @@ CXX_FLAGS = [
     "-g0",
     "-std=c++20",
     "-fvisibility=hidden",
-    "-ffp-contract=fast",
+    "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-Wall",

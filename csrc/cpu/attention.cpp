@@ -273,7 +273,7 @@ struct NormBackward {
     const A* invstd = bn->invstd.data();
     const A* gamma = bn->gamma.data();
     const A* beta = bn->beta.data();
-    const double scale = batch_stats ? 1.0 / static_cast<double>(batch) : 0.0;
+    const double scale = 1.0 / static_cast<double>(batch);
     for (int64_t first = begin; first < end; first += kFeatureBlock) {
       const int64_t last = std::min(first + kFeatureBlock, end);
       double sums[2][kFeatureBlock];
@@ -290,8 +290,9 @@ struct NormBackward {
       for (int64_t at = 0; at < last - first; ++at) {
         dbeta[first + at] = static_cast<A>(sums[0][at]);
         dgamma[first + at] = static_cast<A>(sums[1][at]);
-        mean_dn[at] = static_cast<A>(sums[0][at] * scale);
-        mean_dn_xhat[at] = static_cast<A>(sums[1][at] * scale);
+        // Not a product with 0, through which NaN would reach every sample.
+        mean_dn[at] = batch_stats ? static_cast<A>(sums[0][at] * scale) : A{};
+        mean_dn_xhat[at] = batch_stats ? static_cast<A>(sums[1][at] * scale) : A{};
       }
       for (int64_t b = 0; b < batch; ++b) {
         for (int64_t i = first; i < last; ++i) {

@@ -162,10 +162,11 @@ struct GemmNt {
     Vec<A> sums[kRows * kColumns] = {};
     int64_t p = 0;
     for (; p + kLanes<A> <= size.k; p += kLanes<A>) {
-      add_products<kRows, kColumns>(x + p, a.row_stride, w + p, b.row_stride, kLanes<A>, sums);
+      add_products<Isa, kRows, kColumns>(x + p, a.row_stride, w + p, b.row_stride, kLanes<A>, sums);
     }
     if (p < size.k) {
-      add_products<kRows, kColumns>(x + p, a.row_stride, w + p, b.row_stride, size.k - p, sums);
+      add_products<Isa, kRows, kColumns>(x + p, a.row_stride, w + p, b.row_stride, size.k - p,
+                                         sums);
     }
     A totals[kRows * kColumns];
     sum_lanes_of<Isa, kRows * kColumns, A>(sums, totals);
@@ -178,7 +179,7 @@ struct GemmNt {
     }
   }
 
-  template <int kRows, int kColumns>
+  template <typename Isa, int kRows, int kColumns>
   static RF_INLINE void add_products(const A* x, int64_t x_stride, const B* w, int64_t w_stride,
                                      int64_t count, Vec<A>* sums) {
     Vec<A> columns[kColumns];
@@ -191,7 +192,8 @@ struct GemmNt {
       const Vec<A> lanes = load_lanes(x + i * x_stride, count);
 #pragma GCC unroll 4
       for (int j = 0; j < kColumns; ++j) {
-        sums[i * kColumns + j] += lanes * columns[j];
+        Vec<A>& sum = sums[i * kColumns + j];
+        sum = fma<Isa, A>(lanes, columns[j], sum);
       }
     }
   }
@@ -216,16 +218,16 @@ struct GemmNn {
           const int64_t i_stride = a_transposed ? 1 : a->row_stride;
           const int64_t k_stride = a_transposed ? a->row_stride : 1;
           if (count >= kColumns * kLanes<A>) {
-            tile<kRows, kColumns, true>(vectors->k, x, i_stride, k_stride, w, b->row_stride, out,
-                                        c->row_stride, count);
+            tile<Isa, kRows, kColumns, true>(vectors->k, x, i_stride, k_stride, w, b->row_stride,
+                                             out, c->row_stride, count);
           } else {
-            tile<kRows, kColumns, false>(vectors->k, x, i_stride, k_stride, w, b->row_stride, out,
-                                         c->row_stride, count);
+            tile<Isa, kRows, kColumns, false>(vectors->k, x, i_stride, k_stride, w, b->row_stride,
+                                              out, c->row_stride, count);
           }
         });
   }
 
-  template <int kRows, int kColumns, bool kWhole>
+  template <typename Isa, int kRows, int kColumns, bool kWhole>
   static RF_INLINE void tile(int64_t k, const A* x, int64_t i_stride, int64_t k_stride, const B* w,
                              int64_t w_stride, A* out, int64_t out_stride, int64_t count) {
     const auto width = [&](int j) __attribute__((always_inline)) {
@@ -243,10 +245,11 @@ struct GemmNn {
         }
 #pragma GCC unroll 4
         for (int i = 0; i < kRows; ++i) {
-          const A scalar = x[i * i_stride + p * k_stride];
+          const Vec<A> scalar = broadcast(x[i * i_stride + p * k_stride]);
 #pragma GCC unroll 4
           for (int j = 0; j < kColumns; ++j) {
-            sums[i * kColumns + j] += scalar * columns[j];
+            Vec<A>& sum = sums[i * kColumns + j];
+            sum = fma<Isa, A>(scalar, columns[j], sum);
           }
         }
       }

@@ -26,22 +26,22 @@ RF_INLINE Vec<Acc<T>> load_part(const T* p, Rest rest) {
   return rest.behind_a_vector ? load_last(p + rest.n, rest.n) : load_first(p, rest.n);
 }
 
-// sums[] += term(i, part) over [0, count); term(i, part) loads elements from i on with load_part.
-template <typename A, typename Term>
-RF_INLINE void accumulate(int64_t count, Vec<A> (&sums)[kChains], Term term) {
+// Over [0, count), sum = add(i, part, sum), which loads elements from i on with load_part.
+template <typename A, typename Add>
+RF_INLINE void accumulate(int64_t count, Vec<A> (&sums)[kChains], Add add) {
   constexpr int64_t kStep = kLanes<A>;
   int64_t i = 0;
   for (; i + kChains * kStep <= count; i += kChains * kStep) {
 #pragma GCC unroll 4
     for (int chain = 0; chain < kChains; ++chain) {
-      sums[chain] += term(i + chain * kStep, Whole{});
+      sums[chain] = add(i + chain * kStep, Whole{}, sums[chain]);
     }
   }
   for (; i + kStep <= count; i += kStep) {
-    sums[0] += term(i, Whole{});
+    sums[0] = add(i, Whole{}, sums[0]);
   }
   if (i < count) {
-    sums[1] += term(i, Rest{count - i, count >= kStep});
+    sums[1] = add(i, Rest{count - i, count >= kStep}, sums[1]);
   }
 }
 
@@ -63,9 +63,10 @@ struct PoolNchw {
       Vec<A> sums[kChains] = {};
       for (int64_t r = 0; r < p->radix; ++r) {
         const T* row = x + ((b * p->radix + r) * p->channels + c) * pixels;
-        accumulate<A>(pixels, sums, [&](int64_t i, auto part) __attribute__((always_inline)) {
-          return load_part(row + i, part);
-        });
+        accumulate<A>(pixels, sums,
+                      [&](int64_t i, auto part, Vec<A> sum) __attribute__((always_inline)) {
+                        return sum + load_part(row + i, part);
+                      });
       }
       partial[unit] = total<A>(sums);
     }
@@ -87,9 +88,10 @@ struct PoolBackwardNchw {
         const int64_t feature = (b * p->radix + r) * p->channels + c;
         const T* row = x + feature * pixels;
         Vec<A> sums[kChains] = {};
-        accumulate<A>(pixels, sums, [&](int64_t i, auto part) __attribute__((always_inline)) {
-          return load_part(g + i, part) * load_part(row + i, part);
-        });
+        accumulate<A>(pixels, sums,
+                      [&](int64_t i, auto part, Vec<A> sum) __attribute__((always_inline)) {
+                        return fma<Isa, A>(load_part(g + i, part), load_part(row + i, part), sum);
+                      });
         partial[feature] = total<A>(sums);
       }
     }
@@ -167,16 +169,16 @@ struct PoolBackwardNhwc {
       std::fill_n(sums, features, Acc<T>{});
       int64_t i = 0;
       for (; i + kPixelTile <= count; i += kPixelTile) {
-        add_pixels<kPixelTile>(*p, dout + (pixel + i) * p->channels, x + (pixel + i) * features,
-                               sums);
+        add_pixels<Isa, kPixelTile>(*p, dout + (pixel + i) * p->channels,
+                                    x + (pixel + i) * features, sums);
       }
       for (; i < count; ++i) {
-        add_pixels<1>(*p, dout + (pixel + i) * p->channels, x + (pixel + i) * features, sums);
+        add_pixels<Isa, 1>(*p, dout + (pixel + i) * p->channels, x + (pixel + i) * features, sums);
       }
     }
   }
 
-  template <int kPixels>
+  template <typename Isa, int kPixels>
   static RF_INLINE void add_pixels(const Problem& p, const T* g, const T* rows, Acc<T>* sums) {
     using A = Acc<T>;
     const int64_t channels = p.channels, features = p.features();
@@ -188,7 +190,7 @@ struct PoolBackwardNhwc {
         Vec<A> sum = {};
 #pragma GCC unroll 4
         for (int i = 0; i < kPixels; ++i) {
-          sum += load(g + i * channels + c) * load(split + i * features + c);
+          sum = fma<Isa, A>(load(g + i * channels + c), load(split + i * features + c), sum);
         }
         store(split_sums + c, load(split_sums + c) + sum);
       }
@@ -196,7 +198,8 @@ struct PoolBackwardNhwc {
         const int64_t n = channels - c;
         Vec<A> sum = {};
         for (int i = 0; i < kPixels; ++i) {
-          sum += load_first(g + i * channels + c, n) * load_first(split + i * features + c, n);
+          sum = fma<Isa, A>(load_first(g + i * channels + c, n),
+                            load_first(split + i * features + c, n), sum);
         }
         store_first(split_sums + c, load_first(split_sums + c, n) + sum, n);
       }

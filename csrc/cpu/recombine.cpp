@@ -68,14 +68,15 @@ struct RecombineNchw {
             Vec<A> sum = a[0] * load(row + i);
 #pragma GCC unroll 4
             for (int64_t r = 1; r < radix; ++r) {
-              sum += a[r * channels] * load(row + r * split + i);
+              sum = fma<Isa, A>(broadcast(a[r * channels]), load(row + r * split + i), sum);
             }
             return sum;
           },
           [&](int64_t i, int64_t n) __attribute__((always_inline)) {
             Vec<A> sum = a[0] * load_first(row + i, n);
             for (int64_t r = 1; r < radix; ++r) {
-              sum += a[r * channels] * load_first(row + r * split + i, n);
+              sum =
+                  fma<Isa, A>(broadcast(a[r * channels]), load_first(row + r * split + i, n), sum);
             }
             return sum;
           });
@@ -137,14 +138,15 @@ struct RecombineNhwc {
               Vec<A> sum = load(a + c) * load(row + c);
 #pragma GCC unroll 4
               for (int64_t r = 1; r < radix; ++r) {
-                sum += load(a + r * channels + c) * load(row + r * channels + c);
+                sum = fma<Isa, A>(load(a + r * channels + c), load(row + r * channels + c), sum);
               }
               return sum;
             },
             [&](int64_t c, int64_t n) __attribute__((always_inline)) {
               Vec<A> sum = load_first(a + c, n) * load_first(row + c, n);
               for (int64_t r = 1; r < radix; ++r) {
-                sum += load_first(a + r * channels + c, n) * load_first(row + r * channels + c, n);
+                sum = fma<Isa, A>(load_first(a + r * channels + c, n),
+                                  load_first(row + r * channels + c, n), sum);
               }
               return sum;
             });

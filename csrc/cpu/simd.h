@@ -236,6 +236,40 @@ struct Avx512 {};
 struct Avx2 {};
 struct Baseline {};
 
+// a * b + c, rounded once where the instruction set has it. Asked for by name, and the build turns
+// contraction off, as the compiler contracts some copies of an expression and not others: an
+// element would depend on the tile or the batch that it is in.
+template <typename Isa, typename A>
+RF_INLINE Vec<A> fma(Vec<A> a, Vec<A> b, Vec<A> c) {
+#if defined(__x86_64__)
+  if constexpr (std::is_same_v<Isa, Avx512>) {
+    if constexpr (sizeof(A) == sizeof(float)) {
+      asm("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "vm"(b));
+    } else {
+      asm("vfmadd231pd %2, %1, %0" : "+v"(c) : "v"(a), "vm"(b));
+    }
+    return c;
+  } else if constexpr (std::is_same_v<Isa, Avx2>) {
+    typedef A Half __attribute__((vector_size(32)));
+    struct Halves {
+      Half half[2];
+    };
+    const auto a2 = reinterpret<Halves>(a), b2 = reinterpret<Halves>(b);
+    auto c2 = reinterpret<Halves>(c);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      if constexpr (sizeof(A) == sizeof(float)) {
+        asm("vfmadd231ps %2, %1, %0" : "+x"(c2.half[i]) : "x"(a2.half[i]), "xm"(b2.half[i]));
+      } else {
+        asm("vfmadd231pd %2, %1, %0" : "+x"(c2.half[i]) : "x"(a2.half[i]), "xm"(b2.half[i]));
+      }
+    }
+    return reinterpret<Vec<A>>(c2);
+  }
+#endif
+  return a * b + c;
+}
+
 // Store a whole vector past the caches, which saves reading the line first; p is aligned to the
 // bytes stored. Inline assembly, as an intrinsic would have to be inlined from a function that is
 // already compiled for its instruction set. Call stream_fence() before other threads may read.
