@@ -46,3 +46,8 @@ def restore_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread(restore_threads: None) -> None:
+    torch.set_num_threads(1)

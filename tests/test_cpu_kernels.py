@@ -25,6 +25,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("restore_threads")
+# Many small calls; that the number of threads makes no difference has its own test.
+one_thread = pytest.mark.usefixtures("one_thread")
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FORMATS = ("nchw", "channels_last")
@@ -67,11 +69,13 @@ def _odd_cases() -> list[Case]:
     ]
 
 
+@one_thread
 @pytest.mark.parametrize("case", _odd_cases(), ids=str)
 def test_odd_sizes(case: Case) -> None:
     check(case)
 
 
+@one_thread
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize(
@@ -114,6 +118,7 @@ def test_resnest50_stages(case: Case) -> None:
     check(case)
 
 
+@one_thread
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_of_x(layout: str, dtype: torch.dtype) -> None:
@@ -121,6 +126,7 @@ def test_strides_of_x(layout: str, dtype: torch.dtype) -> None:
     check(Case(3, 20, 6, 5, 2, 2, 14, dtype, layout=layout, norm=norm))
 
 
+@one_thread
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("dout_layout", DOUT_LAYOUTS)
 def test_strides_of_dout(dout_layout: str, layout: str) -> None:
@@ -129,12 +135,14 @@ def test_strides_of_dout(dout_layout: str, layout: str) -> None:
     check(case)
 
 
+@one_thread
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("norm", ["none", "running"])
 def test_float32_parameters(norm: str, dtype: torch.dtype) -> None:
     check(Case(4, 24, 5, 5, 2, 2, 12, dtype, torch.float32, norm=norm))
 
 
+@one_thread
 @given(
     batch=st.integers(1, 9),
     cardinality=st.integers(1, 4),
@@ -192,6 +200,7 @@ def test_any_call(
     check(case)
 
 
+@one_thread
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm", NORMS)
 def test_mean_error_is_no_larger_than_eager_s(norm: str, dtype: torch.dtype) -> None:
@@ -268,11 +277,21 @@ def _assert_same_bits(ours: list[Tensor], expected: list[Tensor]) -> None:
 @pytest.mark.parametrize("run", [_forward, _forward_and_backward])
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("norm", ["running", "batch"])
-@pytest.mark.parametrize("batch", [2, 7])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (2, 72, 14, 14, 2, 2, 20),
+        (7, 72, 14, 14, 2, 2, 20),
+        (2, 40, 56, 56, 1, 4, 20),
+        (3, 130, 9, 13, 5, 1, 66),
+        (33, 51, 3, 3, 2, 3, 33),
+    ],
+    ids=str,
+)
 def test_repeated_calls_and_thread_counts(
-    batch: int, norm: str, layout: str, run: Callable[[Call], list[Tensor]]
+    sizes: tuple[int, ...], norm: str, layout: str, run: Callable[[Call], list[Tensor]]
 ) -> None:
-    call = draw(Case(batch, 72, 14, 14, 2, 2, 20, layout=layout, norm=norm))
+    call = draw_any(Case(*sizes, layout=layout, norm=norm))
     expected = None
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
