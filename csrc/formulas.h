@@ -1,9 +1,13 @@
 // The scalar mathematics of split attention, forward and backward, written once for every kernel.
 //
 // Index orders, said here and used everywhere:
-//   splits     radix-major        (B, R, C, H, W)   split r, channel c is channel r*C + c of x
-//   logits     cardinality-major  (B, K, R, C/K)    logit (r, c = k*C/K + j) is row (k*R + r)*C/K +
-//   j of fc2 attention  radix-major        (B, R, C)
+//
+//   splits, radix-major (B, R, C, H, W): split r, channel c is channel r*C + c of x.
+//
+//   logits, cardinality-major (B, K, R, C/K): those of split r, channel c = k*C/K + j
+//   are row (k*R + r)*C/K + j of fc2.
+//
+//   attention, radix-major (B, R, C).
 //
 // V is a float, a double, or a vector of them (cpu/simd.h); comparisons keep NaN where PyTorch
 // does.

@@ -108,6 +108,8 @@ def _reference_gradients(
 ) -> tuple[Tensor | None, ...]:
     """The gradients as a differentiable graph over dout and the inputs."""
     eps, batch_stats, radix, cardinality = options
+    # Aliases, as x may itself have been computed from a parameter: the gradient must stop here.
+    differentiable = [None if t is None else t.view_as(t) for t in differentiable]
     x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, bn1_weight, bn1_bias = differentiable
     assert x is not None and fc1_weight is not None and fc2_weight is not None
     bn1 = None

@@ -95,7 +95,7 @@ def _info() -> None:
         facts.add_row("compiler", built["compiler"])
         facts.add_row("flags", built["cxx_flags"])
         facts.add_row("instructions", f"{built['cpu_capability']}, chosen for this CPU at run time")
-        facts.add_row("CUDA kernels", built.get("cuda_status", "not included"))
+        facts.add_row("CUDA kernels", built["cuda_status"])
     else:
         facts.add_row("native kernels", "none")
     console.print(facts)
@@ -152,7 +152,7 @@ def _compare(
     status = {s.name: s for s in backends()}.get(backend.value)
     if status is not None and not status.available:
         raise _bad("--backend", f"{status.name} cannot run: {status.reason}")
-    with _blame("--backend"):
+    with _blame("--backend", (ValueError, RuntimeError)):
         chosen = choose(backend.value, torch.empty(0))
     with _blame("--image"):
         pictures = [images.read_image(path) for path in image or []]
@@ -368,7 +368,9 @@ def _progress(text: str, total: int | None = None) -> Iterator[Callable[[], None
 
 
 @contextlib.contextmanager
-def _blame(option: str, kind: type[Exception] = ValueError) -> Iterator[None]:
+def _blame(
+    option: str, kind: type[Exception] | tuple[type[Exception], ...] = ValueError
+) -> Iterator[None]:
     """Report an error of the block as the fault of ``option``, in one line, exit code 2."""
     try:
         yield

@@ -116,14 +116,15 @@ def split_attention(
     return out
 
 
-@torch.no_grad()
 def _update_running_stats(bn: BatchNormArgs, mean: Tensor, var: Tensor | None, count: int) -> None:
     """running = (1 - momentum) * running + momentum * batch, with the unbiased variance."""
     if count == 0:
         return
     assert bn.running_mean is not None and bn.running_var is not None and var is not None
-    bn.running_mean.mul_(1 - bn.momentum).add_(mean, alpha=bn.momentum)
-    bn.running_var.mul_(1 - bn.momentum).add_(var, alpha=bn.momentum * count / (count - 1))
+    for running, batch in ((bn.running_mean, mean), (bn.running_var, var * (count / (count - 1)))):
+        # In the statistics' own dtype, so that 16-bit running ones are rounded once.
+        kept = running.detach().to(batch.dtype)
+        running.detach().copy_((1 - bn.momentum) * kept + bn.momentum * batch)
 
 
 def _check(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -53,9 +54,10 @@ def _build(name: str) -> Source:
     if origin == "official":
         # Both the PyPI release and the repository's later layout export the builders here.
         package = _import("resnest.torch", "--no-deps resnest==0.0.5")
-        if not rest.startswith("resnest") or not hasattr(package, rest):
+        builder = getattr(package, rest, None)
+        if not rest.startswith("resnest") or not inspect.isfunction(builder):
             raise ValueError(f"the official package has no model {rest!r}")
-        return _ours(getattr(package, rest)(), _OFFICIAL_SIZES.get(rest, 224))
+        return _ours(builder(), _OFFICIAL_SIZES.get(rest, 224))
     if origin == "timm":
         timm = _import("timm", "timm")
         if not timm.is_model(rest):

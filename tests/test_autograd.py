@@ -184,3 +184,15 @@ def test_parameters_learn() -> None:
         fused.state_dict().items(), eager.state_dict().values(), strict=True
     ):
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_graph_of_gradients_counts_every_path_once(training: bool) -> None:
+    """A module applied twice: its second input depends on its own parameters."""
+    module = rf.FusedSplitAttention(8).double().train(training)
+    x = torch.randn(2, 16, 4, 4, dtype=torch.float64)
+    loss = module(torch.cat([module(x)] * 2, 1)).square().sum()
+    for name, parameter in module.named_parameters():
+        (plain,) = torch.autograd.grad(loss, parameter, retain_graph=True)
+        (graph,) = torch.autograd.grad(loss, parameter, create_graph=True)
+        torch.testing.assert_close(graph, plain, rtol=1e-9, atol=1e-12, msg=name)

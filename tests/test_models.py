@@ -168,7 +168,10 @@ class Opaque:
         (Opaque(), "truncated, damaged"),
         ([1, 2], "expected a state_dict, got list"),
         ({}, "got dict without entries"),
-        ({"state_dict": {"epoch": 3}}, "expected tensors by name, got int under 'epoch'"),
+        (
+            {"state_dict": {"epoch": 3}},
+            "expected dense real tensors by name, got int under 'epoch'",
+        ),
         (None, "expected a state_dict, got NoneType"),
     ],
 )

@@ -17,6 +17,11 @@ except ImportError as error:
 
 
 def unavailable() -> str | None:
+    if _missing is None:
+        try:
+            build_info()
+        except RuntimeError as error:  # a wrong RESNEST_FUSED_CPU_CAPABILITY
+            return str(error)
     return _missing
 
 

@@ -41,13 +41,26 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             + (" without entries" if isinstance(state, Mapping) else "")
         )
     for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
+        if (
+            not isinstance(key, str)
+            or not isinstance(value, Tensor)
+            or value.layout != torch.strided
+            or value.is_meta
+            or value.is_complex()
+        ):
             raise CheckpointError(
-                f"{os.fspath(path)}: expected tensors by name, got {type(value).__name__} "
+                f"{os.fspath(path)}: expected dense real tensors by name, got "
+                f"{_describe(value)} "
                 f"under {key!r}"
             )
     prefix = "module." if all(key.startswith("module.") for key in state) else ""
     return {key.removeprefix(prefix): value for key, value in state.items()}
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.dtype}, {value.layout} tensor on {value.device}"
+    return type(value).__name__
 
 
 def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
