@@ -53,6 +53,15 @@ void check_dtype(const char* name, const Tensor& tensor, const Tensor& x) {
                   ": expected x's dtype or float32");
 }
 
+void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes,
+                 const Tensor& x) {
+  const auto found = tensor.sizes();
+  STD_TORCH_CHECK(std::equal(found.begin(), found.end(), sizes.begin(), sizes.end()), name,
+                  ": expected shape ", describe(sizes.begin(), sizes.size()), ", got ",
+                  describe(found.data(), found.size()));
+  STD_TORCH_CHECK(tensor.device() == x.device(), name, ": expected on x's device");
+}
+
 void take_parameter(const char* name, Tensor& tensor, std::initializer_list<int64_t> sizes,
                     const Tensor& x) {
   check_shape(name, tensor, sizes, x);
@@ -67,65 +76,86 @@ void take_parameter(const char* name, std::optional<Tensor>& tensor, int64_t siz
   }
 }
 
-}  // namespace
-
-void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes,
-                 const Tensor& x) {
-  const auto found = tensor.sizes();
-  STD_TORCH_CHECK(std::equal(found.begin(), found.end(), sizes.begin(), sizes.end()), name,
-                  ": expected shape ", describe(sizes.begin(), sizes.size()), ", got ",
-                  describe(found.data(), found.size()));
-  STD_TORCH_CHECK(tensor.device() == x.device(), name, ": expected on x's device");
+void take_norm(const std::string& name, NormTensors& norm, int64_t features, int64_t elements,
+               const Tensor& x) {
+  take_parameter((name + "_weight").c_str(), norm.weight, features, x);
+  take_parameter((name + "_bias").c_str(), norm.bias, features, x);
+  STD_TORCH_CHECK(norm.mean.has_value() == norm.var.has_value(), name, "_mean, ", name,
+                  "_var: expected both or neither");
+  take_parameter((name + "_mean").c_str(), norm.mean, features, x);
+  take_parameter((name + "_var").c_str(), norm.var, features, x);
+  STD_TORCH_CHECK(!norm.batch_stats || elements != 1, name,
+                  ": expected more than 1 value per channel when training");
 }
 
-Problem make_problem(const Tensor& x, Parameters& params, int64_t radix, int64_t cardinality) {
+}  // namespace
+
+Problem make_problem(const Tensor& x, int64_t radix) {
   STD_TORCH_CHECK(x.dim() == 4, "x: expected 4 dimensions, got ", x.dim());
   STD_TORCH_CHECK(radix >= 1, "radix: expected at least 1, got ", radix);
-  STD_TORCH_CHECK(cardinality >= 1, "cardinality: expected at least 1, got ", cardinality);
   const ScalarType dtype = x.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
                       dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
                   "x: expected float32, float64, bfloat16 or float16");
   const int64_t features = x.size(1);
-  // One after the other: the product of two arbitrary counts may overflow.
-  STD_TORCH_CHECK(features > 0 && features % radix == 0 && features / radix % cardinality == 0,
-                  "x: expected channels divisible by radix * cardinality, got ", features);
+  STD_TORCH_CHECK(features > 0 && features % radix == 0,
+                  "x: expected channels divisible by radix, got ", features);
   STD_TORCH_CHECK(x.size(2) > 0 && x.size(3) > 0, "x: expected at least one pixel");
-  STD_TORCH_CHECK(params.fc1_weight.dim() == 4, "fc1_weight: expected 4 dimensions");
-  const int64_t inter = params.fc1_weight.size(0);
-  STD_TORCH_CHECK(inter > 0 && inter % cardinality == 0,
-                  "fc1_weight: expected rows divisible by cardinality, got ", inter);
-
   Problem problem{};
   problem.batch = x.size(0);
   problem.radix = radix;
-  problem.cardinality = cardinality;
+  problem.cardinality = 1;
   problem.channels = features / radix;
-  problem.inter = inter;
   problem.height = x.size(2);
   problem.width = x.size(3);
   // A map that is both (one channel, or one pixel) counts as NCHW.
   problem.layout = !x.is_contiguous() && is_channels_last(x) ? Layout::kNhwc : Layout::kNchw;
   problem.dtype = dtype;
+  return problem;
+}
 
-  take_parameter("fc1_weight", params.fc1_weight, {inter, problem.group_channels(), 1, 1}, x);
-  take_parameter("fc1_bias", params.fc1_bias, inter, x);
-  take_parameter("fc2_weight", params.fc2_weight, {features, problem.group_inter(), 1, 1}, x);
-  take_parameter("fc2_bias", params.fc2_bias, features, x);
-  take_parameter("bn1_weight", params.bn1_weight, inter, x);
-  take_parameter("bn1_bias", params.bn1_bias, inter, x);
-  STD_TORCH_CHECK(params.bn1_mean.has_value() == params.bn1_var.has_value(),
-                  "bn1_mean, bn1_var: expected both or neither");
-  take_parameter("bn1_mean", params.bn1_mean, inter, x);
-  take_parameter("bn1_var", params.bn1_var, inter, x);
-  for (const auto* fc : {&params.fc1_bias, &params.fc2_bias}) {
-    const Tensor& weight = fc == &params.fc1_bias ? params.fc1_weight : params.fc2_weight;
-    STD_TORCH_CHECK(!fc->has_value() || (*fc)->scalar_type() == weight.scalar_type(),
+void take_prologue(const Problem& problem, PrologueTensors& tensors, const Tensor& x) {
+  STD_TORCH_CHECK(tensors.relu || !tensors.bn0.present(), "relu: expected True behind bn0");
+  take_norm("bn0", tensors.bn0, problem.features(), problem.batch * problem.pixels(), x);
+}
+
+void take_attention(Problem& problem, AttentionTensors& tensors, int64_t cardinality,
+                    const Tensor& x) {
+  STD_TORCH_CHECK(cardinality >= 1, "cardinality: expected at least 1, got ", cardinality);
+  STD_TORCH_CHECK(problem.channels % cardinality == 0,
+                  "x: expected channels divisible by radix * cardinality, got ",
+                  problem.features());
+  STD_TORCH_CHECK(tensors.fc1_weight.dim() == 4, "fc1_weight: expected 4 dimensions");
+  const int64_t inter = tensors.fc1_weight.size(0);
+  STD_TORCH_CHECK(inter > 0 && inter % cardinality == 0,
+                  "fc1_weight: expected rows divisible by cardinality, got ", inter);
+  problem.cardinality = cardinality;
+  problem.inter = inter;
+  const int64_t features = problem.features();
+  take_parameter("fc1_weight", tensors.fc1_weight, {inter, problem.group_channels(), 1, 1}, x);
+  take_parameter("fc1_bias", tensors.fc1_bias, inter, x);
+  take_parameter("fc2_weight", tensors.fc2_weight, {features, problem.group_inter(), 1, 1}, x);
+  take_parameter("fc2_bias", tensors.fc2_bias, features, x);
+  for (const auto* bias : {&tensors.fc1_bias, &tensors.fc2_bias}) {
+    const Tensor& weight = bias == &tensors.fc1_bias ? tensors.fc1_weight : tensors.fc2_weight;
+    STD_TORCH_CHECK(!bias->has_value() || (*bias)->scalar_type() == weight.scalar_type(),
                     "fc1_bias, fc2_bias: expected their weight's dtype");
   }
-  STD_TORCH_CHECK(!params.batch_stats || problem.batch != 1,
-                  "bn1: expected more than 1 value per channel when training");
-  return problem;
+  take_norm("bn1", tensors.bn1, inter, problem.batch, x);
+}
+
+void take_crumb(const char* name, Tensor& crumb, std::initializer_list<int64_t> sizes,
+                const Problem& problem, const Tensor& x) {
+  check_shape(name, crumb, sizes, x);
+  STD_TORCH_CHECK(crumb.scalar_type() == problem.acc(), name,
+                  ": expected float32, float64 beside a float64 x");
+  crumb = in_layout(crumb, Layout::kNchw);
+}
+
+void take_dout(const Problem& problem, Tensor& dout, const Tensor& x) {
+  check_shape("dout", dout, {problem.batch, problem.channels, problem.height, problem.width}, x);
+  STD_TORCH_CHECK(dout.scalar_type() == problem.dtype, "dout: expected x's dtype");
+  dout = in_layout(dout, problem.layout);
 }
 
 Tensor in_layout(const Tensor& tensor, Layout layout) {

@@ -29,27 +29,54 @@ struct Problem {
   int64_t features() const { return radix * channels; }
   int64_t group_channels() const { return channels / cardinality; }
   int64_t group_inter() const { return inter / cardinality; }
+  ScalarType acc() const {
+    return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  }
 };
 
-// The parameters as the ops receive them; float32 or x's dtype.
-struct Parameters {
-  Tensor fc1_weight;                 // (I, C/K, 1, 1)
-  std::optional<Tensor> fc1_bias;    // (I)
-  Tensor fc2_weight;                 // (R*C, I/K, 1, 1)
-  std::optional<Tensor> fc2_bias;    // (R*C)
-  std::optional<Tensor> bn1_weight;  // (I)
-  std::optional<Tensor> bn1_bias;    // (I)
-  std::optional<Tensor> bn1_mean;    // (I)
-  std::optional<Tensor> bn1_var;     // (I), biased
-  double bn1_eps;
-  bool batch_stats;  // bn1 normalises with statistics of this batch
+// A batch normalisation as the ops receive it; absent without statistics.
+struct NormTensors {
+  std::optional<Tensor> weight;  // (F)
+  std::optional<Tensor> bias;    // (F)
+  std::optional<Tensor> mean;    // (F)
+  std::optional<Tensor> var;     // (F), biased
+  double eps;
+  bool batch_stats;  // normalise with statistics of this batch
 
-  bool has_bn1() const { return batch_stats || bn1_mean.has_value(); }
+  bool present() const { return batch_stats || mean.has_value(); }
 };
 
-// Check what memory safety needs of x and the parameters, make the parameters contiguous, and
-// describe the call. Throws (RuntimeError in Python) naming the tensor.
-Problem make_problem(const Tensor& x, Parameters& params, int64_t radix, int64_t cardinality);
+// The prologue: z = relu(bn0(x)), relu(x), or x.
+struct PrologueTensors {
+  bool relu;
+  NormTensors bn0;
+};
+
+// What stands between gap and logits.
+struct AttentionTensors {
+  Tensor fc1_weight;               // (I, C/K, 1, 1)
+  std::optional<Tensor> fc1_bias;  // (I)
+  NormTensors bn1;
+  Tensor fc2_weight;               // (R*C, I/K, 1, 1)
+  std::optional<Tensor> fc2_bias;  // (R*C)
+};
+
+// The three functions below check what memory safety needs and throw (RuntimeError in Python)
+// naming the tensor. Parameters have x's dtype or float32; those given are made contiguous.
+
+// The map that x is, in `radix` splits; cardinality 1 and no FCs.
+Problem make_problem(const Tensor& x, int64_t radix);
+void take_prologue(const Problem& problem, PrologueTensors& tensors, const Tensor& x);
+// Also sets the problem's cardinality and inter.
+void take_attention(Problem& problem, AttentionTensors& tensors, int64_t cardinality,
+                    const Tensor& x);
+
+// A crumb that this library made: of this shape, in the accumulator's dtype, made contiguous.
+void take_crumb(const char* name, Tensor& crumb, std::initializer_list<int64_t> sizes,
+                const Problem& problem, const Tensor& x);
+
+// dout, checked and in x's layout.
+void take_dout(const Problem& problem, Tensor& dout, const Tensor& x);
 
 // The tensor in the given layout: itself, or one contiguous copy.
 Tensor in_layout(const Tensor& tensor, Layout layout);
@@ -59,9 +86,5 @@ Tensor empty_map(const Problem& problem, int64_t features, const Tensor& x);
 
 // A fresh contiguous tensor on x's device.
 Tensor empty_on(const Tensor& x, std::initializer_list<int64_t> sizes, ScalarType dtype);
-
-// Throw unless the tensor has exactly this shape and device.
-void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes,
-                 const Tensor& x);
 
 }  // namespace resnest_fused

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from resnest_fused import autograd, reference
@@ -24,6 +25,7 @@ def split_attention(
     cardinality: int = 1,
     bn0: BatchNormArgs | None = None,
     bn1: BatchNormArgs | None = None,
+    relu: bool = False,
     training: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -31,7 +33,7 @@ def split_attention(
 
     With B batch, R radix, K cardinality, C channels, I inter_channels::
 
-        z[b,r,c,p] = x, or relu(bn0(x)) when bn0 is given
+        z[b,r,c,p] = relu(bn0(x)) when bn0 is given, else relu(x) or x
         gap[b,c]   = mean_p sum_r z[b,r,c,p]
         logits     = fc2(relu(bn1(fc1(gap))))       grouped by K; laid out (B, K, R, C/K)
         a[b,r,c]   = softmax over r of logits       (R = 1: sigmoid)
@@ -47,8 +49,9 @@ def split_attention(
         radix: R, at least 1.
         cardinality: K, at least 1; divides C and I.
         bn0: the normalisation before the ReLU in front of the attention, over R*C features; None
-            when x is already normalised and activated. Computed by PyTorch before the fused op.
+            when x is already normalised. Its output is never stored.
         bn1: the normalisation between the FCs, over I features, or None.
+        relu: z = relu(x) when bn0 is None; False when x is already activated.
         training: normalise with batch statistics (and update the running ones in place), unless
             the ``BatchNormArgs`` says otherwise.
         backend: "auto", "native" or "reference"; "auto" takes what ``use_backend`` or
@@ -74,9 +77,9 @@ def split_attention(
     # In eager mode the native op checks the same in C++, ten times faster; only when it refuses
     # are the checks here run, to name what was wrong. Elsewhere nothing is run or traced unchecked,
     # nor with batch statistics: the op does not see the running ones that they then enter.
-    batch_stats = bn1 is not None and bn1.uses_batch_stats(training)
-    unseen = bn0 is not None or batch_stats
-    checked = chosen != "native" or unseen or torch.compiler.is_compiling()
+    batch_stats0 = bn0 is not None and bn0.uses_batch_stats(training)
+    batch_stats1 = bn1 is not None and bn1.uses_batch_stats(training)
+    checked = chosen != "native" or batch_stats0 or batch_stats1 or torch.compiler.is_compiling()
     if checked:
         _check(*arguments)
     if chosen == "reference":
@@ -90,20 +93,35 @@ def split_attention(
             cardinality=cardinality,
             bn0=bn0,
             bn1=bn1,
+            relu=relu,
             training=training,
         )
-    if bn0 is not None:
-        x = F.relu(reference.batch_norm(x, bn0, training))
-    try:
-        out, batch_mean, batch_var = autograd.split_attention(
-            chosen,
-            x,
+    relu = relu or bn0 is not None
+    if _spans_processes(bn0, batch_stats0) or _spans_processes(bn1, batch_stats1):
+        mlp = reference.plain_mlp(
             fc1_weight,
             fc1_bias,
             fc2_weight,
             fc2_bias,
             bn1,
-            batch_stats,
+            cardinality=cardinality,
+            training=training,
+        )
+        out, statistics0 = autograd.attend(
+            chosen, x, mlp, relu, bn0, batch_stats0, radix, cardinality
+        )
+        _update(bn0, statistics0)
+        return out
+    try:
+        out, statistics0, statistics1 = autograd.split_attention(
+            chosen,
+            x,
+            relu,
+            bn0,
+            batch_stats0,
+            (fc1_weight, fc1_bias, fc2_weight, fc2_bias),
+            bn1,
+            batch_stats1,
             radix,
             cardinality,
         )
@@ -111,33 +129,66 @@ def split_attention(
         if not checked:
             _check(*arguments)
         raise
-    if batch_mean is not None and bn1 is not None and bn1.running_mean is not None:
-        _update_running_stats(bn1, batch_mean, batch_var, x.shape[0])
+    _update(bn0, statistics0)
+    _update(bn1, statistics1)
     return out
 
 
-def _update_running_stats(bn: BatchNormArgs, mean: Tensor, var: Tensor | None, count: int) -> None:
-    """running = (1 - momentum) * running + momentum * batch, with the unbiased variance."""
-    if count == 0:
-        return
-    assert bn.running_mean is not None and bn.running_var is not None and var is not None
-    for running, batch in ((bn.running_mean, mean), (bn.running_var, var * (count / (count - 1)))):
-        # In the statistics' own dtype, so that 16-bit running ones are rounded once.
-        kept = running.detach().to(batch.dtype)
-        running.detach().copy_((1 - bn.momentum) * kept + bn.momentum * batch)
-
-
-def _check(
+def attend(
     x: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
+    mlp: Callable[[Tensor], Tensor],
+    *,
     radix: int,
-    cardinality: int,
-    bn0: BatchNormArgs | None,
-    bn1: BatchNormArgs | None,
-    training: bool,
+    cardinality: int = 1,
+    bn0: BatchNormArgs | None = None,
+    relu: bool = False,
+    training: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`split_attention` with any map from gap to logits instead of the two FCs.
+
+    Args:
+        x, radix, cardinality, bn0, relu, training, backend: as in :func:`split_attention`.
+        mlp: called once with gap, ``(B, C, 1, 1)`` in float32 (float64 for float64 x); returns the
+            logits, ``(B, R*C, 1, 1)``, cardinality-major.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`split_attention`; ValueError when the logits
+            do not have that shape.
+    """
+    chosen = choose(backend, x)
+    _check_map(x, radix, cardinality, bn0, training)
+
+    def checked_mlp(gap: Tensor) -> Tensor:
+        logits = mlp(gap)
+        expected = (x.shape[0], x.shape[1], 1, 1)
+        if logits.shape != expected:
+            raise ValueError(f"logits: expected shape {expected}, got {tuple(logits.shape)}")
+        return logits
+
+    if chosen == "reference":
+        z = reference.prologue(x, bn0, relu, training)
+        return reference.attend(z, checked_mlp, radix, cardinality)
+    batch_stats = bn0 is not None and bn0.uses_batch_stats(training)
+    relu = relu or bn0 is not None
+    out, statistics = autograd.attend(
+        chosen, x, checked_mlp, relu, bn0, batch_stats, radix, cardinality
+    )
+    _update(bn0, statistics)
+    return out
+
+
+def _spans_processes(bn: BatchNormArgs | None, batch_stats: bool) -> bool:
+    return batch_stats and bn is not None and bn.process_group is not None
+
+
+def _update(bn: BatchNormArgs | None, statistics: autograd.Statistics | None) -> None:
+    if bn is not None and statistics is not None:
+        reference.update_running_statistics(bn, *statistics)
+
+
+def _check_map(
+    x: Tensor, radix: int, cardinality: int, bn0: BatchNormArgs | None, training: bool
 ) -> None:
     if radix < 1:
         raise ValueError(f"radix: expected at least 1, got {radix}")
@@ -159,6 +210,25 @@ def _check(
             f"x: expected channels/radix divisible by cardinality={cardinality}, got "
             f"{features}/{radix}={channels}"
         )
+    if bn0 is not None:
+        _check_batch_norm("bn0", bn0, features, batch * height * width, x, training)
+
+
+def _check(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    radix: int,
+    cardinality: int,
+    bn0: BatchNormArgs | None,
+    bn1: BatchNormArgs | None,
+    training: bool,
+) -> None:
+    _check_map(x, radix, cardinality, bn0, training)
+    batch, features = x.shape[:2]
+    channels = features // radix
     if fc1_weight.dim() != 4:
         raise ValueError(
             f"fc1_weight: expected 4 dimensions (I, C/K, 1, 1), got shape {tuple(fc1_weight.shape)}"
@@ -178,8 +248,6 @@ def _check(
             _check_tensor(name, bias, (weight.shape[0],), x)
             if bias.dtype != weight.dtype:
                 raise TypeError(f"{name}: expected its weight's {weight.dtype}, got {bias.dtype}")
-    if bn0 is not None:
-        _check_batch_norm("bn0", bn0, features, batch * height * width, x, training)
     if bn1 is not None:
         _check_batch_norm("bn1", bn1, inter, batch, x, training)
 
@@ -205,7 +273,7 @@ def _check_batch_norm(
     if bn.running_mean is not None and bn.running_var is not None:
         _check_tensor(f"{name}.running_mean", bn.running_mean, (features,), x)
         _check_tensor(f"{name}.running_var", bn.running_var, (features,), x)
-    if count == 1 and bn.uses_batch_stats(training):
+    if count == 1 and bn.uses_batch_stats(training) and bn.process_group is None:
         raise ValueError(
             f"{name}: Expected more than 1 value per channel when training, got input size "
             f"[1, {features}, 1, 1]"

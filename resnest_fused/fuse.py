@@ -16,12 +16,13 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from resnest_fused import fold as folding
 from resnest_fused.backends import check_name
 from resnest_fused.modules import (
     FusedSplitAttention,
     FusedSplitAttentionConv2d,
     fused_attention,
-    unsupported_norm,
+    intercepted,
 )
 
 
@@ -32,13 +33,16 @@ class FuseEntry(NamedTuple):
         name: the module's name in the model; "" for the model itself.
         kind: the module's original class, as ``package.module.Class``.
         fused: whether the module is fused now.
-        reason: why it was left alone, or that it already was fused; None for newly fused.
+        reason: why it was left alone, or that it already was fused; None for newly fused. With
+            ``fold`` also which norm could not be folded, and why.
+        folded: whether it has a norm that is folded now.
     """
 
     name: str
     kind: str
     fused: bool
     reason: str | None
+    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,14 @@ class FuseReport:
         groups = {"fused": self.fused, "left alone": self.left_alone}
         lines = [", ".join(f"{len(entries)} {title}" for title, entries in groups.items())]
         for title, entries in groups.items():
-            for name, kind, _, reason in entries:
-                line = f"{title}: {name or '(the model itself)'}, {kind}"
+            for name, kind, _, reason, folded in entries:
+                what = f"{title} and folded" if folded else title
+                line = f"{what}: {name or '(the model itself)'}, {kind}"
                 lines.append(line if reason is None else f"{line}: {reason}")
         return "\n".join(lines)
 
 
-def fuse(model: nn.Module, *, backend: str = "auto") -> FuseReport:
+def fuse(model: nn.Module, *, backend: str = "auto", fold: bool = False) -> FuseReport:
     """Fuse every split-attention module of ``model`` that can be, in place.
 
     Known are our own ``SplitAttention`` and ``SplitAttentionConv2d``, ``SplAtConv2d`` of the
@@ -84,48 +89,72 @@ def fuse(model: nn.Module, *, backend: str = "auto") -> FuseReport:
     Results, parameters, state_dict, hooks and ``isinstance`` stay the same, and deepcopy and pickle
     work. A module whose result would change is left alone, and the report says why.
 
-    Three things differ in a fused module. ``fc1``, ``bn1``, ``fc2``, the activation between them
-    and the softmax are not called, so hooks put on them later do not run. The output keeps the
-    feature map's memory format, where peers force NCHW, and its dtype, where peers give float32
-    under CUDA's autocast. ``torch.jit.script``, and loading a pickle where this package is missing,
-    need :func:`unfuse` first.
+    Everything after the convolution becomes one op where ``bn0`` is a batch normalisation and the
+    activations are ReLU. Other norms and activations, an active DropBlock, and children with hooks
+    are called as before, and the op does the rest.
+
+    Two things differ in a fused module. The output keeps the feature map's memory format, where
+    peers force NCHW, and its dtype, where peers give float32 under CUDA's autocast.
+    ``torch.jit.script``, and loading a pickle where this package is missing, need :func:`unfuse`
+    first.
 
     Args:
         model: any module, wrapped by ``torch.compile`` or ``DataParallel`` or not.
         backend: as in :func:`resnest_fused.split_attention`, for every module that this function
             fuses now or fused before. Modules built fused keep their own.
+        fold: for inference, of a model in eval mode: also fold each fused module's ``bn0`` into its
+            convolution and ``bn1`` into ``fc1``. The state_dict then holds the folded weights
+            instead, without gradients, and a call in training mode raises; :func:`unfuse` brings
+            back the original layers.
 
     Returns:
         The report, one entry for each module; a module used in several places is reported once.
 
     Raises:
         TypeError: when ``model`` is not a module.
-        ValueError: when there is no such backend. The model is then untouched.
+        ValueError: when there is no such backend, or ``fold`` is asked of a module in training
+            mode. The model is then untouched.
     """
     check_name(backend, "backend")
     found = [(module, _examine(name, module)) for name, module in _named_modules(model)]
+    if fold:
+        for module, entry in found:
+            if entry is not None and entry.fused and module.training:
+                raise ValueError(
+                    f"fold: expected a model in eval mode, {entry.name or 'the model'} is training"
+                )
+    entries = []
     for module, entry in found:
-        if entry is not None and entry.fused and entry.reason is None:
+        if entry is None:
+            continue
+        if entry.fused and entry.reason is None:
             original = type(module)
             module.__class__ = _fused_class(original)
             vars(module)["_unfused_class"] = original
         if _is_swapped(module):
             vars(module)["backend"] = backend
-    return FuseReport(tuple(entry for _, entry in found if entry is not None))
+        if entry.fused:
+            notes = folding.fold(module) if fold else []
+            reason = "; ".join([*([entry.reason] if entry.reason else []), *notes]) or None
+            entry = entry._replace(reason=reason, folded=folding.is_folded(module))
+        entries.append(entry)
+    return FuseReport(tuple(entries))
 
 
 def unfuse(model: nn.Module) -> None:
-    """Give every module that :func:`fuse` fused its own class back, in place.
+    """Give every module that :func:`fuse` fused its own class back, in place, and unfold its norms.
 
-    Modules built as ``FusedSplitAttention`` or ``FusedSplitAttentionConv2d`` stay fused.
+    Modules built as ``FusedSplitAttention`` or ``FusedSplitAttentionConv2d`` stay fused. The layers
+    that folding had replaced come back as they were, on the model's device and in its dtype.
 
     Raises:
         TypeError: when ``model`` is not a module.
     """
-    for _, module in _named_modules(model):
+    for _, module in list(_named_modules(model)):
         if _is_swapped(module):
             module.__class__ = vars(module).pop("_unfused_class")
             vars(module).pop("backend", None)
+        folding.unfold(module)
 
 
 class _PeerAttention(nn.Module):
@@ -134,9 +163,7 @@ class _PeerAttention(nn.Module):
     backend: str = "auto"
     radix: int
     conv: nn.Module
-    bn0: nn.Module
     fc1: nn.Conv2d
-    bn1: nn.Module
     fc2: nn.Conv2d
 
 
@@ -144,31 +171,43 @@ class _OfficialForward(_PeerAttention):
     """The fused forward of the official ``SplAtConv2d``."""
 
     use_bn: bool
+    dropblock_prob: float
     relu: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, in_channels, H, W)`` to ``(B, channels, H', W')``."""
-        x = self.conv(x)
-        if self.use_bn:
-            x = self.bn0(x)
-        x = self.relu(x)
-        bn1 = self.bn1 if self.use_bn else None
         return fused_attention(
-            x, self.fc1, bn1, self.fc2, self.radix, self.fc1.groups, self.backend
+            self.conv(x),
+            bn0=self.bn0 if self.use_bn else None,
+            drop=self.dropblock if self.dropblock_prob > 0 else None,
+            act0=self.relu,
+            fc1=self.fc1,
+            bn1=self.bn1 if self.use_bn else None,
+            act1=self.relu,
+            fc2=self.fc2,
+            radix=self.radix,
+            cardinality=self.cardinality,
+            backend=self.backend,
         )
 
 
 class _TimmForward(_PeerAttention):
     """The fused forward of timm's ``SplitAttn``."""
 
-    drop: nn.Module
-    act0: nn.Module
-
     def forward(self, x: Tensor) -> Tensor:
         """``(B, in_channels, H, W)`` to ``(B, out_channels, H', W')``."""
-        x = self.act0(self.drop(self.bn0(self.conv(x))))
         return fused_attention(
-            x, self.fc1, self.bn1, self.fc2, self.radix, self.fc1.groups, self.backend
+            self.conv(x),
+            bn0=self.bn0,
+            drop=self.drop,
+            act0=self.act0,
+            fc1=self.fc1,
+            bn1=self.bn1,
+            act1=self.act1,
+            fc2=self.fc2,
+            radix=self.radix,
+            cardinality=self.rsoftmax.cardinality,
+            backend=self.backend,
         )
 
 
@@ -249,64 +288,14 @@ def _obstacle(module: nn.Module) -> str | None:
     """Why ``module``, of a known class, would not compute the same when fused, or None."""
     if "forward" in vars(module) or type(module).forward.__module__ != type(module).__module__:
         return "its forward was replaced"
-    if getattr(module, "dropblock_prob", 0) > 0:
-        return "dropblock is active"
-    drop = getattr(module, "drop", None)
-    if not isinstance(drop, nn.Identity | None):
-        return f"drop is active: {type(drop).__name__}"
-    # Children that are no longer called, under the names of every known class.
-    children = module._modules
-    softmax = children.get("rsoftmax")
-    cardinality = getattr(module if softmax is None else softmax, "cardinality", None)
-    problems = {
-        "rsoftmax": _unsupported_softmax(softmax, module),
-        "fc1": _unsupported_fc(children.get("fc1"), cardinality),
-        "bn1": unsupported_norm(children.get("bn1")),
-        "relu": _unsupported_activation(children.get("relu")),
-        "act1": _unsupported_activation(children.get("act1")),
-        "fc2": _unsupported_fc(children.get("fc2"), cardinality),
-    }
-    for name, problem in problems.items():
-        problem = problem or _intercepted(children.get(name))
-        if problem is not None:
-            return f"{name}: {problem}"
-    return None
-
-
-def _unsupported_fc(fc: nn.Module | None, cardinality: int | None) -> str | None:
-    # A parametrized one passes: reading its weight computes it, and that is all a call would do.
-    if (
-        not isinstance(fc, nn.Conv2d)
-        or type(fc).forward is not nn.Conv2d.forward
-        or type(fc)._conv_forward is not nn.Conv2d._conv_forward
-    ):
-        return f"expected a plain Conv2d, got {type(fc).__name__}"
-    found = (fc.kernel_size, fc.stride, fc.padding, fc.groups)
-    expected = ((1, 1), (1, 1), (0, 0), cardinality)
-    if found != expected:
-        return f"expected kernel_size, stride, padding and groups {expected}, got {found}"
-    return None
-
-
-def _unsupported_activation(activation: nn.Module | None) -> str | None:
-    if activation is None or type(activation) is nn.ReLU:
+    softmax = module._modules.get("rsoftmax")
+    if softmax is None:
         return None
-    return f"expected ReLU between the FCs, got {type(activation).__name__}"
+    problem = _unsupported_softmax(softmax, module) or intercepted(softmax)
+    return None if problem is None else f"rsoftmax: {problem}, and it would no longer be called"
 
 
-def _unsupported_softmax(softmax: nn.Module | None, module: nn.Module) -> str | None:
-    if softmax is None or type(softmax).__module__ == type(module).__module__:
+def _unsupported_softmax(softmax: nn.Module, module: nn.Module) -> str | None:
+    if type(softmax).__module__ == type(module).__module__:
         return None
     return f"expected the r-softmax of {type(module).__module__}, got {type(softmax).__name__}"
-
-
-def _intercepted(child: nn.Module | None) -> str | None:
-    """What would be lost when ``child`` is no longer called, or None."""
-    if child is None:
-        return None
-    if "forward" in vars(child):
-        return "its forward was replaced"
-    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    if any(vars(child).get(kind) for kind in hooks):
-        return "it has hooks, which would no longer run"
-    return None

@@ -2,7 +2,7 @@
 
 Symbols: B batch, R radix, K cardinality, C channels, I inter_channels. Source: arXiv:2004.08955.
 
-    z[b,r,c,p] = x, or relu(bn0(x))              splits, radix-major    (B, R, C, H, W)
+    z[b,r,c,p] = x, relu(x) or relu(bn0(x))      splits, radix-major    (B, R, C, H, W)
     gap[b,c]   = mean_p sum_r z[b,r,c,p]                                (B, C)
     logits     = fc2(relu(bn1(fc1(gap))))        cardinality-major      (B, K, R, C/K)
     a[b,r,c]   = softmax over r of logits        attention, radix-major (B, R, C); R = 1: sigmoid
@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from resnest_fused import sync
 
 NormLayer = Callable[[int], nn.Module]
 IntOrPair = int | tuple[int, int]
@@ -34,6 +36,8 @@ class BatchNormArgs(NamedTuple):
         eps: added to the variance.
         batch_stats: normalise with the batch's statistics (True), with the running ones (False),
             or as the call's ``training`` says (None).
+        process_group: the name of a ``torch.distributed`` process group; batch statistics are then
+            those of all its processes' batches together, as in ``nn.SyncBatchNorm``.
     """
 
     weight: Tensor | None = None
@@ -43,6 +47,7 @@ class BatchNormArgs(NamedTuple):
     momentum: float = 0.1
     eps: float = 1e-5
     batch_stats: bool | None = None
+    process_group: str | None = None
 
     def uses_batch_stats(self, training: bool) -> bool:
         """Whether the batch's own statistics normalise; without running ones they always do."""
@@ -96,11 +101,14 @@ def recombine(splits: tuple[Tensor, ...], attention: Tensor) -> Tensor:
 
 def batch_norm(x: Tensor, args: BatchNormArgs, training: bool) -> Tensor:
     """``F.batch_norm`` with the arguments that ``args`` holds."""
+    batch_stats = args.uses_batch_stats(training)
 
     def beside_x(tensor: Tensor | None) -> Tensor | None:
         # F.batch_norm takes float32 beside a 16-bit x, but not beside a float64 one.
         return tensor.double() if tensor is not None and x.dtype == torch.float64 else tensor
 
+    if batch_stats and args.process_group is not None:
+        return _sync_batch_norm(x, args, args.process_group)
     running = args.running_mean, args.running_var
     mean, var = beside_x(args.running_mean), beside_x(args.running_var)
     out = F.batch_norm(
@@ -109,7 +117,7 @@ def batch_norm(x: Tensor, args: BatchNormArgs, training: bool) -> Tensor:
         var,
         beside_x(args.weight),
         beside_x(args.bias),
-        args.uses_batch_stats(training),
+        batch_stats,
         args.momentum,
         args.eps,
     )
@@ -117,6 +125,50 @@ def batch_norm(x: Tensor, args: BatchNormArgs, training: bool) -> Tensor:
         if kept is not None and updated is not None and updated is not kept:
             kept.copy_(updated)
     return out
+
+
+def _sync_batch_norm(x: Tensor, args: BatchNormArgs, group: str) -> Tensor:
+    """Normalise with the statistics of all processes, which are differentiated through."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    batch, features, height, width = x.shape
+    count = batch * height * width
+    mean = wide.sum(dim=(0, 2, 3)) / max(count, 1)
+    var = (wide - mean.view(-1, 1, 1)).square().sum(dim=(0, 2, 3)) / max(count, 1)
+    mean, var, total = sync.combine_statistics(mean, var, count, group)
+    update_running_statistics(args, mean, var, total)
+    scale = (var + args.eps).rsqrt()
+    if args.weight is not None:
+        scale = scale * args.weight
+    out = (wide - mean.view(-1, 1, 1)) * scale.view(-1, 1, 1)
+    if args.bias is not None:
+        out = out + args.bias.view(-1, 1, 1)
+    return out.to(x.dtype)
+
+
+@torch.no_grad()
+def update_running_statistics(
+    bn: BatchNormArgs, mean: Tensor, var: Tensor, count: int | Tensor
+) -> None:
+    """running = (1 - momentum) * running + momentum * batch, with the unbiased variance.
+
+    ``var`` is the biased one of ``count`` elements. Nothing is updated by an empty batch.
+    """
+    if bn.running_mean is None or bn.running_var is None:
+        return
+    if not isinstance(count, Tensor) and count == 0:
+        return
+    unbiased = var * (count / (count - 1))
+    for running, batch in ((bn.running_mean, mean), (bn.running_var, unbiased)):
+        # In the statistics' own dtype, so that 16-bit running ones are rounded once.
+        kept = running.to(batch.dtype)
+        running.copy_((1 - bn.momentum) * kept + bn.momentum * batch)
+
+
+def prologue(x: Tensor, bn0: BatchNormArgs | None, relu: bool, training: bool) -> Tensor:
+    """z = relu(bn0(x)) when bn0 is given, else relu(x) or x."""
+    if bn0 is not None:
+        x = batch_norm(x, bn0, training)
+    return F.relu(x) if relu or bn0 is not None else x
 
 
 def attend(x: Tensor, mlp: Callable[[Tensor], Tensor], radix: int, cardinality: int) -> Tensor:
@@ -138,14 +190,31 @@ def split_attention(
     cardinality: int = 1,
     bn0: BatchNormArgs | None = None,
     bn1: BatchNormArgs | None = None,
+    relu: bool = False,
     training: bool = False,
 ) -> Tensor:
     """Split attention over tensors in plain PyTorch; see ``resnest_fused.split_attention``.
 
     Where ``x`` and a parameter differ in dtype, the (B, C)-sized data meet in the wider one.
     """
-    if bn0 is not None:
-        x = F.relu(batch_norm(x, bn0, training))
+    x = prologue(x, bn0, relu, training)
+    mlp = plain_mlp(
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias, bn1, cardinality=cardinality, training=training
+    )
+    return attend(x, mlp, radix, cardinality)
+
+
+def plain_mlp(
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    bn1: BatchNormArgs | None,
+    *,
+    cardinality: int,
+    training: bool,
+) -> Callable[[Tensor], Tensor]:
+    """fc2(relu(bn1(fc1(gap)))) as a function of gap."""
 
     def fc(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         wide = torch.promote_types(inputs.dtype, weight.dtype)
@@ -158,7 +227,7 @@ def split_attention(
             h = batch_norm(h, bn1, training)
         return fc(F.relu(h), fc2_weight, fc2_bias)
 
-    return attend(x, mlp, radix, cardinality)
+    return mlp
 
 
 class _AttentionModule(nn.Module):

@@ -7,33 +7,11 @@
 #include "cpu/dtype.h"
 #include "cpu/gemm.h"
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
 #include "formulas.h"
 
 namespace resnest_fused::cpu {
 namespace {
-
-template <typename A>
-std::unique_ptr<A[]> uninitialized(int64_t count) {
-  return std::make_unique_for_overwrite<A[]>(static_cast<size_t>(count));
-}
-
-// Features whose sums over the batch are held on the stack at a time. They are held in float64, as
-// PyTorch's batch normalisation does on the CPU.
-constexpr int64_t kFeatureBlock = 64;
-
-// Clear the sums and call add(b, f, f - first) for b ascending and features f in [first, last).
-template <int kSums, typename F>
-RF_INLINE void sum_block(int64_t batch, int64_t first, int64_t last,
-                         double (&sums)[kSums][kFeatureBlock], F add) {
-  for (int k = 0; k < kSums; ++k) {
-    std::fill_n(sums[k], kFeatureBlock, 0.0);
-  }
-  for (int64_t b = 0; b < batch; ++b) {
-    for (int64_t f = first; f < last; ++f) {
-      add(b, f, f - first);
-    }
-  }
-}
 
 // result[f] = sum_b rows[b, f] for features [begin, end).
 template <typename A>
@@ -129,35 +107,6 @@ template <typename A>
 Fc<A> fc2_of(const Problem& p, const AttentionParameters<A>& params) {
   return {p.cardinality, p.features(), p.inter, params.fc2_weight, params.fc2_bias};
 }
-
-// Mean and biased variance over the batch of features [begin, end), in two passes.
-template <typename A>
-struct BatchStats {
-  template <typename Isa>
-  static RF_INLINE void run(const A* hidden /* (B, I) */, int64_t batch, int64_t inter,
-                            int64_t begin, int64_t end, A* mean /* (I) */, A* var /* (I) */) {
-    const double scale = 1.0 / static_cast<double>(batch);
-    for (int64_t first = begin; first < end; first += kFeatureBlock) {
-      const int64_t last = std::min(first + kFeatureBlock, end);
-      double sums[1][kFeatureBlock], means[kFeatureBlock];
-      sum_block(batch, first, last, sums,
-                [&](int64_t b, int64_t i, int64_t at)
-                    __attribute__((always_inline)) { sums[0][at] += hidden[b * inter + i]; });
-      for (int64_t at = 0; at < last - first; ++at) {
-        means[at] = sums[0][at] * scale;
-        mean[first + at] = static_cast<A>(means[at]);
-      }
-      sum_block(batch, first, last, sums,
-                [&](int64_t b, int64_t i, int64_t at) __attribute__((always_inline)) {
-                  const double centered = hidden[b * inter + i] - means[at];
-                  sums[0][at] += centered * centered;
-                });
-      for (int64_t at = 0; at < last - first; ++at) {
-        var[first + at] = static_cast<A>(sums[0][at] * scale);
-      }
-    }
-  }
-};
 
 // u = relu(bn1(hidden)) of samples [begin, end).
 template <typename A>
@@ -316,10 +265,7 @@ void attention_hidden(const Problem& p, const AttentionParameters<A>& params, in
 
 template <typename A>
 void attention_batch_stats(const Problem& p, const A* hidden, A* mean, A* var) {
-  parallel_units(p.inter, 2 * p.batch * static_cast<int64_t>(sizeof(A)),
-                 [&](int64_t begin, int64_t end) {
-                   dispatch<BatchStats<A>>(hidden, p.batch, p.inter, begin, end, mean, var);
-                 });
+  combine_statistics<A>({hidden, nullptr, p.batch, 1, 1, 1}, p.inter, mean, var);
 }
 
 template <typename A>

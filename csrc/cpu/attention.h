@@ -4,21 +4,11 @@
 // on it alone. Sums are taken in an order that neither threads nor the batch change.
 #pragma once
 
-#include <vector>
-
+#include "cpu/norm.h"
 #include "cpu/simd.h"
 #include "problem.h"
 
 namespace resnest_fused::cpu {
-
-// bn1, filled in for every case: the identity without bn1, gamma 1 and beta 0 where not affine.
-template <typename A>
-struct Norm {
-  std::vector<A> mean;    // (I)
-  std::vector<A> invstd;  // (I)
-  std::vector<A> gamma;   // (I)
-  std::vector<A> beta;    // (I)
-};
 
 // The weight of an FC, in a dtype that the kernels widen as they read it.
 struct Weight {

@@ -3,72 +3,35 @@
 
 #include <algorithm>
 
+#include "cpu/rows.h"
+#include "cpu/units.h"
+
 namespace resnest_fused::cpu {
 namespace {
 
-// Four independent sums hide the latency of the adder.
-constexpr int kChains = 4;
-
-// The elements [i, i + n) of a row of `count`, for load functions below: all lanes, or the rest.
-struct Whole {};
-struct Rest {
-  int64_t n;
-  bool behind_a_vector;  // at least a vector of the row lies before its end
-};
-
-template <typename T>
-RF_INLINE Vec<Acc<T>> load_part(const T* p, Whole) {
-  return load(p);
-}
-
-template <typename T>
-RF_INLINE Vec<Acc<T>> load_part(const T* p, Rest rest) {
-  return rest.behind_a_vector ? load_last(p + rest.n, rest.n) : load_first(p, rest.n);
-}
-
-// Over [0, count), sum = add(i, part, sum), which loads elements from i on with load_part.
-template <typename A, typename Add>
-RF_INLINE void accumulate(int64_t count, Vec<A> (&sums)[kChains], Add add) {
-  constexpr int64_t kStep = kLanes<A>;
-  int64_t i = 0;
-  for (; i + kChains * kStep <= count; i += kChains * kStep) {
-#pragma GCC unroll 4
-    for (int chain = 0; chain < kChains; ++chain) {
-      sums[chain] = add(i + chain * kStep, Whole{}, sums[chain]);
-    }
-  }
-  for (; i + kStep <= count; i += kStep) {
-    sums[0] = add(i, Whole{}, sums[0]);
-  }
-  if (i < count) {
-    sums[1] = add(i, Rest{count - i, count >= kStep}, sums[1]);
-  }
-}
-
-template <typename A>
-RF_INLINE A total(const Vec<A> (&sums)[kChains]) {
-  return static_cast<A>(sum_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3])));
-}
-
-// partial[b,c] = sum_{r,p} x[b,r,c,p]; a unit is (b, c).
-template <typename T>
+// partial[b,c] = sum_{r,p} z[b,r,c,p]; a unit is (b, c).
+template <typename T, bool kPrologue>
 struct PoolNchw {
   template <typename Isa>
-  static RF_INLINE void run(const Problem* p, const T* x, int64_t begin, int64_t end,
-                            Acc<T>* partial) {
+  static RF_INLINE void run(const Problem* p, const Prologue<Acc<T>>* prologue, const T* x,
+                            int64_t begin, int64_t end, Acc<T>* partial) {
     using A = Acc<T>;
     const int64_t pixels = p->pixels();
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t b = unit / p->channels, c = unit % p->channels;
-      Vec<A> sums[kChains] = {};
+      Sums<A, 1, 4> sums{};
       for (int64_t r = 0; r < p->radix; ++r) {
         const T* row = x + ((b * p->radix + r) * p->channels + c) * pixels;
-        accumulate<A>(pixels, sums,
-                      [&](int64_t i, auto part, Vec<A> sum) __attribute__((always_inline)) {
-                        return sum + load_part(row + i, part);
-                      });
+        const auto at = affine_of<kPrologue>(*prologue, r * p->channels + c);
+        accumulate(pixels, sums,
+                   [&](int64_t i, auto part, Vec<A>(&sum)[1]) __attribute__((always_inline)) {
+                     const Vec<A> z = activation<Isa>(load_part(row + i, part), at);
+                     sum[0] += kPrologue ? keep(z, part) : z;
+                   });
       }
-      partial[unit] = total<A>(sums);
+      A total[1];
+      sums.template totals<Isa>(total);
+      partial[unit] = total[0];
     }
   }
 };
@@ -87,12 +50,62 @@ struct PoolBackwardNchw {
       for (int64_t r = 0; r < p->radix; ++r) {
         const int64_t feature = (b * p->radix + r) * p->channels + c;
         const T* row = x + feature * pixels;
-        Vec<A> sums[kChains] = {};
-        accumulate<A>(pixels, sums,
-                      [&](int64_t i, auto part, Vec<A> sum) __attribute__((always_inline)) {
-                        return fma<Isa, A>(load_part(g + i, part), load_part(row + i, part), sum);
-                      });
-        partial[feature] = total<A>(sums);
+        Sums<A, 1, 4> sums{};
+        accumulate(pixels, sums,
+                   [&](int64_t i, auto part, Vec<A>(&sum)[1]) __attribute__((always_inline)) {
+                     sum[0] = fma<Isa, A>(load_part(g + i, part), load_part(row + i, part), sum[0]);
+                   });
+        A total[1];
+        sums.template totals<Isa>(total);
+        partial[feature] = total[0];
+      }
+    }
+  }
+};
+
+// S1 to S4 of some elements, S3 and S4 still of x - mean. What the ReLU stops is taken out of both
+// factors of a product, as 0 times infinity is no 0.
+template <typename Isa, typename A>
+RF_INLINE void add_prologue_sums(Vec<A> g, Vec<A> x, Vec<A> mean, Vec<A> preactivation,
+                                 Vec<A> (&sums)[kPrologueSums]) {
+  const Vec<A> stopped_g = passed_by_relu<Isa, A>(g, preactivation);
+  const Vec<A> stopped_x = passed_by_relu<Isa, A>(x - mean, preactivation);
+  sums[0] += stopped_g;
+  sums[1] += passed_by_relu<Isa, A>(broadcast(A(1)), preactivation);
+  sums[2] = fma<Isa, A>(stopped_g, stopped_x, sums[2]);
+  sums[3] += stopped_x;
+}
+
+// The same unit by unit with a prologue: partial[b,s,r,c].
+template <typename T>
+struct PoolBackwardPrologueNchw {
+  template <typename Isa>
+  static RF_INLINE void run(const Problem* p, const Prologue<Acc<T>>* prologue, const T* dout,
+                            const T* x, int64_t begin, int64_t end, Acc<T>* partial) {
+    using A = Acc<T>;
+    const int64_t pixels = p->pixels(), features = p->features();
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t b = unit / p->channels, c = unit % p->channels;
+      const T* g = dout + unit * pixels;
+      for (int64_t r = 0; r < p->radix; ++r) {
+        const int64_t feature = r * p->channels + c;
+        const T* row = x + (b * features + feature) * pixels;
+        const auto at = affine_of<true>(*prologue, feature);
+        const Vec<A> mean = broadcast(prologue->bn0.mean[feature]);
+        Sums<A, kPrologueSums, 2> sums{};
+        accumulate(pixels, sums,
+                   [&](int64_t i, auto part, Vec<A>(&sum)[kPrologueSums])
+                       __attribute__((always_inline)) {
+                         const Vec<A> value = load_part(row + i, part);
+                         // Lanes outside of the row count as stopped.
+                         add_prologue_sums<Isa, A>(load_part(g + i, part), value, mean,
+                                                   keep(preactivation<Isa>(value, at), part), sum);
+                       });
+        A totals[kPrologueSums];
+        sums.template totals<Isa>(totals);
+        for (int k = 0; k < kPrologueSums; ++k) {
+          partial[(b * kPrologueSums + k) * features + feature] = totals[k];
+        }
       }
     }
   }
@@ -101,54 +114,46 @@ struct PoolBackwardNchw {
 // Pixels that are added to each other before they reach the running sum in memory.
 constexpr int kPixelTile = 4;
 
-// partial[b,j,c] = sum_{r, p in unit j} x[b,p,r,c]; rows of pixels stream, sums stay in L1.
-template <typename T>
+// Call add<kPixels>(i) for the pixels [i, i + kPixels) of [0, count) in tiles, single ones last.
+template <typename Add>
+RF_INLINE void for_tiles(int64_t count, Add add) {
+  int64_t i = 0;
+  for (; i + kPixelTile <= count; i += kPixelTile) {
+    add.template operator()<kPixelTile>(i);
+  }
+  for (; i < count; ++i) {
+    add.template operator()<1>(i);
+  }
+}
+
+// partial[b,j,c] = sum_{r, p in unit j} z[b,p,r,c]; rows of pixels stream, sums stay in L1.
+template <typename T, bool kPrologue>
 struct PoolNhwc {
   template <typename Isa>
-  static RF_INLINE void run(const Problem* p, const T* x, int64_t begin, int64_t end,
-                            Acc<T>* partial) {
-    const int64_t per_sample = pool_partials(*p);
+  static RF_INLINE void run(const Problem* p, const Prologue<Acc<T>>* prologue, const T* x,
+                            int64_t begin, int64_t end, Acc<T>* partial) {
+    using A = Acc<T>;
     const int64_t channels = p->channels, features = p->features();
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t first = unit % per_sample * kPixelsPerUnit;
-      const int64_t count = std::min(kPixelsPerUnit, p->pixels() - first);
-      const T* rows = x + (unit / per_sample * p->pixels() + first) * features;
-      Acc<T>* sums = partial + unit * channels;
-      std::fill_n(sums, channels, Acc<T>{});
-      int64_t i = 0;
-      for (; i + kPixelTile <= count; i += kPixelTile) {
-        add_pixels<kPixelTile>(*p, rows + i * features, sums);
-      }
-      for (; i < count; ++i) {
-        add_pixels<1>(*p, rows + i * features, sums);
-      }
-    }
-  }
-
-  template <int kPixels>
-  static RF_INLINE void add_pixels(const Problem& p, const T* rows, Acc<T>* sums) {
-    using A = Acc<T>;
-    const int64_t channels = p.channels, features = p.features();
-    int64_t c = 0;
-    for (; c + kLanes<A> <= channels; c += kLanes<A>) {
-      Vec<A> sum = {};
-      for (int64_t r = 0; r < p.radix; ++r) {
+      const PixelUnit pixels(*p, unit);
+      const T* rows = x + pixels.first * features;
+      A* sums = partial + unit * channels;
+      std::fill_n(sums, channels, A{});
+      for_tiles(pixels.count, [&]<int kPixels>(int64_t first) __attribute__((always_inline)) {
+        const T* tile = rows + first * features;
+        for_vectors<A>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+          Vec<A> sum = {};
+          for (int64_t r = 0; r < p->radix; ++r) {
+            const int64_t f = r * channels + c;
+            const auto at = affine_from<kPrologue>(*prologue, f, lanes);
 #pragma GCC unroll 4
-        for (int i = 0; i < kPixels; ++i) {
-          sum += load(rows + i * features + r * channels + c);
-        }
-      }
-      store(sums + c, load(sums + c) + sum);
-    }
-    if (c < channels) {
-      const int64_t n = channels - c;
-      Vec<A> sum = {};
-      for (int64_t r = 0; r < p.radix; ++r) {
-        for (int i = 0; i < kPixels; ++i) {
-          sum += load_first(rows + i * features + r * channels + c, n);
-        }
-      }
-      store_first(sums + c, load_first(sums + c, n) + sum, n);
+            for (int i = 0; i < kPixels; ++i) {
+              sum += activation<Isa>(load(tile + i * features + f, lanes), at);
+            }
+          }
+          store(sums + c, load(sums + c, lanes) + sum, lanes);
+        });
+      });
     }
   }
 };
@@ -159,50 +164,68 @@ struct PoolBackwardNhwc {
   template <typename Isa>
   static RF_INLINE void run(const Problem* p, const T* dout, const T* x, int64_t begin, int64_t end,
                             Acc<T>* partial) {
-    const int64_t per_sample = pool_partials(*p);
-    const int64_t features = p->features();
+    using A = Acc<T>;
+    const int64_t channels = p->channels, features = p->features();
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t first = unit % per_sample * kPixelsPerUnit;
-      const int64_t count = std::min(kPixelsPerUnit, p->pixels() - first);
-      const int64_t pixel = unit / per_sample * p->pixels() + first;
-      Acc<T>* sums = partial + unit * features;
-      std::fill_n(sums, features, Acc<T>{});
-      int64_t i = 0;
-      for (; i + kPixelTile <= count; i += kPixelTile) {
-        add_pixels<Isa, kPixelTile>(*p, dout + (pixel + i) * p->channels,
-                                    x + (pixel + i) * features, sums);
-      }
-      for (; i < count; ++i) {
-        add_pixels<Isa, 1>(*p, dout + (pixel + i) * p->channels, x + (pixel + i) * features, sums);
-      }
+      const PixelUnit pixels(*p, unit);
+      A* sums = partial + unit * features;
+      std::fill_n(sums, features, A{});
+      for_tiles(pixels.count, [&]<int kPixels>(int64_t first) __attribute__((always_inline)) {
+        const T* g = dout + (pixels.first + first) * channels;
+        for (int64_t r = 0; r < p->radix; ++r) {
+          const T* tile = x + (pixels.first + first) * features + r * channels;
+          A* split_sums = sums + r * channels;
+          for_vectors<A>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+            Vec<A> sum = {};
+#pragma GCC unroll 4
+            for (int i = 0; i < kPixels; ++i) {
+              sum = fma<Isa, A>(load(g + i * channels + c, lanes),
+                                load(tile + i * features + c, lanes), sum);
+            }
+            store(split_sums + c, load(split_sums + c, lanes) + sum, lanes);
+          });
+        }
+      });
     }
   }
+};
 
-  template <typename Isa, int kPixels>
-  static RF_INLINE void add_pixels(const Problem& p, const T* g, const T* rows, Acc<T>* sums) {
+// The same with a prologue: partial[b,j,s,r,c].
+template <typename T>
+struct PoolBackwardPrologueNhwc {
+  template <typename Isa>
+  static RF_INLINE void run(const Problem* p, const Prologue<Acc<T>>* prologue, const T* dout,
+                            const T* x, int64_t begin, int64_t end, Acc<T>* partial) {
     using A = Acc<T>;
-    const int64_t channels = p.channels, features = p.features();
-    for (int64_t r = 0; r < p.radix; ++r) {
-      const T* split = rows + r * channels;
-      Acc<T>* split_sums = sums + r * channels;
-      int64_t c = 0;
-      for (; c + kLanes<A> <= channels; c += kLanes<A>) {
-        Vec<A> sum = {};
+    const int64_t channels = p->channels, features = p->features();
+    const A* mean = prologue->bn0.mean.data();
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const PixelUnit pixels(*p, unit);
+      A* sums = partial + unit * kPrologueSums * features;
+      std::fill_n(sums, kPrologueSums * features, A{});
+      for_tiles(pixels.count, [&]<int kPixels>(int64_t first) __attribute__((always_inline)) {
+        const T* g = dout + (pixels.first + first) * channels;
+        const T* tile = x + (pixels.first + first) * features;
+        for (int64_t r = 0; r < p->radix; ++r) {
+          for_vectors<A>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+            const int64_t f = r * channels + c;
+            const auto at = affine_from<true>(*prologue, f, lanes);
+            const Vec<A> mean_f = load(mean + f, lanes);
+            Vec<A> sum[kPrologueSums] = {};
 #pragma GCC unroll 4
-        for (int i = 0; i < kPixels; ++i) {
-          sum = fma<Isa, A>(load(g + i * channels + c), load(split + i * features + c), sum);
+            for (int i = 0; i < kPixels; ++i) {
+              const Vec<A> value = load(tile + i * features + f, lanes);
+              add_prologue_sums<Isa, A>(load(g + i * channels + c, lanes), value, mean_f,
+                                        preactivation<Isa>(value, at), sum);
+            }
+#pragma GCC unroll 4
+            for (int k = 0; k < kPrologueSums; ++k) {
+              A* to = sums + k * features + f;
+              store(to, load(to, lanes) + sum[k], lanes);
+            }
+          });
         }
-        store(split_sums + c, load(split_sums + c) + sum);
-      }
-      if (c < channels) {
-        const int64_t n = channels - c;
-        Vec<A> sum = {};
-        for (int i = 0; i < kPixels; ++i) {
-          sum = fma<Isa, A>(load_first(g + i * channels + c, n),
-                            load_first(split + i * features + c, n), sum);
-        }
-        store_first(split_sums + c, load_first(split_sums + c, n) + sum, n);
-      }
+      });
     }
   }
 };
@@ -226,28 +249,61 @@ struct SumPartials {
   }
 };
 
+// From sums of x - mean to those of xhat.
+template <typename A>
+struct ScaleByInvstd {
+  template <typename Isa>
+  static RF_INLINE void run(const A* invstd, int64_t features, int64_t begin, int64_t end,
+                            A* sums /* (B, 4, R, C) */) {
+    for (int64_t b = begin; b < end; ++b) {
+      for (int64_t k = 2; k < kPrologueSums; ++k) {
+        A* row = sums + (b * kPrologueSums + k) * features;
+        for (int64_t f = 0; f < features; ++f) {
+          row[f] *= invstd[f];
+        }
+      }
+    }
+  }
+};
+
+template <typename T, bool kPrologue>
+void pool_form(const Problem& problem, const Prologue<Acc<T>>& prologue, const T* x, int64_t begin,
+               int64_t end, Acc<T>* partial) {
+  if (problem.layout == Layout::kNchw) {
+    dispatch<PoolNchw<T, kPrologue>>(&problem, &prologue, x, begin, end, partial);
+  } else {
+    dispatch<PoolNhwc<T, kPrologue>>(&problem, &prologue, x, begin, end, partial);
+  }
+}
+
 }  // namespace
 
 template <typename T>
-void pool_units(const Problem& problem, const T* x, int64_t begin, int64_t end, Acc<T>* partial) {
-  if (problem.layout == Layout::kNchw) {
-    dispatch<PoolNchw<T>>(&problem, x, begin, end, partial);
+void pool_units(const Problem& problem, const Prologue<Acc<T>>& prologue, const T* x, int64_t begin,
+                int64_t end, Acc<T>* partial) {
+  if (prologue.active) {
+    pool_form<T, true>(problem, prologue, x, begin, end, partial);
   } else {
-    dispatch<PoolNhwc<T>>(&problem, x, begin, end, partial);
+    pool_form<T, false>(problem, prologue, x, begin, end, partial);
   }
 }
 
 template <typename A>
 void pool_finish(const Problem& problem, const A* partial, int64_t begin, int64_t end, A* gap) {
   const double scale = 1.0 / static_cast<double>(problem.pixels());
-  dispatch<SumPartials<A>>(partial, pool_partials(problem), problem.channels, scale, begin, end,
-                           gap);
+  dispatch<SumPartials<A>>(partial, partials_per_sample(problem), problem.channels, scale, begin,
+                           end, gap);
 }
 
 template <typename T>
-void pool_backward_units(const Problem& problem, const T* dout, const T* x, int64_t begin,
-                         int64_t end, Acc<T>* partial) {
-  if (problem.layout == Layout::kNchw) {
+void pool_backward_units(const Problem& problem, const Prologue<Acc<T>>& prologue, const T* dout,
+                         const T* x, int64_t begin, int64_t end, Acc<T>* partial) {
+  const bool nchw = problem.layout == Layout::kNchw;
+  if (prologue.active && nchw) {
+    dispatch<PoolBackwardPrologueNchw<T>>(&problem, &prologue, dout, x, begin, end, partial);
+  } else if (prologue.active) {
+    dispatch<PoolBackwardPrologueNhwc<T>>(&problem, &prologue, dout, x, begin, end, partial);
+  } else if (nchw) {
     dispatch<PoolBackwardNchw<T>>(&problem, dout, x, begin, end, partial);
   } else {
     dispatch<PoolBackwardNhwc<T>>(&problem, dout, x, begin, end, partial);
@@ -255,25 +311,31 @@ void pool_backward_units(const Problem& problem, const T* dout, const T* x, int6
 }
 
 template <typename A>
-void pool_backward_finish(const Problem& problem, const A* partial, int64_t begin, int64_t end,
-                          A* dattention) {
-  dispatch<SumPartials<A>>(partial, pool_partials(problem), problem.features(), 1.0, begin, end,
-                           dattention);
+void pool_backward_finish(const Problem& problem, const Prologue<A>& prologue, const A* partial,
+                          int64_t begin, int64_t end, A* sums) {
+  const int64_t features = problem.features();
+  dispatch<SumPartials<A>>(partial, partials_per_sample(problem),
+                           pool_backward_sums(prologue) * features, 1.0, begin, end, sums);
+  if (prologue.active) {
+    dispatch<ScaleByInvstd<A>>(prologue.bn0.invstd.data(), features, begin, end, sums);
+  }
 }
 
-#define RF_INSTANTIATE(T)                                                                    \
-  template void pool_units<T>(const Problem&, const T*, int64_t, int64_t, Acc<T>*);          \
-  template void pool_backward_units<T>(const Problem&, const T*, const T*, int64_t, int64_t, \
-                                       Acc<T>*);
+#define RF_INSTANTIATE(T)                                                                          \
+  template void pool_units<T>(const Problem&, const Prologue<Acc<T>>&, const T*, int64_t, int64_t, \
+                              Acc<T>*);                                                            \
+  template void pool_backward_units<T>(const Problem&, const Prologue<Acc<T>>&, const T*,          \
+                                       const T*, int64_t, int64_t, Acc<T>*);
 RF_INSTANTIATE(float)
 RF_INSTANTIATE(double)
 RF_INSTANTIATE(BFloat16)
 RF_INSTANTIATE(Half)
 #undef RF_INSTANTIATE
 
-#define RF_INSTANTIATE(A)                                                       \
-  template void pool_finish<A>(const Problem&, const A*, int64_t, int64_t, A*); \
-  template void pool_backward_finish<A>(const Problem&, const A*, int64_t, int64_t, A*);
+#define RF_INSTANTIATE(A)                                                                      \
+  template void pool_finish<A>(const Problem&, const A*, int64_t, int64_t, A*);                \
+  template void pool_backward_finish<A>(const Problem&, const Prologue<A>&, const A*, int64_t, \
+                                        int64_t, A*);
 RF_INSTANTIATE(float)
 RF_INSTANTIATE(double)
 #undef RF_INSTANTIATE

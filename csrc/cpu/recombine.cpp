@@ -1,7 +1,10 @@
 // Phase 3, recombine: kernels.
 #include "cpu/recombine.h"
 
-#include <algorithm>
+#include <utility>
+
+#include "cpu/scratch.h"
+#include "cpu/units.h"
 
 namespace resnest_fused::cpu {
 namespace {
@@ -15,225 +18,398 @@ bool streams(const Problem& p, int64_t features) {
   return p.batch * features * p.pixels() * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
 }
 
-// Write value(i) to out[i, ...] for all of [0, count), a vector at a time. The last vector of a row
-// overlaps the one before it, which writes the same values again (as does the first, where
-// streaming starts at an aligned element); rows shorter than a vector use value_first(i, n).
-template <typename Isa, typename T, typename Value, typename ValueFirst>
-RF_INLINE void write_row(bool streamed, int64_t count, T* out, Value value,
-                         ValueFirst value_first) {
+// Write `row_count` rows of `count` elements, `stride` apart, a vector at a time. column(i, lanes,
+// rows) prepares what the rows share at element i and calls rows(value), value(row) being a row's
+// vector. The last vector of a row overlaps the one before it, which writes the same values again
+// (as does the first, where streaming starts at an aligned element).
+template <typename Isa, typename T, typename Column>
+RF_INLINE void write_rows(bool streamed, int64_t row_count, int64_t count, T* out, int64_t stride,
+                          Column column) {
   constexpr int64_t kStep = kLanes<Acc<T>>;
+  const auto write = [&](int64_t i, auto lanes, auto put) __attribute__((always_inline)) {
+    column(i, lanes, [&](auto value) __attribute__((always_inline)) {
+      for (int64_t row = 0; row < row_count; ++row) {
+        put(out + row * stride + i, value(row));
+      }
+    });
+  };
+  const auto put_whole = [](T* to, Vec<Acc<T>> value)
+                             __attribute__((always_inline)) { store(to, value); };
   if (count < kStep) {
-    store_first(out, value_first(0, count), count);
+    write(0, First{count}, [&](T* to, Vec<Acc<T>> value) __attribute__((always_inline)) {
+      store_first(to, value, count);
+    });
     return;
   }
-  int64_t i = 0;
-  if (streamed) {
-    constexpr uintptr_t kBytes = kStep * sizeof(T);
-    const uintptr_t past = reinterpret_cast<uintptr_t>(out) % kBytes;
-    if (past != 0) {
-      store(out, value(0));
-      i = static_cast<int64_t>((kBytes - past) / sizeof(T));
-    }
-    for (; i + kStep <= count; i += kStep) {
-      stream<Isa>(out + i, value(i));
+  constexpr uintptr_t kBytes = kStep * sizeof(T);
+  const bool streams_rows =
+      streamed && (row_count == 1 || static_cast<uintptr_t>(stride) * sizeof(T) % kBytes == 0);
+  const uintptr_t past = reinterpret_cast<uintptr_t>(out) % kBytes;
+  const bool unaligned = streams_rows && past != 0;
+  const int64_t begin = unaligned ? static_cast<int64_t>((kBytes - past) / sizeof(T)) : 0;
+  const int64_t end = count - (count - begin) % kStep;
+  for (int edge = unaligned ? 0 : 1; edge < (end < count ? 2 : 1); ++edge) {
+    write(edge == 0 ? 0 : count - kStep, Whole{}, put_whole);
+  }
+  if (streams_rows) {
+    for (int64_t i = begin; i < end; i += kStep) {
+      write(i, Whole{}, [](T* to, Vec<Acc<T>> value) __attribute__((always_inline)) {
+        stream<Isa>(to, value);
+      });
     }
   } else {
-    for (; i + kStep <= count; i += kStep) {
-      store(out + i, value(i));
+    for (int64_t i = begin; i < end; i += kStep) {
+      write(i, Whole{}, put_whole);
     }
-  }
-  if (i < count) {
-    store(out + count - kStep, value(count - kStep));
   }
 }
 
-// out[b,c,p] = sum_r a[b,r,c] x[b,r,c,p]; kRadix 0: any radix.
-template <typename T, int kRadix>
+// Pixels that share the loads of what belongs to their features, in NHWC.
+constexpr int kPixelTile = 4;
+
+// Call tile(first, count) for the pixels [0, count) in tiles, descending.
+template <typename Tile>
+RF_INLINE void for_tiles_descending(int64_t count, Tile tile) {
+  for (int64_t end = count; end > 0;) {
+    const int64_t pixels = end % kPixelTile != 0 ? end % kPixelTile : kPixelTile;
+    end -= pixels;
+    tile(end, pixels);
+  }
+}
+
+// What the weighted sum needs of a split at some lanes.
+template <typename A, bool kPrologue>
+struct Split {
+  Vec<A> attention;
+  AffineIf<kPrologue, A> at;
+};
+
+// kCount splits as members, which the compiler keeps in registers as it would not an array's.
+template <typename S, int kCount>
+struct Held {
+  S first;
+  Held<S, kCount - 1> rest;
+};
+template <typename S>
+struct Held<S, 1> {
+  S first;
+};
+template <int kCount, typename Make>
+RF_INLINE auto hold(int64_t r, Make make) {
+  using S = decltype(make(r));
+  if constexpr (kCount == 1) {
+    return Held<S, 1>{make(r)};
+  } else {
+    return Held<S, kCount>{make(r), hold<kCount - 1>(r + 1, make)};
+  }
+}
+
+// sum + sum_r a_r z_r over held splits, r being the first of them.
+template <typename Isa, typename A, typename S, int kCount, typename X>
+RF_INLINE Vec<A> add_held(const Held<S, kCount>& splits, int64_t r, Vec<A> sum, X x_of) {
+  sum = fma<Isa, A>(splits.first.attention, activation<Isa>(x_of(r), splits.first.at), sum);
+  if constexpr (kCount == 1) {
+    return sum;
+  } else {
+    return add_held<Isa, A>(splits.rest, r + 1, sum, x_of);
+  }
+}
+
+// sum_r a_r z_r; x_of(r) loads a split's elements. With kRadix 0, for any radix, make(r) describes
+// a split; else `held` has them all.
+template <typename Isa, typename A, int kRadix, typename H, typename Make, typename X>
+RF_INLINE Vec<A> weighted_sum(int64_t radix, const H& held, Make make, X x_of) {
+  if constexpr (kRadix != 0) {
+    return add_held<Isa, A>(held, 0, Vec<A>{}, x_of);
+  } else {
+    Vec<A> sum = {};
+    for (int64_t r = 0; r < radix; ++r) {
+      const auto split = make(r);
+      sum = fma<Isa, A>(split.attention, activation<Isa>(x_of(r), split.at), sum);
+    }
+    return sum;
+  }
+}
+
+// out[b,c,p] = sum_r a[b,r,c] z[b,r,c,p]; kRadix 0: any radix.
+template <typename T, int kRadix, bool kPrologue>
 struct RecombineNchw {
   template <typename Isa>
-  static RF_INLINE void run(const Problem* p, const T* x, const Acc<T>* attention, int64_t begin,
-                            int64_t end, T* out) {
+  static RF_INLINE void run(const Problem* p, const Prologue<Acc<T>>* prologue, const T* x,
+                            const Acc<T>* attention, int64_t begin, int64_t end, T* out) {
     using A = Acc<T>;
     const bool streamed = streams<T>(*p, p->channels);
     const int64_t pixels = p->pixels(), channels = p->channels;
     const int64_t radix = kRadix ? kRadix : p->radix;
-    const int64_t split = channels * pixels;
     for (int64_t unit = end; unit-- > begin;) {
       const int64_t b = unit / channels, c = unit % channels;
       const T* row = x + (b * radix * channels + c) * pixels;
       const A* a = attention + b * radix * channels + c;
-      write_row<Isa>(
-          streamed, pixels, out + unit * pixels,
-          [&](int64_t i) __attribute__((always_inline)) {
-            Vec<A> sum = a[0] * load(row + i);
-#pragma GCC unroll 4
-            for (int64_t r = 1; r < radix; ++r) {
-              sum = fma<Isa, A>(broadcast(a[r * channels]), load(row + r * split + i), sum);
+      const auto make = [&](int64_t r) __attribute__((always_inline)) {
+        const int64_t f = r * channels;
+        return Split<A, kPrologue>{broadcast(a[f]), affine_of<kPrologue>(*prologue, f + c)};
+      };
+      const auto held = hold<kRadix ? kRadix : 1>(0, make);
+      write_rows<Isa>(streamed, 1, pixels, out + unit * pixels, 0,
+                      [&](int64_t i, auto lanes, auto rows) __attribute__((always_inline)) {
+                        const auto x_of = [&](int64_t r) __attribute__((always_inline)) {
+                          return load(row + r * channels * pixels + i, lanes);
+                        };
+                        rows([&](int64_t) __attribute__((always_inline)) {
+                          return weighted_sum<Isa, A, kRadix>(radix, held, make, x_of);
+                        });
+                      });
+    }
+    stream_fence();
+  }
+};
+
+// out[b,p,c] = sum_r a[b,r,c] z[b,p,r,c]; the attention of a sample stays in L1.
+template <typename T, int kRadix, bool kPrologue>
+struct RecombineNhwc {
+  template <typename Isa>
+  static RF_INLINE void run(const Problem* p, const Prologue<Acc<T>>* prologue, const T* x,
+                            const Acc<T>* attention, int64_t begin, int64_t end, T* out) {
+    using A = Acc<T>;
+    const bool streamed = streams<T>(*p, p->channels);
+    const int64_t channels = p->channels;
+    const int64_t radix = kRadix ? kRadix : p->radix;
+    const int64_t features = radix * channels;
+    for (int64_t unit = end; unit-- > begin;) {
+      const PixelUnit pixels(*p, unit);
+      const A* a = attention + pixels.sample * features;
+      for_tiles_descending(pixels.count, [&](int64_t first,
+                                             int64_t tile) __attribute__((always_inline)) {
+        const int64_t pixel = pixels.first + first;
+        const T* of_pixels = x + pixel * features;
+        write_rows<Isa>(streamed, tile, channels, out + pixel * channels, channels,
+                        [&](int64_t c, auto lanes, auto rows) __attribute__((always_inline)) {
+                          const auto make = [&](int64_t r) __attribute__((always_inline)) {
+                            const int64_t f = r * channels + c;
+                            return Split<A, kPrologue>{load(a + f, lanes),
+                                                       affine_from<kPrologue>(*prologue, f, lanes)};
+                          };
+                          const auto held = hold<kRadix ? kRadix : 1>(0, make);
+                          rows([&](int64_t i) __attribute__((always_inline)) {
+                            const auto x_of = [&](int64_t r) __attribute__((always_inline)) {
+                              return load(of_pixels + i * features + r * channels + c, lanes);
+                            };
+                            return weighted_sum<Isa, A, kRadix>(radix, held, make, x_of);
+                          });
+                        });
+      });
+    }
+    stream_fence();
+  }
+};
+
+// The backward: dz = p g + q, with p and q from attention and dgap; then the ReLU's part, and that
+// of batch statistics.
+enum class Form { kPlain, kFrozen, kBatch };
+
+template <typename A>
+struct StatisticsAt {
+  Vec<A> mean, slope, offset;
+};
+struct NoStatistics {};
+
+template <typename A, Form kForm>
+struct SplitBackward {
+  Vec<A> p, q;
+  AffineIf<kForm != Form::kPlain, A> at;
+  std::conditional_t<kForm == Form::kBatch, StatisticsAt<A>, NoStatistics> statistics;
+
+  template <typename Isa, typename X>
+  RF_INLINE Vec<A> dx(Vec<A> g, X x_of) const {
+    const Vec<A> dz = scale_shift<Isa, A>(g, p, q);
+    if constexpr (kForm == Form::kPlain) {
+      return dz;
+    } else {
+      const Vec<A> x = x_of();
+      const Vec<A> passed = passed_by_relu<Isa, A>(dz, preactivation<Isa, A>(x, at));
+      if constexpr (kForm == Form::kFrozen) {
+        return passed;
+      } else {
+        return passed -
+               scale_shift<Isa, A>(x - statistics.mean, statistics.slope, statistics.offset);
+      }
+    }
+  }
+};
+
+// dx[b,r,c,p]
+template <typename T, Form kForm>
+struct RecombineBackwardNchw {
+  template <typename Isa>
+  static RF_INLINE void run(const Problem* p, const Prologue<Acc<T>>* prologue,
+                            const StatisticsGradient<Acc<T>>* statistics, const T* dout, const T* x,
+                            const Acc<T>* attention, const Acc<T>* dgap, int64_t begin, int64_t end,
+                            T* dx) {
+    using A = Acc<T>;
+    constexpr bool kPrologue = kForm != Form::kPlain;
+    const bool streamed = streams<T>(*p, p->features());
+    const int64_t pixels = p->pixels(), channels = p->channels, radix = p->radix;
+    for (int64_t unit = end; unit-- > begin;) {
+      const int64_t b = unit / channels, c = unit % channels;
+      const T* g = dout + unit * pixels;
+      const A mean_dgap = dgap[unit] / static_cast<A>(pixels);
+      for (int64_t r = 0; r < radix; ++r) {
+        const int64_t f = r * channels + c;
+        const int64_t feature = b * radix * channels + f;
+        const T* row = x + feature * pixels;
+        const A scale = kPrologue ? prologue->scale[f] : A(1);
+        SplitBackward<A, kForm> split;
+        split.p = broadcast(scale * attention[feature]);
+        split.q = broadcast(scale * mean_dgap);
+        split.at = affine_of<kPrologue>(*prologue, f);
+        if constexpr (kForm == Form::kBatch) {
+          split.statistics = {broadcast(prologue->bn0.mean[f]), broadcast(statistics->slope[f]),
+                              broadcast(statistics->offset[f])};
+        }
+        write_rows<Isa>(streamed, 1, pixels, dx + feature * pixels, 0,
+                        [&](int64_t i, auto lanes, auto rows) __attribute__((always_inline)) {
+                          const auto x_of = [&]() __attribute__((always_inline)) {
+                            return load(row + i, lanes);
+                          };
+                          rows([&](int64_t) __attribute__((always_inline)) {
+                            return split.template dx<Isa>(load(g + i, lanes), x_of);
+                          });
+                        });
+      }
+    }
+    stream_fence();
+  }
+};
+
+// dx[b,p,r,c]; the p and q of a sample stay in L1.
+template <typename T, Form kForm>
+struct RecombineBackwardNhwc {
+  template <typename Isa>
+  static RF_INLINE void run(const Problem* p, const Prologue<Acc<T>>* prologue,
+                            const StatisticsGradient<Acc<T>>* statistics, const T* dout, const T* x,
+                            const Acc<T>* attention, const Acc<T>* dgap, int64_t begin, int64_t end,
+                            Acc<T>* scratch /* (2, R, C) */, T* dx) {
+    using A = Acc<T>;
+    constexpr bool kPrologue = kForm != Form::kPlain;
+    const bool streamed = streams<T>(*p, p->features());
+    const int64_t channels = p->channels, radix = p->radix, features = p->features();
+    const A per_pixel = A(1) / static_cast<A>(p->pixels());
+    A* const p_of = scratch;
+    A* const q_of = scratch + features;
+    int64_t sample = -1;
+    for (int64_t unit = end; unit-- > begin;) {
+      const PixelUnit pixels(*p, unit);
+      if (sample != pixels.sample) {
+        sample = pixels.sample;
+        for (int64_t r = 0; r < radix; ++r) {
+          for (int64_t c = 0; c < channels; ++c) {
+            const int64_t f = r * channels + c;
+            const A scale = kPrologue ? prologue->scale[f] : A(1);
+            p_of[f] = scale * attention[sample * features + f];
+            q_of[f] = scale * (dgap[sample * channels + c] * per_pixel);
+          }
+        }
+      }
+      for_tiles_descending(
+          pixels.count, [&](int64_t first, int64_t tile) __attribute__((always_inline)) {
+            const int64_t pixel = pixels.first + first;
+            const T* g = dout + pixel * channels;
+            const T* of_pixels = x + pixel * features;
+            for (int64_t r = 0; r < radix; ++r) {
+              write_rows<Isa>(
+                  streamed, tile, channels, dx + pixel * features + r * channels, features,
+                  [&](int64_t c, auto lanes, auto rows) __attribute__((always_inline)) {
+                    const int64_t f = r * channels + c;
+                    SplitBackward<A, kForm> split;
+                    split.p = load(p_of + f, lanes);
+                    split.q = load(q_of + f, lanes);
+                    split.at = affine_from<kPrologue>(*prologue, f, lanes);
+                    if constexpr (kForm == Form::kBatch) {
+                      split.statistics = {load(prologue->bn0.mean.data() + f, lanes),
+                                          load(statistics->slope.data() + f, lanes),
+                                          load(statistics->offset.data() + f, lanes)};
+                    }
+                    rows([&](int64_t i) __attribute__((always_inline)) {
+                      const auto x_of = [&]() __attribute__((always_inline)) {
+                        return load(of_pixels + i * features + f, lanes);
+                      };
+                      return split.template dx<Isa>(load(g + i * channels + c, lanes), x_of);
+                    });
+                  });
             }
-            return sum;
-          },
-          [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-            Vec<A> sum = a[0] * load_first(row + i, n);
-            for (int64_t r = 1; r < radix; ++r) {
-              sum =
-                  fma<Isa, A>(broadcast(a[r * channels]), load_first(row + r * split + i, n), sum);
-            }
-            return sum;
           });
     }
     stream_fence();
   }
 };
 
-// dx[b,r,c,p] = a[b,r,c] dout[b,c,p] + dgap[b,c] / HW.
-template <typename T>
-struct RecombineBackwardNchw {
-  template <typename Isa>
-  static RF_INLINE void run(const Problem* p, const T* dout, const Acc<T>* attention,
-                            const Acc<T>* dgap, int64_t begin, int64_t end, T* dx) {
-    using A = Acc<T>;
-    const bool streamed = streams<T>(*p, p->features());
-    const int64_t pixels = p->pixels(), channels = p->channels, radix = p->radix;
-    for (int64_t unit = end; unit-- > begin;) {
-      const int64_t b = unit / channels, c = unit % channels;
-      const T* g = dout + unit * pixels;
-      const A shift = dgap[unit] / static_cast<A>(pixels);
-      for (int64_t r = 0; r < radix; ++r) {
-        const int64_t feature = (b * radix + r) * channels + c;
-        const A a = attention[feature];
-        write_row<Isa>(
-            streamed, pixels, dx + feature * pixels,
-            [&](int64_t i) __attribute__((always_inline)) { return a * load(g + i) + shift; },
-            [&](int64_t i, int64_t n)
-                __attribute__((always_inline)) { return a * load_first(g + i, n) + shift; });
-      }
-    }
-    stream_fence();
-  }
-};
-
-// out[b,p,c] = sum_r a[b,r,c] x[b,p,r,c]; the attention of a sample stays in L1.
-template <typename T, int kRadix>
-struct RecombineNhwc {
-  template <typename Isa>
-  static RF_INLINE void run(const Problem* p, const T* x, const Acc<T>* attention, int64_t begin,
-                            int64_t end, T* out) {
-    using A = Acc<T>;
-    const bool streamed = streams<T>(*p, p->channels);
-    const int64_t channels = p->channels;
-    const int64_t radix = kRadix ? kRadix : p->radix;
-    const int64_t features = radix * channels;
-    const int64_t per_sample = pool_partials(*p);
-    for (int64_t unit = end; unit-- > begin;) {
-      const int64_t b = unit / per_sample;
-      const int64_t first = unit % per_sample * kPixelsPerUnit;
-      const int64_t count = std::min(kPixelsPerUnit, p->pixels() - first);
-      const A* a = attention + b * features;
-      for (int64_t i = count; i-- > 0;) {
-        const int64_t pixel = b * p->pixels() + first + i;
-        const T* row = x + pixel * features;
-        write_row<Isa>(
-            streamed, channels, out + pixel * channels,
-            [&](int64_t c) __attribute__((always_inline)) {
-              Vec<A> sum = load(a + c) * load(row + c);
-#pragma GCC unroll 4
-              for (int64_t r = 1; r < radix; ++r) {
-                sum = fma<Isa, A>(load(a + r * channels + c), load(row + r * channels + c), sum);
-              }
-              return sum;
-            },
-            [&](int64_t c, int64_t n) __attribute__((always_inline)) {
-              Vec<A> sum = load_first(a + c, n) * load_first(row + c, n);
-              for (int64_t r = 1; r < radix; ++r) {
-                sum = fma<Isa, A>(load_first(a + r * channels + c, n),
-                                  load_first(row + r * channels + c, n), sum);
-              }
-              return sum;
-            });
-      }
-    }
-    stream_fence();
-  }
-};
-
-// dx[b,p,r,c] = a[b,r,c] dout[b,p,c] + dgap[b,c] / HW.
-template <typename T>
-struct RecombineBackwardNhwc {
-  template <typename Isa>
-  static RF_INLINE void run(const Problem* p, const T* dout, const Acc<T>* attention,
-                            const Acc<T>* dgap, int64_t begin, int64_t end, T* dx) {
-    using A = Acc<T>;
-    const bool streamed = streams<T>(*p, p->features());
-    const int64_t channels = p->channels, radix = p->radix, features = p->features();
-    const int64_t per_sample = pool_partials(*p);
-    const A scale = A(1) / static_cast<A>(p->pixels());
-    for (int64_t unit = end; unit-- > begin;) {
-      const int64_t b = unit / per_sample;
-      const int64_t first = unit % per_sample * kPixelsPerUnit;
-      const int64_t count = std::min(kPixelsPerUnit, p->pixels() - first);
-      const A* shift = dgap + b * channels;
-      for (int64_t i = count; i-- > 0;) {
-        const int64_t pixel = b * p->pixels() + first + i;
-        const T* g = dout + pixel * channels;
-        for (int64_t r = 0; r < radix; ++r) {
-          const A* a = attention + b * features + r * channels;
-          write_row<Isa>(
-              streamed, channels, dx + pixel * features + r * channels,
-              [&](int64_t c) __attribute__((always_inline)) {
-                return load(a + c) * load(g + c) + load(shift + c) * scale;
-              },
-              [&](int64_t c, int64_t n) __attribute__((always_inline)) {
-                return load_first(a + c, n) * load_first(g + c, n) +
-                       load_first(shift + c, n) * scale;
-              });
-        }
-      }
-    }
-    stream_fence();
-  }
-};
-
-template <typename T, int kRadix>
-void recombine_radix(const Problem& problem, const T* x, const Acc<T>* attention, int64_t begin,
-                     int64_t end, T* out) {
+template <typename T, int kRadix, bool kPrologue>
+void recombine_form(const Problem& problem, const Prologue<Acc<T>>& prologue, const T* x,
+                    const Acc<T>* attention, int64_t begin, int64_t end, T* out) {
   if (problem.layout == Layout::kNchw) {
-    dispatch<RecombineNchw<T, kRadix>>(&problem, x, attention, begin, end, out);
+    dispatch<RecombineNchw<T, kRadix, kPrologue>>(&problem, &prologue, x, attention, begin, end,
+                                                  out);
   } else {
-    dispatch<RecombineNhwc<T, kRadix>>(&problem, x, attention, begin, end, out);
+    dispatch<RecombineNhwc<T, kRadix, kPrologue>>(&problem, &prologue, x, attention, begin, end,
+                                                  out);
+  }
+}
+
+template <typename T, int kRadix>
+void recombine_radix(const Problem& problem, const Prologue<Acc<T>>& prologue, const T* x,
+                     const Acc<T>* attention, int64_t begin, int64_t end, T* out) {
+  if (prologue.active) {
+    recombine_form<T, kRadix, true>(problem, prologue, x, attention, begin, end, out);
+  } else {
+    recombine_form<T, kRadix, false>(problem, prologue, x, attention, begin, end, out);
+  }
+}
+
+template <typename T, Form kForm>
+void recombine_backward_form(const Problem& problem, const Prologue<Acc<T>>& prologue,
+                             const StatisticsGradient<Acc<T>>& statistics, const T* dout,
+                             const T* x, const Acc<T>* attention, const Acc<T>* dgap, int64_t begin,
+                             int64_t end, T* dx) {
+  if (problem.layout == Layout::kNchw) {
+    dispatch<RecombineBackwardNchw<T, kForm>>(&problem, &prologue, &statistics, dout, x, attention,
+                                              dgap, begin, end, dx);
+  } else {
+    const auto scratch = uninitialized<Acc<T>>(2 * problem.features());
+    dispatch<RecombineBackwardNhwc<T, kForm>>(&problem, &prologue, &statistics, dout, x, attention,
+                                              dgap, begin, end, scratch.get(), dx);
   }
 }
 
 }  // namespace
 
 template <typename T>
-void recombine_units(const Problem& problem, const T* x, const Acc<T>* attention, int64_t begin,
-                     int64_t end, T* out) {
+void recombine_units(const Problem& problem, const Prologue<Acc<T>>& prologue, const T* x,
+                     const Acc<T>* attention, int64_t begin, int64_t end, T* out) {
   switch (problem.radix) {
-    case 1:
-      return recombine_radix<T, 1>(problem, x, attention, begin, end, out);
     case 2:
-      return recombine_radix<T, 2>(problem, x, attention, begin, end, out);
-    case 4:
-      return recombine_radix<T, 4>(problem, x, attention, begin, end, out);
+      return recombine_radix<T, 2>(problem, prologue, x, attention, begin, end, out);
     default:
-      return recombine_radix<T, 0>(problem, x, attention, begin, end, out);
+      return recombine_radix<T, 0>(problem, prologue, x, attention, begin, end, out);
   }
 }
 
 template <typename T>
-void recombine_backward_units(const Problem& problem, const T* dout, const Acc<T>* attention,
-                              const Acc<T>* dgap, int64_t begin, int64_t end, T* dx) {
-  if (problem.layout == Layout::kNchw) {
-    dispatch<RecombineBackwardNchw<T>>(&problem, dout, attention, dgap, begin, end, dx);
-  } else {
-    dispatch<RecombineBackwardNhwc<T>>(&problem, dout, attention, dgap, begin, end, dx);
-  }
+void recombine_backward_units(const Problem& problem, const Prologue<Acc<T>>& prologue,
+                              const StatisticsGradient<Acc<T>>& statistics, const T* dout,
+                              const T* x, const Acc<T>* attention, const Acc<T>* dgap,
+                              int64_t begin, int64_t end, T* dx) {
+  const auto run = !prologue.active            ? recombine_backward_form<T, Form::kPlain>
+                   : statistics.offset.empty() ? recombine_backward_form<T, Form::kFrozen>
+                                               : recombine_backward_form<T, Form::kBatch>;
+  run(problem, prologue, statistics, dout, x, attention, dgap, begin, end, dx);
 }
 
 #define RF_INSTANTIATE(T)                                                                          \
-  template void recombine_units<T>(const Problem&, const T*, const Acc<T>*, int64_t, int64_t, T*); \
-  template void recombine_backward_units<T>(const Problem&, const T*, const Acc<T>*,               \
-                                            const Acc<T>*, int64_t, int64_t, T*);
+  template void recombine_units<T>(const Problem&, const Prologue<Acc<T>>&, const T*,              \
+                                   const Acc<T>*, int64_t, int64_t, T*);                           \
+  template void recombine_backward_units<T>(const Problem&, const Prologue<Acc<T>>&,               \
+                                            const StatisticsGradient<Acc<T>>&, const T*, const T*, \
+                                            const Acc<T>*, const Acc<T>*, int64_t, int64_t, T*);
 RF_INSTANTIATE(float)
 RF_INSTANTIATE(double)
 RF_INSTANTIATE(BFloat16)

@@ -16,6 +16,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "formulas.h"
+
 #define RF_INLINE inline __attribute__((always_inline))
 
 namespace resnest_fused::cpu {
@@ -111,6 +113,16 @@ RF_INLINE Vec<Acc<T>> load(const T* p) {
   }
 }
 
+// One element, widened.
+template <typename T>
+RF_INLINE Acc<T> load_one(const T* p) {
+  if constexpr (std::is_same_v<T, Acc<T>>) {
+    return *p;
+  } else {
+    return widen(U16Lanes{} + p->bits, T{})[0];
+  }
+}
+
 template <typename T>
 RF_INLINE void store(T* p, Vec<Acc<T>> value) {
   if constexpr (std::is_same_v<T, Acc<T>>) {
@@ -140,20 +152,61 @@ RF_INLINE void store_first(T* p, Vec<Acc<T>> value, int64_t count) {
   }
 }
 
-// The `count` elements before `end` in the last lanes, zeros in the others; at least kLanes
-// elements lie before `end`. Far cheaper than load_first, which goes through memory.
-template <typename T>
-RF_INLINE Vec<Acc<T>> load_last(const T* end, int64_t count) {
-  using A = Acc<T>;
-  using Bits = std::conditional_t<sizeof(A) == 4, uint32_t, uint64_t>;
+// Ones in the last `count` lanes, zeros in the others.
+template <typename A>
+using Bits = std::conditional_t<sizeof(A) == 4, uint32_t, uint64_t>;
+
+template <typename A>
+RF_INLINE Vec<Bits<A>> last_lanes(int64_t count) {
   static constexpr auto kMask = [] {
-    std::array<Bits, 2 * kLanes<A>> mask{};
-    std::fill(mask.begin() + kLanes<A>, mask.end(), ~Bits{0});
+    std::array<Bits<A>, 2 * kLanes<A>> mask{};
+    std::fill(mask.begin() + kLanes<A>, mask.end(), ~Bits<A>{0});
     return mask;
   }();
-  Vec<Bits> mask;
+  Vec<Bits<A>> mask;
   std::memcpy(&mask, kMask.data() + count, sizeof mask);
-  return reinterpret<Vec<A>>(reinterpret<Vec<Bits>>(load(end - kLanes<A>)) & mask);
+  return mask;
+}
+
+template <typename A>
+RF_INLINE Vec<A> masked(Vec<A> value, Vec<Bits<A>> mask) {
+  return reinterpret<Vec<A>>(reinterpret<Vec<Bits<A>>>(value) & mask);
+}
+
+// Which lanes of a vector at some place of a row the row has: all of them, or the first n. Code for
+// both is written once, with the kind as a template argument.
+struct Whole {};
+struct First {
+  int64_t n;
+};
+
+template <typename T>
+RF_INLINE Vec<Acc<T>> load(const T* p, Whole) {
+  return load(p);
+}
+template <typename T>
+RF_INLINE Vec<Acc<T>> load(const T* p, First lanes) {
+  return load_first(p, lanes.n);
+}
+template <typename T>
+RF_INLINE void store(T* p, Vec<Acc<T>> value, Whole) {
+  store(p, value);
+}
+template <typename T>
+RF_INLINE void store(T* p, Vec<Acc<T>> value, First lanes) {
+  store_first(p, value, lanes.n);
+}
+
+// Call f(i, lanes) for each vector of a row of `count` elements, i being where it starts.
+template <typename A, typename F>
+RF_INLINE void for_vectors(int64_t count, F f) {
+  int64_t i = 0;
+  for (; i + kLanes<A> <= count; i += kLanes<A>) {
+    f(i, Whole{});
+  }
+  if (i < count) {
+    f(i, First{count - i});
+  }
 }
 
 // All lanes where the row has them, else the first `count`.
@@ -236,9 +289,40 @@ struct Avx512 {};
 struct Avx2 {};
 struct Baseline {};
 
+// The parts of a vector that fit in this set's registers, to hand to instructions by name. Through
+// memcpy, as the compiler takes vectors larger than a register apart best that way.
+template <typename Isa>
+inline constexpr int kPartBytes = std::is_same_v<Isa, Avx512> ? 64
+                                  : std::is_same_v<Isa, Avx2> ? 32
+                                                              : 16;
+
+template <typename Isa, typename A>
+struct PartOf {
+  typedef A type __attribute__((vector_size(kPartBytes<Isa>)));
+};
+template <typename Isa, typename A>
+using Part = typename PartOf<Isa, A>::type;
+
+// f(part of a, part of b, ...) joined.
+template <typename Isa, typename A, typename F, typename... Vs>
+RF_INLINE Vec<A> by_part(F f, const Vs&... vectors) {
+  Vec<A> result;
+#pragma GCC unroll 4
+  for (int offset = 0; offset < 64; offset += kPartBytes<Isa>) {
+    const auto part_of = [&](const Vec<A>& vector) __attribute__((always_inline)) {
+      Part<Isa, A> part;
+      std::memcpy(&part, reinterpret_cast<const char*>(&vector) + offset, sizeof part);
+      return part;
+    };
+    const Part<Isa, A> part = f(part_of(vectors)...);
+    std::memcpy(reinterpret_cast<char*>(&result) + offset, &part, sizeof part);
+  }
+  return result;
+}
+
 // a * b + c, rounded once where the instruction set has it. Asked for by name, and the build turns
 // contraction off, as the compiler contracts some copies of an expression and not others: an
-// element would depend on the tile or the batch that it is in.
+// element would depend on the tile or the batch that it is in. The result takes c's register.
 template <typename Isa, typename A>
 RF_INLINE Vec<A> fma(Vec<A> a, Vec<A> b, Vec<A> c) {
 #if defined(__x86_64__)
@@ -250,24 +334,65 @@ RF_INLINE Vec<A> fma(Vec<A> a, Vec<A> b, Vec<A> c) {
     }
     return c;
   } else if constexpr (std::is_same_v<Isa, Avx2>) {
-    typedef A Half __attribute__((vector_size(32)));
-    struct Halves {
-      Half half[2];
-    };
-    const auto a2 = reinterpret<Halves>(a), b2 = reinterpret<Halves>(b);
-    auto c2 = reinterpret<Halves>(c);
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      if constexpr (sizeof(A) == sizeof(float)) {
-        asm("vfmadd231ps %2, %1, %0" : "+x"(c2.half[i]) : "x"(a2.half[i]), "xm"(b2.half[i]));
-      } else {
-        asm("vfmadd231pd %2, %1, %0" : "+x"(c2.half[i]) : "x"(a2.half[i]), "xm"(b2.half[i]));
-      }
-    }
-    return reinterpret<Vec<A>>(c2);
+    return by_part<Isa, A>(
+        [](auto x, auto y, auto z) __attribute__((always_inline)) {
+          if constexpr (sizeof(A) == sizeof(float)) {
+            asm("vfmadd231ps %2, %1, %0" : "+x"(z) : "x"(x), "xm"(y));
+          } else {
+            asm("vfmadd231pd %2, %1, %0" : "+x"(z) : "x"(x), "xm"(y));
+          }
+          return z;
+        },
+        a, b, c);
   }
 #endif
   return a * b + c;
+}
+
+// The same, where b and c are wanted again: the result takes a's register.
+template <typename Isa, typename A>
+RF_INLINE Vec<A> scale_shift(Vec<A> a, Vec<A> b, Vec<A> c) {
+#if defined(__x86_64__)
+  if constexpr (std::is_same_v<Isa, Avx512>) {
+    if constexpr (sizeof(A) == sizeof(float)) {
+      asm("vfmadd213ps %2, %1, %0" : "+v"(a) : "v"(b), "vm"(c));
+    } else {
+      asm("vfmadd213pd %2, %1, %0" : "+v"(a) : "v"(b), "vm"(c));
+    }
+    return a;
+  }
+#endif
+  return fma<Isa, A>(a, b, c);
+}
+
+// The gradient of the ReLU, or with both arguments the same the ReLU: value where preactivation > 0
+// or is NaN, else 0; see relu and relu_backward of formulas.h. By instructions of this set's size,
+// as the compiler compares larger vectors element by element.
+template <typename Isa, typename A>
+RF_INLINE Vec<A> passed_by_relu(Vec<A> value, Vec<A> preactivation) {
+#if defined(__x86_64__)
+  if constexpr (!std::is_same_v<Isa, Avx512>) {
+    return by_part<Isa, A>(
+        [](auto v, auto n) __attribute__((always_inline)) {
+          auto mask = n;
+          if constexpr (std::is_same_v<Isa, Avx2>) {
+            if constexpr (sizeof(A) == sizeof(float)) {
+              asm("vcmpnleps %1, %0, %0" : "+x"(mask) : "x"(decltype(n){}));
+            } else {
+              asm("vcmpnlepd %1, %0, %0" : "+x"(mask) : "x"(decltype(n){}));
+            }
+          } else if constexpr (sizeof(A) == sizeof(float)) {
+            asm("cmpnleps %1, %0" : "+x"(mask) : "x"(decltype(n){}));
+          } else {
+            asm("cmpnlepd %1, %0" : "+x"(mask) : "x"(decltype(n){}));
+          }
+          typedef Bits<A> Mask __attribute__((vector_size(sizeof(n))));
+          return reinterpret<decltype(n)>(reinterpret<Mask>(v) & reinterpret<Mask>(mask));
+        },
+        value, preactivation);
+  }
+#endif
+  return relu_backward(value, preactivation);
 }
 
 // Store a whole vector past the caches, which saves reading the line first; p is aligned to the

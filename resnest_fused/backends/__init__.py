@@ -26,16 +26,22 @@ class Backend(Protocol):
 
 
 class FusedBackend(Backend, Protocol):
-    """A backend with kernels of its own; the arguments are those of the ops in ``csrc/ops.cpp``."""
+    """A backend with kernels of its own.
 
-    def forward(self, *args: Any) -> Tensor:
-        """out"""
+    Arguments and results are those of the ops in ``csrc/ops.cpp``: the first three are
+    ``split_attention``, ``split_attention_train`` and ``split_attention_backward``, the others have
+    their op's name.
+    """
 
-    def forward_train(self, *args: Any) -> tuple[Tensor, ...]:
-        """out, gap, hidden, attention, and bn1's batch mean and biased variance."""
-
-    def backward(self, *args: Any) -> tuple[Tensor, ...]:
-        """The gradients of x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, bn1_weight, bn1_bias."""
+    def forward(self, *args: Any) -> Tensor: ...
+    def forward_train(self, *args: Any) -> tuple[Tensor, ...]: ...
+    def backward(self, *args: Any) -> tuple[Tensor, ...]: ...
+    def batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
+    def pool(self, *args: Any) -> Tensor: ...
+    def recombine(self, *args: Any) -> Tensor: ...
+    def pool_backward(self, *args: Any) -> tuple[Tensor, Tensor]: ...
+    def prologue_backward(self, *args: Any) -> tuple[Tensor, Tensor]: ...
+    def recombine_backward(self, *args: Any) -> Tensor: ...
 
 
 class BackendStatus(NamedTuple):

@@ -1,0 +1,232 @@
+// The prologue: kernels.
+#include "cpu/prologue.h"
+
+#include <algorithm>
+
+#include "cpu/rows.h"
+#include "cpu/scratch.h"
+#include "cpu/units.h"
+
+namespace resnest_fused::cpu {
+namespace {
+
+// Of each (b, r, c), a unit being (b, c). Sums and squares are of distances from the pixel in the
+// middle, as near to the mean as the pixels of a row are to each other.
+template <typename T>
+struct StatisticsNchw {
+  template <typename Isa>
+  static RF_INLINE void run(const Problem* p, const T* x, int64_t begin, int64_t end,
+                            Acc<T>* mean /* (B, R, C) */, Acc<T>* squares /* (B, R, C) */) {
+    using A = Acc<T>;
+    const int64_t pixels = p->pixels();
+    const auto count = static_cast<double>(pixels);
+    // Descending: the pool's ascending read meets what was read last while it is still in cache.
+    for (int64_t unit = end; unit-- > begin;) {
+      const int64_t b = unit / p->channels, c = unit % p->channels;
+      for (int64_t r = 0; r < p->radix; ++r) {
+        const int64_t feature = (b * p->radix + r) * p->channels + c;
+        const T* row = x + feature * pixels;
+        const A middle = load_one(row + pixels / 2);
+        Sums<A, 2, 4> sums{};
+        accumulate(pixels, sums,
+                   [&](int64_t i, auto part, Vec<A>(&sum)[2]) __attribute__((always_inline)) {
+                     const Vec<A> apart = keep(load_part(row + i, part) - middle, part);
+                     sum[0] += apart;
+                     sum[1] = fma<Isa, A>(apart, apart, sum[1]);
+                   });
+        A totals[2];
+        sums.template totals<Isa>(totals);
+        const double mean_apart = totals[0] / count;
+        const double from_mean = totals[1] - totals[0] * mean_apart;
+        mean[feature] = static_cast<A>(middle + mean_apart);
+        squares[feature] = static_cast<A>(from_mean < 0 ? 0 : from_mean);
+      }
+    }
+  }
+};
+
+// Of each (b, j, f), a unit being (b, j). Tiles of pixels, whose own mean and squares are taken in
+// registers, join those of the unit by the rule of Chan, Golub and LeVeque (1979).
+template <typename T>
+struct StatisticsNhwc {
+  static constexpr int kTile = 8;
+
+  template <typename Isa>
+  static RF_INLINE void run(const Problem* p, const T* x, int64_t begin, int64_t end,
+                            Acc<T>* mean /* (B, J, R, C) */, Acc<T>* squares /* (B, J, R, C) */) {
+    const int64_t features = p->features();
+    for (int64_t unit = end; unit-- > begin;) {
+      const PixelUnit pixels(*p, unit);
+      const T* rows = x + pixels.first * features;
+      Acc<T>* unit_mean = mean + unit * features;
+      Acc<T>* unit_squares = squares + unit * features;
+      std::fill_n(unit_mean, features, Acc<T>{});
+      std::fill_n(unit_squares, features, Acc<T>{});
+      int64_t i = 0;
+      for (; i + kTile <= pixels.count; i += kTile) {
+        join<Isa, kTile>(features, i, rows + i * features, unit_mean, unit_squares);
+      }
+      for (; i < pixels.count; ++i) {
+        join<Isa, 1>(features, i, rows + i * features, unit_mean, unit_squares);
+      }
+    }
+  }
+
+  template <typename Isa, int kPixels>
+  static RF_INLINE void join(int64_t features, int64_t before, const T* rows, Acc<T>* mean,
+                             Acc<T>* squares) {
+    using A = Acc<T>;
+    const A total = static_cast<A>(before + kPixels);
+    const Vec<A> share = broadcast(static_cast<A>(kPixels) / total);
+    const Vec<A> weight = share * static_cast<A>(before);
+    for_vectors<A>(features, [&](int64_t f, auto lanes) __attribute__((always_inline)) {
+      Vec<A> values[kPixels], tile_mean = {}, tile_squares = {};
+#pragma GCC unroll 8
+      for (int i = 0; i < kPixels; ++i) {
+        values[i] = load(rows + i * features + f, lanes);
+        tile_mean += values[i];
+      }
+      tile_mean *= A(1) / A(kPixels);
+#pragma GCC unroll 8
+      for (int i = 0; i < kPixels; ++i) {
+        const Vec<A> centered = values[i] - tile_mean;
+        tile_squares = fma<Isa, A>(centered, centered, tile_squares);
+      }
+      const Vec<A> known = load(mean + f, lanes);
+      const Vec<A> apart = tile_mean - known;
+      store(mean + f, fma<Isa, A>(apart, share, known), lanes);
+      store(squares + f,
+            fma<Isa, A>(apart * apart, weight, load(squares + f, lanes) + tile_squares), lanes);
+    });
+  }
+};
+
+template <typename A>
+struct PrologueDattention {
+  template <typename Isa>
+  static RF_INLINE void run(const Prologue<A>* prologue, const A* sums, int64_t features,
+                            int64_t begin, int64_t end, A* dattention) {
+    const A* gamma = prologue->bn0.gamma.data();
+    const A* beta = prologue->bn0.beta.data();
+    for (int64_t b = begin; b < end; ++b) {
+      const A* s1 = sums + b * kPrologueSums * features;
+      const A* s3 = s1 + 2 * features;
+      for (int64_t f = 0; f < features; ++f) {
+        dattention[b * features + f] = gamma[f] * s3[f] + beta[f] * s1[f];
+      }
+    }
+  }
+};
+
+template <typename A>
+struct PrologueBackward {
+  // For channels [begin, end) of every split.
+  template <typename Isa>
+  static RF_INLINE void run(const Problem* p, const A* sums, const A* attention, const A* dgap,
+                            int64_t begin, int64_t end, A* dgamma, A* dbeta) {
+    const int64_t channels = p->channels, features = p->features();
+    const double scale = 1.0 / static_cast<double>(p->pixels());
+    for (int64_t r = 0; r < p->radix; ++r) {
+      for (int64_t first = begin; first < end; first += kFeatureBlock) {
+        const int64_t last = std::min(first + kFeatureBlock, end);
+        double totals[2][kFeatureBlock];
+        sum_block(p->batch, first, last, totals,
+                  [&](int64_t b, int64_t c, int64_t at) __attribute__((always_inline)) {
+                    const A* s = sums + b * kPrologueSums * features + r * channels + c;
+                    const double a = attention[b * features + r * channels + c];
+                    const double d = dgap[b * channels + c] * scale;
+                    totals[0][at] += a * s[2 * features] + d * s[3 * features];
+                    totals[1][at] += a * s[0] + d * s[features];
+                  });
+        std::copy_n(totals[0], last - first, dgamma + r * channels + first);
+        std::copy_n(totals[1], last - first, dbeta + r * channels + first);
+      }
+    }
+  }
+};
+
+}  // namespace
+
+template <typename A>
+void Prologue<A>::set_scale_and_shift() {
+  const size_t features = bn0.mean.size();
+  scale.resize(features);
+  shift.resize(features);
+  for (size_t f = 0; f < features; ++f) {
+    scale[f] = bn0.gamma[f] * bn0.invstd[f];
+    // In float64: with a mean far from zero, this is where digits would be lost.
+    shift[f] = static_cast<A>(bn0.beta[f] - static_cast<double>(bn0.mean[f]) * scale[f]);
+  }
+}
+
+template <typename T>
+void batch_statistics(const Problem& p, const T* x, Acc<T>* mean, Acc<T>* var) {
+  using A = Acc<T>;
+  const int64_t rows = p.batch * partials_per_sample(p);
+  const auto partial = uninitialized<A>(2 * rows * p.features());
+  A* const means = partial.get();
+  A* const squares = means + rows * p.features();
+  parallel_units(p.batch * units_per_sample(p), unit_bytes(p, sizeof(T)),
+                 [&](int64_t begin, int64_t end) {
+                   if (p.layout == Layout::kNchw) {
+                     dispatch<StatisticsNchw<T>>(&p, x, begin, end, means, squares);
+                   } else {
+                     dispatch<StatisticsNhwc<T>>(&p, x, begin, end, means, squares);
+                   }
+                 });
+  const int64_t full = p.layout == Layout::kNchw ? p.pixels() : kPixelsPerUnit;
+  const int64_t last = p.pixels() - (partials_per_sample(p) - 1) * full;
+  combine_statistics<A>({means, squares, rows, partials_per_sample(p), static_cast<double>(full),
+                         static_cast<double>(last)},
+                        p.features(), mean, var);
+}
+
+template <typename A>
+void prologue_dattention(const Problem& p, const Prologue<A>& prologue, const A* sums,
+                         A* dattention) {
+  parallel_units(
+      p.batch, 3 * p.features() * static_cast<int64_t>(sizeof(A)), [&](int64_t begin, int64_t end) {
+        dispatch<PrologueDattention<A>>(&prologue, sums, p.features(), begin, end, dattention);
+      });
+}
+
+template <typename A>
+void prologue_backward(const Problem& p, const A* sums, const A* attention, const A* dgap,
+                       A* dgamma, A* dbeta) {
+  parallel_units(p.channels, 6 * p.radix * p.batch * static_cast<int64_t>(sizeof(A)),
+                 [&](int64_t begin, int64_t end) {
+                   dispatch<PrologueBackward<A>>(&p, sums, attention, dgap, begin, end, dgamma,
+                                                 dbeta);
+                 });
+}
+
+template <typename A>
+StatisticsGradient<A> statistics_gradient(const Prologue<A>& prologue, const A* mean_dz,
+                                          const A* mean_dz_xhat) {
+  const size_t features = prologue.scale.size();
+  StatisticsGradient<A> gradient{std::vector<A>(features), std::vector<A>(features)};
+  for (size_t f = 0; f < features; ++f) {
+    gradient.offset[f] = prologue.scale[f] * mean_dz[f];
+    gradient.slope[f] = prologue.scale[f] * prologue.bn0.invstd[f] * mean_dz_xhat[f];
+  }
+  return gradient;
+}
+
+#define RF_INSTANTIATE(T) \
+  template void batch_statistics<T>(const Problem&, const T*, Acc<T>*, Acc<T>*);
+RF_INSTANTIATE(float)
+RF_INSTANTIATE(double)
+RF_INSTANTIATE(BFloat16)
+RF_INSTANTIATE(Half)
+#undef RF_INSTANTIATE
+
+#define RF_INSTANTIATE(A)                                                                        \
+  template struct Prologue<A>;                                                                   \
+  template void prologue_dattention<A>(const Problem&, const Prologue<A>&, const A*, A*);        \
+  template StatisticsGradient<A> statistics_gradient<A>(const Prologue<A>&, const A*, const A*); \
+  template void prologue_backward<A>(const Problem&, const A*, const A*, const A*, A*, A*);
+RF_INSTANTIATE(float)
+RF_INSTANTIATE(double)
+#undef RF_INSTANTIATE
+
+}  // namespace resnest_fused::cpu

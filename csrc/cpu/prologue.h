@@ -1,0 +1,111 @@
+// The prologue: z = relu(bn0(x)), or relu(x), which the pool and recombine compute wherever they
+// load x, so that z is never stored.
+//
+// bn0 is one multiply-add there, x * scale + shift. Every kernel evaluates this very expression by
+// `preactivation`, or forward and backward would disagree on which elements the ReLU lets through.
+#pragma once
+
+#include <type_traits>
+#include <vector>
+
+#include "cpu/norm.h"
+#include "cpu/simd.h"
+#include "problem.h"
+
+namespace resnest_fused::cpu {
+
+template <typename A>
+struct Prologue {
+  bool active = false;   // not: z = x, and what follows is empty
+  Norm<A> bn0;           // over R*C features; the identity for relu(x)
+  std::vector<A> scale;  // (R*C) gamma * invstd
+  std::vector<A> shift;  // (R*C) beta - mean * scale
+
+  // From bn0, once its statistics are known.
+  void set_scale_and_shift();
+};
+
+// scale and shift of the features in some lanes; the plain form has none.
+template <typename A>
+struct Affine {
+  Vec<A> scale, shift;
+};
+struct NoAffine {};
+template <bool kPrologue, typename A>
+using AffineIf = std::conditional_t<kPrologue, Affine<A>, NoAffine>;
+
+// Of one feature in all lanes, and of a feature in each lane.
+template <bool kPrologue, typename A>
+RF_INLINE AffineIf<kPrologue, A> affine_of(const Prologue<A>& prologue, int64_t feature) {
+  if constexpr (kPrologue) {
+    return {broadcast(prologue.scale[static_cast<size_t>(feature)]),
+            broadcast(prologue.shift[static_cast<size_t>(feature)])};
+  } else {
+    return {};
+  }
+}
+template <bool kPrologue, typename A, typename Lanes>
+RF_INLINE AffineIf<kPrologue, A> affine_from(const Prologue<A>& prologue, int64_t feature,
+                                             Lanes lanes) {
+  if constexpr (kPrologue) {
+    return {load(prologue.scale.data() + feature, lanes),
+            load(prologue.shift.data() + feature, lanes)};
+  } else {
+    return {};
+  }
+}
+
+// bn0(x)
+template <typename Isa, typename A>
+RF_INLINE Vec<A> preactivation(Vec<A> x, const Affine<A>& at) {
+  return scale_shift<Isa, A>(x, at.scale, at.shift);
+}
+
+// z
+template <typename Isa, typename V>
+RF_INLINE V activation(V x, const NoAffine&) {
+  return x;
+}
+template <typename Isa, typename A>
+RF_INLINE Vec<A> activation(Vec<A> x, const Affine<A>& at) {
+  const Vec<A> n = preactivation<Isa, A>(x, at);
+  return passed_by_relu<Isa, A>(n, n);
+}
+
+// Mean and biased variance of x by feature over batch and pixels. Reads R units. Each pool unit's
+// mean and sum of squared deviations come first; they are then combined in float64.
+template <typename T>
+void batch_statistics(const Problem& problem, const T* x /* (B, R*C, H, W) */,
+                      Acc<T>* mean /* (R*C) */, Acc<T>* var /* (R*C) */);
+
+// The sums of the pool's backward, S1 = sum_p m g, S2 = sum_p m, S3 = sum_p m xhat g and
+// S4 = sum_p m xhat with m = [bn0(x) > 0], in this order, give the gradients
+//   dattention = gamma S3 + beta S1
+//   dgamma     = sum_b (attention S3 + dgap/HW S4)
+//   dbeta      = sum_b (attention S1 + dgap/HW S2)
+inline constexpr int64_t kPrologueSums = 4;
+
+template <typename A>
+void prologue_dattention(const Problem& problem, const Prologue<A>& prologue,
+                         const A* sums /* (B, 4, R, C) */, A* dattention /* (B, R, C) */);
+
+template <typename A>
+void prologue_backward(const Problem& problem, const A* sums /* (B, 4, R, C) */,
+                       const A* attention /* (B, R, C) */, const A* dgap /* (B, C) */,
+                       A* dgamma /* (R*C) */, A* dbeta /* (R*C) */);
+
+// What dx loses to the dependence of the batch statistics on x, per feature:
+//   offset + slope * (x - mean) = scale * (mean_dz + xhat * mean_dz_xhat)
+// with mean_dz = dbeta / N and mean_dz_xhat = dgamma / N over N = B*H*W elements, as in
+// `batch_norm_backward`. Empty where the statistics are frozen.
+template <typename A>
+struct StatisticsGradient {
+  std::vector<A> offset;  // (R*C)
+  std::vector<A> slope;   // (R*C)
+};
+
+template <typename A>
+StatisticsGradient<A> statistics_gradient(const Prologue<A>& prologue, const A* mean_dz /* (R*C) */,
+                                          const A* mean_dz_xhat /* (R*C) */);
+
+}  // namespace resnest_fused::cpu

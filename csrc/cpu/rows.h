@@ -1,0 +1,87 @@
+// Sums along a row of pixels of an NCHW map.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cpu/lanes.h"
+#include "cpu/simd.h"
+
+namespace resnest_fused::cpu {
+
+// The elements of the last vector of a row, n of them, for `load_part` and `keep`.
+struct Rest {
+  int64_t n;
+  bool behind_a_vector;  // at least a vector of the row lies before its end
+};
+
+template <typename T>
+RF_INLINE Vec<Acc<T>> load_part(const T* p, Whole) {
+  return load(p);
+}
+
+// The elements with zeros around them. Behind a vector they are the last lanes of the vector that
+// ends with the row: that is far cheaper than load_first, which goes through memory.
+template <typename T>
+RF_INLINE Vec<Acc<T>> load_part(const T* p, Rest rest) {
+  using A = Acc<T>;
+  return rest.behind_a_vector ? masked<A>(load(p + rest.n - kLanes<A>), last_lanes<A>(rest.n))
+                              : load_first(p, rest.n);
+}
+
+// Zeros again where load_part put them.
+template <typename V>
+RF_INLINE V keep(V value, Whole) {
+  return value;
+}
+template <typename V>
+RF_INLINE V keep(V value, Rest rest) {
+  using A = std::remove_reference_t<decltype(value[0])>;
+  const auto lanes = last_lanes<A>(rest.behind_a_vector ? rest.n : kLanes<A> - rest.n);
+  return masked<A>(value, rest.behind_a_vector ? lanes : ~lanes);
+}
+
+// kSums sums at once, each in kChains independent vectors, which hide the latency of the adder.
+template <typename A, int kSums, int kChains>
+struct Sums {
+  Vec<A> chains[kChains][kSums];
+
+  template <typename Isa>
+  RF_INLINE void totals(A (&result)[kSums]) const {
+    Vec<A> sums[kSums];
+#pragma GCC unroll 4
+    for (int k = 0; k < kSums; ++k) {
+      sums[k] = chains[0][k] + chains[1][k];
+#pragma GCC unroll 2
+      for (int chain = 2; chain < kChains; chain += 2) {
+        sums[k] += chains[chain][k] + chains[chain + 1][k];
+      }
+    }
+    if constexpr (kSums == 1) {
+      result[0] = static_cast<A>(sum_lanes<A>(sums[0]));
+    } else {
+      sum_lanes_of<Isa, kSums, A>(sums, result);
+    }
+  }
+};
+
+// Over the row's [0, count), add(i, part, sums), which loads elements from i on with load_part.
+template <typename A, int kSums, int kChains, typename Add>
+RF_INLINE void accumulate(int64_t count, Sums<A, kSums, kChains>& sums, Add add) {
+  constexpr int64_t kStep = kLanes<A>;
+  int64_t i = 0;
+  for (; i + kChains * kStep <= count; i += kChains * kStep) {
+#pragma GCC unroll 4
+    for (int chain = 0; chain < kChains; ++chain) {
+      add(i + chain * kStep, Whole{}, sums.chains[chain]);
+    }
+  }
+  for (; i + kStep <= count; i += kStep) {
+    add(i, Whole{}, sums.chains[0]);
+  }
+  if (i < count) {
+    add(i, Rest{count - i, count >= kStep}, sums.chains[1]);
+  }
+}
+
+}  // namespace resnest_fused::cpu

@@ -1,0 +1,45 @@
+"""Batch statistics that span the processes of a group, as those of ``nn.SyncBatchNorm`` do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def all_reduce(tensor: Tensor, group: str) -> Tensor:
+    """The sum over the group's processes; its gradient is the sum of theirs."""
+    return _AllReduce.apply(tensor, group)
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(tensor: Tensor, group: str) -> Tensor:
+        from torch.distributed import _functional_collectives as collectives
+
+        return collectives.wait_tensor(collectives.all_reduce(tensor, "sum", group))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.group = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, dsum: Tensor) -> Any:
+        return all_reduce(dsum, ctx.group), None
+
+
+def combine_statistics(
+    mean: Tensor, var: Tensor, count: int, group: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and count over all processes from those of each; differentiable.
+
+    The variance is taken about the common mean, in a second exchange, as a difference of large sums
+    would lose its digits.
+    """
+    counts = mean.new_full((1,), count)
+    sums = all_reduce(torch.cat((mean * count, counts)), group)
+    total = sums[-1]
+    common = sums[:-1] / total
+    squares = all_reduce((var + (mean - common).square()) * count, group)
+    return common, squares / total, total
