@@ -20,11 +20,11 @@ from resnest_fused.reference import BatchNormArgs
 
 
 class Statistics(NamedTuple):
-    """What normalised a call: mean and biased variance by feature, over ``count`` elements."""
+    """What normalised a call: mean and biased variance by feature, over so many elements."""
 
     mean: Tensor
     var: Tensor
-    count: int | Tensor
+    elements: int | Tensor
 
 
 def _norm(bn: BatchNormArgs | None, batch_stats: bool) -> tuple[Any, ...]:
@@ -251,7 +251,7 @@ def attend(
     norm0 = (weight, bias, mean, var, eps)
     if _records(x, weight, bias):
         gap, *carriers = _Pool.apply(
-            backend, x, relu, *norm0, batch_stats, statistics and statistics.count, group, radix
+            backend, x, relu, *norm0, batch_stats, statistics and statistics.elements, group, radix
         )
     else:
         gap, carriers = run.pool(x, relu, *norm0, radix), [None] * 3
@@ -267,10 +267,10 @@ def attend(
 def _batch_statistics(run: FusedBackend, x: Tensor, group: str | None) -> Statistics:
     batch, _, height, width = x.shape
     mean, var = run.batch_statistics(x)
-    count: int | Tensor = batch * height * width
-    if group is not None:
-        mean, var, count = sync.combine_statistics(mean, var, count, group)
-    return Statistics(mean, var, count)
+    count = batch * height * width
+    if group is None:
+        return Statistics(mean, var, count)
+    return Statistics(*sync.combine_statistics(mean, var, count, group))
 
 
 class _Pool(torch.autograd.Function):
@@ -335,7 +335,7 @@ class _Pool(torch.autograd.Function):
             dgap = attention.new_zeros(batch, attention.shape[2])
         if torch.is_grad_enabled():
             inputs = _aliases((x, weight, bias))
-            bn0 = _known(*inputs[1:], mean, var, eps, batch_stats, group)
+            bn0 = _known(inputs[1], inputs[2], mean, var, eps, batch_stats, group)
             splits = reference.as_splits(
                 reference.prologue(inputs[0], bn0, relu, training=False), radix
             )
@@ -366,7 +366,7 @@ class _Pool(torch.autograd.Function):
 
 
 class _Recombine(torch.autograd.Function):
-    """(x, bn0, attention, carriers) -> out; the gradients of x and bn0 are left to :class:`_Pool`."""
+    """(x, bn0, attention, carriers) -> out; the gradients of x and bn0 are :class:`_Pool`'s."""
 
     @staticmethod
     def forward(

@@ -220,7 +220,7 @@ def _eval_agrees(
         logits, tops = compare.check_eval(reference, fused, x)
     same = sum(top.reference == top.fused for top in tops)
     ties = sum(top.reference != top.fused and top.tied for top in tops)
-    _print_checks(console, [logits])
+    _print_checks(console, [logits], "largest error, relative to the largest value")
     table = _table("input", "reference", "fused", "")
     for index, top in enumerate(tops[:_LISTED]):
         classes = (" ".join(map(str, best)) for best in (top.reference, top.fused))
@@ -239,11 +239,11 @@ def _training_agrees(
     with _progress("comparing"):
         fused_names = [entry.name for entry in report.fused]
         checks = compare.check_train(reference, fused, fused_names, x, _target(x))
-    _print_checks(console, checks)
+    _print_checks(console, checks, "relative error in the 2-norm, largest over modules")
     return all(check.passed for check in checks)
 
 
-def _print_checks(console: Console, checks: list[compare.Check]) -> None:
+def _print_checks(console: Console, checks: list[compare.Check], measure: str) -> None:
     measured = any(check.reference_error is not None for check in checks)
     table = _table("", *(["reference"] if measured else []), "fused", "allowed", "")
     for check in checks:
@@ -252,7 +252,7 @@ def _print_checks(console: Console, checks: list[compare.Check]) -> None:
             own = check.reference_error
             cells.insert(0, "-" if own is None else f"{own:.1e}")
         table.add_row(check.quantity, *cells)
-    title = "Agreement: largest error, relative to the largest value"
+    title = f"Agreement: {measure}"
     note = "reference and fused against float32; where there is a -, fused against reference"
     _print_table(console, title, table, note if measured else "")
 

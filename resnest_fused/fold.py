@@ -7,68 +7,141 @@ In eval mode ``bn(conv(x))`` is a convolution itself. With scale = gamma / sqrt(
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from resnest_fused.modules import FoldedNorm, batch_norm_args, computes_as_conv, intercepted
 
-# A convolution, and the norm that follows it.
-_PAIRS = (("conv", "bn0"), ("fc1", "bn1"))
+# A convolution and the norm that follows it, in split-attention modules of every kind.
+_ATTENTION = (("conv", "bn0"), ("fc1", "bn1"))
+# The same in the rest of the networks, by class.
+_BLOCK = (("conv1", "bn1"), ("conv3", "bn3"))
+_STEM = (("conv1", "bn1"),)
+_NETWORKS = {
+    "resnest_fused.models.resnest.Bottleneck": _BLOCK,
+    "resnest.torch.resnet.Bottleneck": _BLOCK,
+    "resnest.torch.models.resnet.Bottleneck": _BLOCK,
+    "timm.models.resnest.ResNestBottleneck": _BLOCK,
+    "resnest_fused.models.resnest.ResNeSt": _STEM,
+    "resnest.torch.resnet.ResNet": _STEM,
+    "resnest.torch.models.resnet.ResNet": _STEM,
+    "timm.models.resnet.ResNet": _STEM,
+}
 
 
-def fold(module: nn.Module) -> list[str]:
-    """Fold ``module``'s ``bn0`` into ``conv`` and ``bn1`` into ``fc1``, where it has them.
+class _Pair(NamedTuple):
+    """A convolution and a norm, each as the parent and the name that hold it."""
 
-    Both children are replaced; :func:`unfold` puts them back.
+    conv_parent: nn.Module
+    conv_name: str
+    norm_parent: nn.Module
+    norm_name: str
+
+    @property
+    def conv(self) -> Any:
+        return self.conv_parent._modules[self.conv_name]
+
+    @property
+    def norm(self) -> Any:
+        return self.norm_parent._modules[self.norm_name]
+
+    def replace(self, conv: nn.Module, norm: nn.Module) -> None:
+        self.conv_parent._modules[self.conv_name] = conv
+        self.norm_parent._modules[self.norm_name] = norm
+
+
+def fold_attention(module: nn.Module) -> list[str]:
+    """Fold a split-attention module's ``bn0`` into ``conv`` and ``bn1`` into ``fc1``.
+
+    The children are replaced; :func:`unfold` puts them back.
 
     Returns:
         Why what could not be folded was not; empty when all is folded.
     """
     reasons = []
-    for name, norm_name in _PAIRS:
-        conv, norm = (module._modules.get(child) for child in (name, norm_name))
-        if norm is None or type(norm) in (nn.Identity, FoldedNorm):
-            continue
-        reason = _obstacle(module, name, conv, norm)
-        if reason is None:
-            setattr(module, name, _folded_conv(conv, norm))
-            setattr(module, norm_name, FoldedNorm(conv, norm))
-        else:
-            reasons.append(f"{norm_name} not folded: {reason}")
+    for pair in _named_pairs(module, _ATTENTION):
+        reason = _fold(pair)
+        if reason is not None:
+            reasons.append(f"{pair.norm_name} not folded: {reason}")
     return reasons
 
 
-def unfold(module: nn.Module) -> None:
-    """Undo :func:`fold`: the original children, where ``module`` is now and in its dtype."""
-    for name, norm_name in _PAIRS:
-        folded = module._modules.get(norm_name)
-        if isinstance(folded, FoldedNorm):
-            weight: Any = module.get_submodule(name).weight
-            for original, child in zip(folded.originals, (name, norm_name), strict=True):
-                original.to(weight.device, weight.dtype).train(folded.training)
-                setattr(module, child, original)
+def fold_network(model: nn.Module) -> None:
+    """Fold what can be of the other norms of the networks in ``model`` that are known.
+
+    These are the norms behind a convolution in ResNeSt's blocks and stem, and in every
+    ``nn.Sequential``, whose order is that of its children.
+    """
+    for module in list(model.modules()):
+        for pair in _pairs_of_network(module):
+            _fold(pair)
 
 
-def is_folded(module: nn.Module) -> bool:
-    """Whether a norm of ``module`` is folded."""
-    return any(isinstance(module._modules.get(norm), FoldedNorm) for _, norm in _PAIRS)
+def unfold(model: nn.Module) -> None:
+    """Undo both: the original layers, where ``model`` is now and in its dtype."""
+    for module in list(model.modules()):
+        pairs = [*_named_pairs(module, _ATTENTION), *_pairs_of_network(module)]
+        for pair in pairs:
+            if isinstance(pair.norm, FoldedNorm):
+                weight, training = pair.conv.weight, pair.norm.training
+                originals = pair.norm.originals
+                for original in originals:
+                    original.to(weight.device, weight.dtype).train(training)
+                pair.replace(*originals)
 
 
-def _obstacle(module: nn.Module, name: str, conv: Any, norm: nn.Module) -> str | None:
+def count_folded(model: nn.Module) -> int:
+    """How many norms of ``model`` are folded."""
+    return sum(isinstance(module, FoldedNorm) for module in model.modules())
+
+
+def _named_pairs(module: nn.Module, names: tuple[tuple[str, str], ...]) -> list[_Pair]:
+    found = []
+    for conv_name, norm_name in names:
+        parent = module
+        if module._modules.get(norm_name) is None or module._modules.get(conv_name) is None:
+            continue
+        conv = module._modules[conv_name]
+        # A stem of several convolutions ends in the one that the norm follows.
+        if type(conv) is nn.Sequential and len(conv) and intercepted(conv) is None:
+            parent, conv_name = conv, list(conv._modules)[-1]
+        found.append(_Pair(parent, conv_name, module, norm_name))
+    return found
+
+
+def _pairs_of_network(module: nn.Module) -> list[_Pair]:
+    if type(module) is nn.Sequential:
+        names = list(module._modules)
+        return [_Pair(module, a, module, b) for a, b in itertools.pairwise(names)]
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    return _named_pairs(module, _NETWORKS.get(kind, ()))
+
+
+def _fold(pair: _Pair) -> str | None:
+    """Fold one pair, or say why not; None also where there is no norm."""
+    conv, norm = pair.conv, pair.norm
+    if norm is None or type(norm) in (nn.Identity, FoldedNorm):
+        return None
+    reason = _obstacle(pair)
+    if reason is None:
+        pair.replace(_folded_conv(conv, norm), FoldedNorm(conv, norm))
+    return reason
+
+
+def _obstacle(pair: _Pair) -> str | None:
+    conv, norm = pair.conv, pair.norm
     args = batch_norm_args(norm)
     if args is None:
         return intercepted(norm) or f"expected a batch normalisation, got {type(norm).__name__}"
     if args.batch_stats:
-        return "it normalises with the batch's statistics in eval mode too"
+        return "it normalises with the batch's statistics"
     if not computes_as_conv(type(conv)):
-        return f"{name}: expected a Conv2d, got {type(conv).__name__}"
+        return f"{pair.conv_name}: expected a Conv2d, got {type(conv).__name__}"
     if intercepted(conv) is not None:
-        return f"{name}: {intercepted(conv)}"
-    drop = module._modules.get("drop")
-    if name == "conv" and not isinstance(drop, nn.Identity | None):
-        return f"{type(drop).__name__} stands behind it"
+        return f"{pair.conv_name}: {intercepted(conv)}"
     return None
 
 
@@ -84,18 +157,11 @@ def _folded_conv(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
 
     scale = wide(args.weight, 1) * (args.running_var.double() + args.eps).rsqrt()
     bias = wide(args.bias, 0) + scale * (wide(conv.bias, 0) - args.running_mean)
-    folded = nn.Conv2d(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        conv.groups,
-        bias=True,
-        padding_mode=conv.padding_mode,
-        device="meta",
-    )
+    options: dict[str, Any] = {
+        name: getattr(conv, name)
+        for name in ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    }
+    folded = nn.Conv2d(conv.in_channels, conv.out_channels, **options, device="meta")
     weight = (conv.weight.double() * scale.view(-1, 1, 1, 1)).to(conv.weight)
     folded.weight = nn.Parameter(weight.contiguous(memory_format=_format(conv.weight)), False)
     folded.bias = nn.Parameter(bias.to(conv.weight), False)

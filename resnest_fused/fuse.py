@@ -1,7 +1,7 @@
 """Swap the split-attention modules of a model for fused ones, in place, and back.
 
-A module is fused by giving the instance another class, whose forward runs conv, bn0 and activation
-as before and then the fused op. The object itself, its children, parameters, hooks and state_dict
+A module is fused by giving the instance another class, whose forward runs the convolution and then
+the fused op for all that follows. The object itself, its children, parameters, hooks and state_dict
 stay what they were. A peer's fused class derives from the peer's own, so ``isinstance`` holds.
 """
 
@@ -12,7 +12,7 @@ import importlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -51,9 +51,14 @@ class FuseReport:
 
     ``len(report)`` is the number of fused modules, so a report is true when there is one.
     ``str(report)`` has a line for each module.
+
+    Attributes:
+        entries: one for each module.
+        folded_norms: the batch normalisations that are folded now, in the whole model.
     """
 
     entries: tuple[FuseEntry, ...]
+    folded_norms: int = 0
 
     @property
     def fused(self) -> tuple[FuseEntry, ...]:
@@ -73,6 +78,8 @@ class FuseReport:
             return f"no split-attention module found; known are {', '.join(_KNOWN)}"
         groups = {"fused": self.fused, "left alone": self.left_alone}
         lines = [", ".join(f"{len(entries)} {title}" for title, entries in groups.items())]
+        if self.folded_norms:
+            lines[0] += f"; {self.folded_norms} batch normalisations folded"
         for title, entries in groups.items():
             for name, kind, _, reason, folded in entries:
                 what = f"{title} and folded" if folded else title
@@ -103,9 +110,10 @@ def fuse(model: nn.Module, *, backend: str = "auto", fold: bool = False) -> Fuse
         backend: as in :func:`resnest_fused.split_attention`, for every module that this function
             fuses now or fused before. Modules built fused keep their own.
         fold: for inference, of a model in eval mode: also fold each fused module's ``bn0`` into its
-            convolution and ``bn1`` into ``fc1``. The state_dict then holds the folded weights
-            instead, without gradients, and a call in training mode raises; :func:`unfuse` brings
-            back the original layers.
+            convolution and ``bn1`` into ``fc1``, and what else of batch normalisation stands behind
+            a convolution, in ResNeSt's blocks and in every ``nn.Sequential``. The state_dict then
+            holds the folded weights instead, without gradients, and a call in training mode raises;
+            :func:`unfuse` brings back the original layers.
 
     Returns:
         The report, one entry for each module; a module used in several places is reported once.
@@ -117,12 +125,8 @@ def fuse(model: nn.Module, *, backend: str = "auto", fold: bool = False) -> Fuse
     """
     check_name(backend, "backend")
     found = [(module, _examine(name, module)) for name, module in _named_modules(model)]
-    if fold:
-        for module, entry in found:
-            if entry is not None and entry.fused and module.training:
-                raise ValueError(
-                    f"fold: expected a model in eval mode, {entry.name or 'the model'} is training"
-                )
+    if fold and any(module.training for module in model.modules()):
+        raise ValueError("fold: expected a model in eval mode throughout; call model.eval() first")
     entries = []
     for module, entry in found:
         if entry is None:
@@ -134,11 +138,13 @@ def fuse(model: nn.Module, *, backend: str = "auto", fold: bool = False) -> Fuse
         if _is_swapped(module):
             vars(module)["backend"] = backend
         if entry.fused:
-            notes = folding.fold(module) if fold else []
+            notes = folding.fold_attention(module) if fold else []
             reason = "; ".join([*([entry.reason] if entry.reason else []), *notes]) or None
-            entry = entry._replace(reason=reason, folded=folding.is_folded(module))
+            entry = entry._replace(reason=reason, folded=folding.count_folded(module) > 0)
         entries.append(entry)
-    return FuseReport(tuple(entries))
+    if fold:
+        folding.fold_network(model)
+    return FuseReport(tuple(entries), folding.count_folded(model))
 
 
 def unfuse(model: nn.Module) -> None:
@@ -154,7 +160,7 @@ def unfuse(model: nn.Module) -> None:
         if _is_swapped(module):
             module.__class__ = vars(module).pop("_unfused_class")
             vars(module).pop("backend", None)
-        folding.unfold(module)
+    folding.unfold(model)
 
 
 class _PeerAttention(nn.Module):
@@ -170,6 +176,7 @@ class _PeerAttention(nn.Module):
 class _OfficialForward(_PeerAttention):
     """The fused forward of the official ``SplAtConv2d``."""
 
+    cardinality: int
     use_bn: bool
     dropblock_prob: float
     relu: nn.Module
@@ -193,6 +200,8 @@ class _OfficialForward(_PeerAttention):
 
 class _TimmForward(_PeerAttention):
     """The fused forward of timm's ``SplitAttn``."""
+
+    rsoftmax: Any
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, in_channels, H, W)`` to ``(B, out_channels, H', W')``."""

@@ -188,7 +188,7 @@ def _counts_batches(bn: Any) -> bool:
 
 
 def batch_norm_args(bn: Any) -> BatchNormArgs | None:
-    """The batch normalisation that ``bn`` computes in its present mode, or None if it must be called."""
+    """The batch normalisation that ``bn`` computes in its present mode, or None to call it."""
     kind = None if bn is None else _norm_kind(type(bn))
     if kind is None or intercepted(bn) is not None:
         return None
@@ -219,11 +219,11 @@ def batch_norm_args(bn: Any) -> BatchNormArgs | None:
 
 
 def _process_group(bn: nn.SyncBatchNorm) -> str | None:
-    """The name of the group whose processes share ``bn``'s statistics, or None for this one alone."""
+    """The name of the group whose processes share ``bn``'s statistics; None for this one alone."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return None
-    group = bn.process_group or distributed.group.WORLD
+    group: Any = bn.process_group or distributed.group.WORLD
     return group.group_name if distributed.get_world_size(group) > 1 else None
 
 

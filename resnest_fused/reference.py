@@ -130,7 +130,7 @@ def batch_norm(x: Tensor, args: BatchNormArgs, training: bool) -> Tensor:
 def _sync_batch_norm(x: Tensor, args: BatchNormArgs, group: str) -> Tensor:
     """Normalise with the statistics of all processes, which are differentiated through."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    batch, features, height, width = x.shape
+    batch, _, height, width = x.shape
     count = batch * height * width
     mean = wide.sum(dim=(0, 2, 3)) / max(count, 1)
     var = (wide - mean.view(-1, 1, 1)).square().sum(dim=(0, 2, 3)) / max(count, 1)
@@ -157,6 +157,8 @@ def update_running_statistics(
         return
     if not isinstance(count, Tensor) and count == 0:
         return
+    # Said in tensors too: an exported program records these ops, but not no_grad().
+    mean, var = mean.detach(), var.detach()
     unbiased = var * (count / (count - 1))
     for running, batch in ((bn.running_mean, mean), (bn.running_var, unbiased)):
         # In the statistics' own dtype, so that 16-bit running ones are rounded once.

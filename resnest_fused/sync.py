@@ -18,7 +18,8 @@ class _AllReduce(torch.autograd.Function):
     def forward(tensor: Tensor, group: str) -> Tensor:
         from torch.distributed import _functional_collectives as collectives
 
-        return collectives.wait_tensor(collectives.all_reduce(tensor, "sum", group))
+        name: Any = group  # newer versions have a type for it
+        return collectives.wait_tensor(collectives.all_reduce(tensor, "sum", name))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

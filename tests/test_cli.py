@@ -52,8 +52,8 @@ def break_attention(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Tensor], T
     """Put ``spoil`` behind every fused attention."""
     fused_attention = modules.fused_attention
 
-    def spoiled(*arguments: object) -> Tensor:
-        return spoil(fused_attention(*arguments))  # type: ignore[arg-type]
+    def spoiled(*arguments: object, **named: object) -> Tensor:
+        return spoil(fused_attention(*arguments, **named))  # type: ignore[arg-type]
 
     monkeypatch.setattr(modules, "fused_attention", spoiled)
 

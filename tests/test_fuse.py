@@ -20,6 +20,7 @@ from resnest_fused import (
     fuse,
     unfuse,
 )
+from resnest_fused.models import resnest50
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -277,15 +278,24 @@ def test_hooks_on_the_module_still_run():
     assert ran == ["before", "after", "backward"]
 
 
-def test_conv_and_bn0_run_as_they_are():
+def test_any_conv_and_norm_in_front():
     model = SplitAttentionConv2d(2, 8, 3)
     model.bn0 = nn.GroupNorm(4, 16)
     model.conv = nn.Sequential(nn.Conv2d(2, 16, 1), nn.Tanh())
-    ran = []
-    model.conv.register_forward_hook(lambda *_: ran.append("conv"))
-    model.bn0.register_forward_hook(lambda *_: ran.append("bn0"))
     assert_fuses(randomise(model), [features(8, 2, 5, 5, seed=seed) for seed in range(4)])
-    assert ran[:2] == ["conv", "bn0"]
+
+
+@pytest.mark.parametrize("name", ["conv", "bn0", "fc1", "bn1", "fc2"])
+def test_hooks_on_children_still_run(name):
+    model = randomise(SplitAttentionConv2d(2, 8, 3))
+    ran = []
+    child = model.get_submodule(name)
+    child.register_forward_pre_hook(lambda *_: ran.append("before"))
+    child.register_forward_hook(lambda *_: ran.append("after"))
+    child.register_full_backward_hook(lambda *_: ran.append("backward"))
+    fuse(model)
+    model(torch.randn(3, 2, 5, 5, requires_grad=True)).sum().backward()
+    assert ran == ["before", "after", "backward"]
 
 
 @pytest.mark.parametrize("parametrize", [parametrizations.weight_norm, parametrizations.orthogonal])
@@ -324,67 +334,57 @@ def patch_forward(module: nn.Module) -> None:
     module.forward = module.forward
 
 
-class CountingConv2d(nn.Conv2d):
+class Doubling(nn.Conv2d):
     """Has a forward of its own."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)
+        return 2 * super().forward(x)
 
 
-OBSTACLES = {
-    "patched": (patch_forward, "its forward was replaced"),
-    "patched-fc": (lambda m: patch_forward(m.fc1), "fc1: its forward was replaced"),
-    "wrapped-fc": (
-        lambda m: setattr(m, "fc1", nn.Sequential(m.fc1)),
-        "fc1: expected a plain Conv2d, got Sequential",
-    ),
-    "own-forward-fc": (
-        set_child("fc2", lambda: CountingConv2d(32, 16, 1)),
-        "fc2: expected a plain Conv2d, got CountingConv2d",
-    ),
-    "3x3-fc": (
-        set_child("fc1", lambda: nn.Conv2d(8, 32, 3, padding=1)),
-        "fc1: expected kernel_size, stride, padding and groups ((1, 1), (1, 1), (0, 0), 1), "
-        "got ((3, 3), (1, 1), (1, 1), 1)",
-    ),
-    "grouped-fc": (
-        set_child("fc2", lambda: nn.Conv2d(32, 16, 1, groups=2)),
-        "fc2: expected kernel_size, stride, padding and groups ((1, 1), (1, 1), (0, 0), 1), "
-        "got ((1, 1), (1, 1), (0, 0), 2)",
-    ),
-    "group-norm": (
-        set_child("bn1", lambda: nn.GroupNorm(4, 32)),
-        "bn1: expected BatchNorm2d or none between the FCs, got GroupNorm",
-    ),
-    "sync-bn": (
-        set_child("bn1", lambda: nn.SyncBatchNorm(32)),
-        "bn1: expected BatchNorm2d or none between the FCs, got SyncBatchNorm",
-    ),
-    "hook": (
-        lambda m: m.fc1.register_forward_hook(lambda *_: None),
-        "fc1: it has hooks, which would no longer run",
-    ),
-    "pre-hook": (
-        lambda m: m.bn1.register_forward_pre_hook(lambda *_: None),
-        "bn1: it has hooks, which would no longer run",
-    ),
-    "backward-hook": (
-        lambda m: m.fc2.register_full_backward_hook(lambda *_: None),
-        "fc2: it has hooks, which would no longer run",
-    ),
-    "backward-pre-hook": (
-        lambda m: m.fc2.register_full_backward_pre_hook(lambda *_: None),
-        "fc2: it has hooks, which would no longer run",
-    ),
+class PerSample(nn.BatchNorm2d):
+    """Looks like a batch normalisation, and is none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+
+
+# Children that the op has no place for, and so are called.
+CHILDREN = {
+    "wrapped-fc": ("fc1", lambda: nn.Sequential(nn.Conv2d(8, 32, 1))),
+    "own-forward-fc": ("fc2", lambda: Doubling(32, 16, 1)),
+    "3x3-fc": ("fc1", lambda: nn.Conv2d(8, 32, 3, padding=1)),
+    "grouped-fc": ("fc2", lambda: nn.Conv2d(32, 16, 1, groups=2)),
+    "group-norm": ("bn1", lambda: nn.GroupNorm(4, 32)),
+    "sync-bn": ("bn1", lambda: nn.SyncBatchNorm(32)),
+    "own-forward-norm": ("bn1", lambda: PerSample(32)),
+    "norm-and-activation": ("bn1", lambda: nn.Sequential(nn.BatchNorm2d(32), nn.SiLU())),
 }
 
 
-@pytest.mark.parametrize(("change", "reason"), OBSTACLES.values(), ids=OBSTACLES)
-@pytest.mark.parametrize("make", [lambda: SplitAttention(8), lambda: SplitAttentionConv2d(2, 8, 1)])
-def test_left_alone(make, change, reason):
+@pytest.mark.parametrize(("name", "child"), CHILDREN.values(), ids=CHILDREN)
+@pytest.mark.parametrize(
+    "make", [lambda: SplitAttention(8), lambda: SplitAttentionConv2d(16, 8, 1)]
+)
+def test_any_children(make, name, child):
     module = make()
-    change(module)
-    assert reason_left_alone(module) == reason
+    setattr(module, name, child())
+    assert_fuses(randomise(module), [features(8, 16, 5, 5, seed=seed) for seed in range(4)])
+
+
+def test_a_replaced_forward_is_left_alone():
+    model = SplitAttention(8)
+    patch_forward(model)
+    assert reason_left_alone(model) == "its forward was replaced"
+
+
+def test_a_replaced_forward_of_a_child_is_called():
+    model = SplitAttention(8).eval()
+    expected = model(x := torch.randn(2, 16, 5, 5))
+    model.fc2.forward = lambda hidden: hidden.new_zeros(2, 16, 1, 1)
+    fuse(model)
+    out = model(x)
+    torch.testing.assert_close(out, (x[:, :8] + x[:, 8:]) / 2)
+    assert not torch.allclose(out, expected)
 
 
 def test_class_forward_replaced(monkeypatch):
@@ -409,11 +409,136 @@ def test_unknown_class_that_looks_like_split_attention(name):
 
 def test_one_module_left_alone_does_not_keep_others():
     model = Net()
-    model.body[0].fc1.register_forward_hook(lambda *_: None)
+    patch_forward(model.body[0])
     report = fuse(model)
     assert [entry.fused for entry in report.entries] == [True, False, True]
     assert str(report).splitlines()[0] == "2 fused, 1 left alone"
     assert str(report).splitlines()[-1] == (
-        "left alone: body.0, resnest_fused.reference.SplitAttentionConv2d: "
-        "fc1: it has hooks, which would no longer run"
+        "left alone: body.0, resnest_fused.reference.SplitAttentionConv2d: its forward was replaced"
     )
+
+
+# --- folding
+
+
+def assert_folds(model: nn.Module, x: Tensor, norms: int) -> None:
+    """Folding leaves the numbers, and unfusing brings everything back."""
+    model.eval()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    modules = {name: (module, type(module)) for name, module in model.named_modules()}
+    parameters = {name: id(parameter) for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        expected = model(x)
+        report = fuse(model, fold=True)
+        found = model(x)
+        assert report.folded_norms == norms
+        tolerance = 100 * torch.finfo(x.dtype).eps
+        assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+        unfuse(model)
+        assert torch.equal(model(x), expected)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    after = {name: (module, type(module)) for name, module in model.named_modules()}
+    assert after == modules
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == parameters
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("cardinality", [1, 2])
+@pytest.mark.parametrize("radix", [1, 2, 4])
+def test_folding(radix, cardinality, bias):
+    options = {"radix": radix, "cardinality": cardinality, "bias": bias, "padding": 1}
+    model = randomise(SplitAttentionConv2d(8, 16, 3, **options)).double()
+    assert_folds(model, torch.randn(2, 8, 6, 5).double(), norms=2)
+    model = model.to(memory_format=torch.channels_last)
+    x = torch.randn(2, 8, 6, 5).double().contiguous(memory_format=torch.channels_last)
+    assert_folds(model, x, norms=2)
+
+
+def test_folding_a_network():
+    model = randomise(resnest50(num_classes=5, fused=False)).double()
+    assert_folds(model, torch.randn(2, 3, 40, 40).double(), norms=71)
+
+
+def test_folding_in_float32():
+    model = randomise(Net())
+    assert_folds(model, torch.randn(2, 4, 6, 6), norms=5)
+
+
+def test_folded_state_dict_has_the_folded_weights():
+    model = randomise(SplitAttentionConv2d(4, 8, 3)).eval()
+    fuse(model, fold=True)
+    assert set(model.state_dict()) == {
+        f"{name}.{kind}" for name in ("conv", "fc1", "fc2") for kind in ("weight", "bias")
+    }
+    twin = SplitAttentionConv2d(4, 8, 3).eval()
+    fuse(twin, fold=True)
+    twin.load_state_dict(model.state_dict())
+    x = torch.randn(2, 4, 6, 6)
+    assert torch.equal(twin(x), model(x))
+
+
+def test_folding_survives_copies():
+    model = randomise(Net()).eval()
+    fuse(model, fold=True)
+    x = torch.randn(2, 4, 6, 6)
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(stream, weights_only=False)):
+        assert torch.equal(twin(x), model(x))
+        unfuse(twin)
+        assert kinds(twin) == UNFUSED
+        assert isinstance(twin.stem.bn0, nn.BatchNorm2d)
+
+
+def test_folded_modules_refuse_to_train():
+    for model in (SplitAttentionConv2d(4, 16, 1), SplitAttention(2)):
+        fuse(model.eval(), fold=True)
+        with pytest.raises(RuntimeError, match="folded for inference"):
+            model.train()(torch.randn(2, 4, 6, 6))
+        unfuse(model)
+        model(torch.randn(2, 4, 6, 6)).sum().backward()
+
+
+def test_folding_a_training_model_changes_nothing():
+    model = Net()
+    with pytest.raises(ValueError, match="fold: expected a model in eval mode"):
+        fuse(model, fold=True)
+    assert kinds(model) == UNFUSED
+
+
+def test_unfolding_follows_the_model_s_dtype():
+    model = randomise(SplitAttentionConv2d(4, 8, 3)).eval()
+    fuse(model, fold=True)
+    model.double()
+    unfuse(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+
+
+def test_what_cannot_be_folded_is_said():
+    model = randomise(SplitAttentionConv2d(4, 8, 3))
+    model.bn0 = nn.GroupNorm(2, 16)
+    model.eval().fc1.register_forward_hook(lambda *_: None)
+    report = fuse(model, fold=True)
+    (entry,) = report.entries
+    assert entry.fused and not entry.folded and report.folded_norms == 0
+    assert entry.reason == (
+        "bn0 not folded: expected a batch normalisation, got GroupNorm; "
+        "bn1 not folded: fc1: it has hooks"
+    )
+    model.bn0 = nn.BatchNorm2d(16, track_running_stats=False)
+    (entry,) = fuse(model.eval(), fold=True).entries
+    assert "bn0 not folded: it normalises with the batch's statistics" in entry.reason
+
+
+def test_folding_later_and_twice():
+    model = randomise(Net()).eval()
+    fuse(model)
+    for _ in range(2):
+        report = fuse(model, fold=True)
+        assert report.folded_norms == 5
+        assert [entry.folded for entry in report.entries] == [True] * 3
+    assert "fused and folded: stem" in str(report)
+    assert str(report).startswith("3 fused, 0 left alone; 5 batch normalisations folded")

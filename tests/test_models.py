@@ -101,11 +101,27 @@ def test_norm_layer() -> None:
     def group_norm(features: int) -> nn.Module:
         return nn.GroupNorm(8, features)
 
-    with pytest.raises(TypeError, match="GroupNorm"):
-        models.resnest50(norm_layer=group_norm)
-    model = models.resnest50(norm_layer=group_norm, fused=False)
+    model = models.resnest50(norm_layer=group_norm)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    assert model(torch.randn(1, 3, 32, 32)).isfinite().all()
+    plain = models.resnest50(norm_layer=group_norm, fused=False)
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain(x))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_pooling_behind_the_attention(memory_format: torch.memory_format) -> None:
+    block = Bottleneck(8, 8, SplitAttentionConv2d, nn.BatchNorm2d, stride=2)
+    x = torch.randn(2, 8, 9, 6, dtype=torch.float64).contiguous(memory_format=memory_format)
+    x.requires_grad_()
+    dout = torch.randn(2, 8, 5, 3, dtype=torch.float64)
+    expected = nn.functional.avg_pool2d(x, 3, 2, padding=1)
+    out = block.avd_layer(x)
+    assert torch.equal(out, expected)
+    (grad,), (expected_grad,) = (torch.autograd.grad(y, x, dout) for y in (out, expected))
+    assert torch.equal(grad, expected_grad) and grad.stride() == expected_grad.stride()
+    assert torch.autograd.gradgradcheck(block.avd_layer, (x,))
 
 
 def test_names() -> None:

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from test_fuse import assert_fuses, features, randomise, reason_left_alone, step
+from test_fuse import assert_folds, assert_fuses, features, randomise, reason_left_alone, step
 from torch import Tensor, nn
 
 from resnest_fused import fuse, unfuse
@@ -129,60 +129,72 @@ def patch_forward(module: nn.Module) -> None:
     module.forward = module.forward
 
 
-def watch(name: str) -> Callable[[nn.Module], None]:
-    return lambda m: m.get_submodule(name).register_forward_hook(lambda *_: None)
-
-
 def replace(name: str, child: nn.Module) -> Callable[[nn.Module], None]:
     return lambda m: setattr(m, name, child)
 
 
-HOOKS = "it has hooks, which would no longer run"
+def hook_softmax(module: nn.Module) -> None:
+    module.rsoftmax.register_forward_hook(lambda *_: None)
+
+
 OBSTACLES = {
     "forward": (patch_forward, "its forward was replaced"),
-    "fc1": (watch("fc1"), f"fc1: {HOOKS}"),
-    "bn1": (watch("bn1"), f"bn1: {HOOKS}"),
-    "fc2": (watch("fc2"), f"fc2: {HOOKS}"),
-    "rsoftmax": (watch("rsoftmax"), f"rsoftmax: {HOOKS}"),
-    "wrapped": (
-        lambda m: setattr(m, "fc2", nn.Sequential(m.fc2)),
-        "fc2: expected a plain Conv2d, got Sequential",
-    ),
-    "norm": (
-        replace("bn1", nn.GroupNorm(4, 32)),
-        "bn1: expected BatchNorm2d or none between the FCs, got GroupNorm",
+    "softmax-hook": (
+        hook_softmax,
+        "rsoftmax: it has hooks, and it would no longer be called",
     ),
 }
 PEER_OBSTACLES = {
-    "official-dropblock": (
-        official,
-        lambda m: setattr(m, "dropblock_prob", 0.1),
-        "dropblock is active",
-    ),
-    "official-activation": (
-        official,
-        replace("relu", nn.SiLU()),
-        "relu: expected ReLU between the FCs, got SiLU",
-    ),
-    "official-relu-hook": (official, watch("relu"), f"relu: {HOOKS}"),
     "official-softmax": (
         official,
         replace("rsoftmax", nn.Identity()),
-        "rsoftmax: expected the r-softmax of resnest.torch.splat, got Identity",
+        "rsoftmax: expected the r-softmax of resnest.torch.splat, got Identity, "
+        "and it would no longer be called",
     ),
-    "timm-drop": (timm, replace("drop", nn.Dropout2d()), "drop is active: Dropout2d"),
-    "timm-activation": (
-        timm,
-        replace("act1", nn.SiLU()),
-        "act1: expected ReLU between the FCs, got SiLU",
-    ),
-    "timm-act1-hook": (timm, watch("act1"), f"act1: {HOOKS}"),
     "timm-softmax": (
         timm,
         replace("rsoftmax", nn.Identity()),
-        "rsoftmax: expected the r-softmax of timm.layers.split_attn, got Identity",
+        "rsoftmax: expected the r-softmax of timm.layers.split_attn, got Identity, "
+        "and it would no longer be called",
     ),
 }
+
+
+@pytest.mark.parametrize("name", ["fc1", "bn1", "fc2", "bn0", "conv"])
+def test_hooks_on_children_run(make, name, images):
+    module, ran = make(), []
+    module.get_submodule(name).register_forward_hook(lambda *_: ran.append(name))
+    assert fuse(module)
+    module(images)
+    assert ran == [name]
+
+
+GROUP_NORMS = {"bn0": lambda: nn.GroupNorm(4, 32), "bn1": lambda: nn.GroupNorm(4, 32)}
+WRAPPED_FC = {"fc2": lambda: nn.Sequential(nn.Conv2d(32, 32, 1))}
+CHILDREN = {
+    "official-group-norms": (official, GROUP_NORMS),
+    "official-wrapped-fc": (official, WRAPPED_FC),
+    "official-activation": (official, {"relu": nn.SiLU}),
+    "timm-group-norms": (timm, GROUP_NORMS),
+    "timm-wrapped-fc": (timm, WRAPPED_FC),
+    "timm-activations": (timm, {"act0": nn.SiLU, "act1": nn.Tanh}),
+    "timm-act1": (timm, {"act1": nn.SiLU}),
+    "timm-drop": (timm, {"drop": nn.Hardtanh}),  # any module: nothing random to compare
+}
+
+
+@pytest.mark.parametrize(("make", "children"), CHILDREN.values(), ids=CHILDREN)
+def test_any_children(make, children, inputs):
+    module = make()
+    for name, child in children.items():
+        setattr(module, name, child())
+    assert_fuses(randomise(module), inputs)
+
+
+@pytest.mark.parametrize("radix", [1, 2])
+def test_folding(make, radix, images):
+    module = make(radix, 2)
+    assert_folds(module.double(), images.double(), norms=2)
 
 
 @pytest.mark.parametrize(("change", "reason"), OBSTACLES.values(), ids=OBSTACLES)
@@ -203,13 +215,6 @@ def test_subclass_is_left_alone(make):
     module = make()
     module.__class__ = type("Mine", (type(module),), {})
     assert reason_left_alone(module).startswith("a subclass of ")
-
-
-@pytest.mark.parametrize("make", [timm], ids=["timm"])
-def test_any_first_activation(make, inputs):
-    module = make()
-    module.act0 = nn.SiLU()
-    assert_fuses(module, inputs)
 
 
 def as_in_repository(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -273,6 +278,12 @@ def test_model_in_eval(name):
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert torch.equal(found.topk(5).indices, expected.topk(5).indices)
     assert torch.equal(restored, expected)
+
+
+@pytest.mark.parametrize(("name", "norms"), [("official-resnest50", 71), ("timm-resnest14d", 23)])
+def test_folding_a_model(name, norms):
+    model = build(name).double()
+    assert_folds(model, torch.randn(2, 3, 64, 64).double(), norms)
 
 
 @pytest.mark.parametrize("name", ["official-resnest50", "timm-resnest14d"])

@@ -31,6 +31,8 @@ def can_run(x: Tensor) -> str | None:
         return _missing
     if not (x.is_cpu or x.is_meta):  # meta: the ops trace through their fake kernels
         return f"its kernels are built for cpu, x is on {x.device.type}"
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        return "an ONNX graph has standard ops only"
     return None
 
 

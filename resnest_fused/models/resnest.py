@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,6 +14,48 @@ from resnest_fused.modules import FusedSplitAttentionConv2d
 from resnest_fused.reference import NormLayer, SplitAttentionConv2d
 
 _EXPANSION = 4
+
+
+class _AvgPool2d(torch.autograd.Function):
+    """3x3 average pooling with padding 1, which saves its input's shape and not the input.
+
+    For contiguous maps: the gradient takes its memory format from the input's.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, stride: int) -> Tensor:
+        return F.avg_pool2d(x, 3, stride, padding=1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, ctx.stride = inputs
+        ctx.shape = x.shape
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Any:
+        # ATen's backward takes the input for its shape alone.
+        shaped = dout.new_empty(()).expand(ctx.shape)
+        dx = torch.ops.aten.avg_pool2d_backward(
+            dout, shaped, [3, 3], [ctx.stride] * 2, [1, 1], False, True, None
+        )
+        return dx, None
+
+
+class _Avd(nn.Module):
+    """The average pooling behind the attention of a strided block."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to ``(B, C, ceil(H/stride), ceil(W/stride))``."""
+        if x.is_contiguous():
+            return _AvgPool2d.apply(x, self.stride)
+        return F.avg_pool2d(x, 3, self.stride, padding=1)
+
+    def extra_repr(self) -> str:
+        return f"stride={self.stride}"
 
 
 class Bottleneck(nn.Module):
@@ -42,7 +86,7 @@ class Bottleneck(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, planes, 1, bias=False)
         self.bn1 = norm_layer(planes)
         self.conv2 = attention(planes, planes, 3, padding=1, norm_layer=norm_layer)
-        self.avd_layer = nn.AvgPool2d(3, stride, padding=1) if stride > 1 else None
+        self.avd_layer = _Avd(stride) if stride > 1 else None
         self.conv3 = nn.Conv2d(planes, planes * _EXPANSION, 1, bias=False)
         self.bn3 = norm_layer(planes * _EXPANSION)
         self.relu = nn.ReLU(inplace=True)
@@ -136,9 +180,11 @@ class ResNeSt(nn.Module):
 
 
 def _shortcut(in_channels: int, planes: int, norm_layer: NormLayer, stride: int) -> nn.Sequential:
-    # The official layout pools at stride 1 too, by 1x1: the keys begin at 1 for that reason.
+    # The official layout pools at stride 1 too, by 1x1: its keys begin at 1 for that reason.
     return nn.Sequential(
-        nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False),
+        nn.Identity()
+        if stride == 1
+        else nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False),
         nn.Conv2d(in_channels, planes * _EXPANSION, 1, bias=False),
         norm_layer(planes * _EXPANSION),
     )
@@ -154,16 +200,12 @@ def resnest50(
 
     Args:
         num_classes: number of logits.
-        norm_layer: called with a number of features to make each norm. A norm other than
-            ``nn.BatchNorm2d`` needs ``fused=False``.
+        norm_layer: called with a number of features to make each norm.
         fused: True runs each split attention as one op (:class:`FusedSplitAttentionConv2d`);
             False builds the plain PyTorch reference, which ``resnest_fused.fuse`` can turn into
             the former later.
 
     Returns:
         The model, freshly initialised, in training mode.
-
-    Raises:
-        TypeError: when ``fused`` and ``norm_layer`` does not make ``nn.BatchNorm2d``.
     """
     return ResNeSt((3, 4, 6, 3), 32, num_classes, norm_layer=norm_layer, fused=fused)
