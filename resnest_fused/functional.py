@@ -157,7 +157,8 @@ def attend(
             do not have that shape.
     """
     chosen = choose(backend, x)
-    _check_map(x, radix, cardinality, bn0, training)
+    _check_map(x, radix, cardinality)
+    _check_bn0(x, bn0, training)
 
     def checked_mlp(gap: Tensor) -> Tensor:
         logits = mlp(gap)
@@ -187,9 +188,7 @@ def _update(bn: BatchNormArgs | None, statistics: autograd.Statistics | None) ->
         reference.update_running_statistics(bn, *statistics)
 
 
-def _check_map(
-    x: Tensor, radix: int, cardinality: int, bn0: BatchNormArgs | None, training: bool
-) -> None:
+def _check_map(x: Tensor, radix: int, cardinality: int) -> None:
     if radix < 1:
         raise ValueError(f"radix: expected at least 1, got {radix}")
     if cardinality < 1:
@@ -199,7 +198,7 @@ def _check_map(
         raise TypeError(f"x: expected float32, float64, bfloat16 or float16, got {dtype}")
     if x.dim() != 4:
         raise ValueError(f"x: expected 4 dimensions (B, R*C, H, W), got shape {tuple(x.shape)}")
-    batch, features, height, width = x.shape
+    _, features, height, width = x.shape
     if features == 0 or features % radix:
         raise ValueError(f"x: expected channels divisible by radix={radix}, got {features}")
     if height == 0 or width == 0:
@@ -210,7 +209,11 @@ def _check_map(
             f"x: expected channels/radix divisible by cardinality={cardinality}, got "
             f"{features}/{radix}={channels}"
         )
+
+
+def _check_bn0(x: Tensor, bn0: BatchNormArgs | None, training: bool) -> None:
     if bn0 is not None:
+        batch, features, height, width = x.shape
         _check_batch_norm("bn0", bn0, features, batch * height * width, x, training)
 
 
@@ -226,7 +229,7 @@ def _check(
     bn1: BatchNormArgs | None,
     training: bool,
 ) -> None:
-    _check_map(x, radix, cardinality, bn0, training)
+    _check_map(x, radix, cardinality)
     batch, features = x.shape[:2]
     channels = features // radix
     if fc1_weight.dim() != 4:
@@ -248,6 +251,7 @@ def _check(
             _check_tensor(name, bias, (weight.shape[0],), x)
             if bias.dtype != weight.dtype:
                 raise TypeError(f"{name}: expected its weight's {weight.dtype}, got {bias.dtype}")
+    _check_bn0(x, bn0, training)
     if bn1 is not None:
         _check_batch_norm("bn1", bn1, inter, batch, x, training)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +14,14 @@ from torch import Tensor
 
 import resnest_fused as rf
 
+# bn1, and what x goes through: nothing, a ReLU, or bn0 and a ReLU; by the statistics taken.
 NORMS = ("none", "running", "batch")
+PROLOGUES = ("none", "relu", "running", "batch")
 # What can be differentiated, in the order of the op's arguments.
 DIFFERENTIABLE = (
     "x",
+    "bn0_weight",
+    "bn0_bias",
     "fc1_weight",
     "fc1_bias",
     "fc2_weight",
@@ -54,7 +58,7 @@ DOUT_LAYOUTS = LAYOUTS | {"sum": lambda t: t.new_ones(()).expand(t.shape)}
 
 @dataclass(frozen=True)
 class Case:
-    """One call: its sizes, dtypes, strides and normalisation."""
+    """One call: its sizes, dtypes, strides and normalisations."""
 
     batch: int
     channels: int
@@ -70,6 +74,11 @@ class Case:
     bias: bool = True
     norm: str = "batch"
     affine: bool = True
+    prologue: str = "none"
+
+    @property
+    def has_bn0(self) -> bool:
+        return self.prologue in ("running", "batch")
 
     def __str__(self) -> str:
         parts = [
@@ -80,8 +89,9 @@ class Case:
             "" if self.layout == "nchw" else self.layout,
             "" if self.dout_layout == "nchw" else f"dout_{self.dout_layout}",
             "" if self.bias else "no_bias",
+            {"none": "", "relu": "relu"}.get(self.prologue, f"bn0_{self.prologue}"),
             self.norm,
-            "" if self.affine or self.norm == "none" else "not_affine",
+            "not_affine" if not self.affine and (self.has_bn0 or self.norm != "none") else "",
         ]
         return "-".join(part for part in parts if part)
 
@@ -103,6 +113,10 @@ class Call:
 
     @functools.cached_property
     def truth(self) -> oracle.Truth:
+        return self.evaluate(self.dout)
+
+    def evaluate(self, dout: Tensor | None = None) -> oracle.Truth:
+        """The truth of out and, when dout is given, of the gradients."""
         case = self.case
         return oracle.split_attention(
             self.x,
@@ -110,8 +124,9 @@ class Call:
             radix=case.radix,
             cardinality=case.cardinality,
             norm=case.norm,
+            prologue=case.prologue,
             eps=EPS,
-            dout=self.dout,
+            dout=dout,
         )
 
     def to(self, dtype: torch.dtype) -> Call:
@@ -130,10 +145,14 @@ class Call:
     def forward(self, backend: str = "native", **replaced: Tensor) -> Tensor:
         """``rf.split_attention`` of these tensors; the running statistics stay as they are."""
         case, p = self.case, self.params | replaced
-        bn1 = None
-        if case.norm != "none":
-            running = [p[name].clone() for name in ("running_mean", "running_var")]
-            bn1 = rf.BatchNormArgs(p.get("bn1_weight"), p.get("bn1_bias"), *running, eps=EPS)
+
+        def batch_norm(name: str, batch_stats: bool) -> rf.BatchNormArgs | None:
+            if f"{name}_running_mean" not in p:
+                return None
+            running = [p[f"{name}_running_{statistic}"].clone() for statistic in ("mean", "var")]
+            affine = p.get(f"{name}_weight"), p.get(f"{name}_bias")
+            return rf.BatchNormArgs(*affine, *running, eps=EPS, batch_stats=batch_stats)
+
         return rf.split_attention(
             p.get("x", self.x),
             p["fc1_weight"],
@@ -142,8 +161,9 @@ class Call:
             p.get("fc2_bias"),
             radix=case.radix,
             cardinality=case.cardinality,
-            bn1=bn1,
-            training=case.norm == "batch",
+            bn0=batch_norm("bn0", case.prologue == "batch"),
+            bn1=batch_norm("bn1", case.norm == "batch"),
+            relu=case.prologue == "relu",
             backend=backend,
         )
 
@@ -154,31 +174,69 @@ class Call:
         names = self.differentiable() if names is None else list(names)
         leaves = {name: self.tensor(name).detach().requires_grad_() for name in names}
         out = self.forward(backend, **leaves)
-        grads = torch.autograd.grad(out, list(leaves.values()), self.dout)
+        grads = torch.autograd.grad(out, list(leaves.values()), self.dout) if names else ()
         return out.detach(), dict(zip(names, grads, strict=True))
 
 
 def draw(case: Case) -> Call:
-    """:func:`draw_any` without hidden units that amplify rounding.
+    """:func:`draw_any` without elements and hidden units that amplify rounding.
 
-    Next to the ReLU's edge the gradient jumps, and one rounding decides on which side a call falls;
+    Next to a ReLU's edge the gradient jumps, and one rounding decides on which side a call falls;
     normalisation by a variance of almost nothing magnifies every earlier rounding.
     """
     call = draw_any(case)
-    while case.batch:
-        normed, var = call.truth.relu_input, call.truth.batch_var
-        bad = np.abs(normed).min(axis=0) < 2e-5 * np.abs(normed).max()
-        if var is not None:
-            bad |= var < 0.1 * np.median(var)
-        units = torch.from_numpy(bad)
-        if not units.any():
-            break
-        fresh = draw_any(case).params
-        for name in ("fc1_weight", "bn1_bias"):
-            if name in fresh:
-                call.params[name][units] = fresh[name][units]
-        del call.truth
+    if case.batch == 0:
+        return call
+    for mend in (_mend_x, _mend_hidden):
+        for _ in range(20):
+            if not mend(call):
+                break
+        else:
+            return draw(case)  # few pixels, or a group of few features, may leave no way
     return call
+
+
+def _mend_x(call: Call) -> bool:
+    """Move x away from the edge of the prologue's ReLU, and features that hardly vary anywhere.
+
+    False when there was nothing to move. A move changes the feature's batch statistics a little.
+    """
+    case = call.case
+    if case.prologue == "none":
+        return False
+    before, bn0 = oracle.prologue_input(call.x, call.params, case.prologue, EPS)
+    size = np.abs(before)
+    # Wide enough for finite differences and for the rounding of statistics; where 16-bit numbers
+    # are rounded before the ReLU, that changes no sign.
+    moved = torch.from_numpy(size < 1e-4 * size.max(axis=(0, 2))[:, None]).view(call.x.shape)
+    # More than half of the distance between neighbouring bfloat16 numbers below 8.
+    others = call.x + 1 / 32
+    if case.prologue == "batch" and (flat := _small(bn0.var)).any():
+        moved = moved | torch.from_numpy(flat)[:, None, None]
+        others = draw_any(case).x
+    call.x = LAYOUTS[case.layout](torch.where(moved, others, call.x))
+    return bool(moved.any())
+
+
+def _mend_hidden(call: Call) -> bool:
+    """Redraw units at the edge of the ReLU between the FCs or of little variance; False if none."""
+    truth = call.evaluate()
+    # Exactly 0, as of features of which the prologue's ReLU leaves nothing, is 0 for everyone.
+    size = np.abs(truth.relu_input)
+    bad = ((size < 2e-5 * size.max()) & (size > 0)).any(axis=0)
+    if call.case.norm == "batch":
+        bad |= _small(truth.bn1.var)
+    units = torch.from_numpy(bad)
+    fresh = draw_any(call.case).params if bad.any() else {}
+    for name in ("fc1_weight", "bn1_bias"):
+        if name in fresh:
+            call.params[name][units] = fresh[name][units]
+    return bool(bad.any())
+
+
+def _small(var: np.ndarray) -> np.ndarray:
+    """Which variances are next to nothing, but not exactly nothing: that is so for everyone."""
+    return (var < 0.1 * np.median(var)) & (var > 0)
 
 
 def draw_any(case: Case) -> Call:
@@ -195,11 +253,16 @@ def draw_any(case: Case) -> Call:
     }
     if case.bias:
         params |= {"fc1_bias": torch.randn(inter), "fc2_bias": torch.randn(features)}
-    if case.norm != "none":
-        params |= {"running_mean": torch.randn(inter), "running_var": torch.rand(inter) + 0.5}
+    norms = {"bn0": features} if case.has_bn0 else {}
+    norms |= {"bn1": inter} if case.norm != "none" else {}
+    for name, size in norms.items():
+        params[f"{name}_running_mean"] = torch.randn(size)
+        params[f"{name}_running_var"] = torch.rand(size) + 0.5
         if case.affine:
-            params |= {"bn1_weight": torch.randn(inter), "bn1_bias": torch.randn(inter)}
-            params["bn1_weight"][0] = 0  # nothing may divide by it
+            params |= {f"{name}_weight": torch.randn(size), f"{name}_bias": torch.randn(size)}
+            # Nothing may divide by it. Of a group of one feature it would leave nothing to see.
+            if name == "bn1" or fan_in1 * case.radix > 1:
+                params[f"{name}_weight"][0] = 0
     dout = torch.randn(case.batch, case.channels, case.height, case.width)
     return Call(
         case,
@@ -213,23 +276,25 @@ def draw_any(case: Case) -> Call:
 SUM_TOLERANCE = {torch.float64: 1e-14, torch.float32: 5e-6}
 
 
-def check(case: Case) -> None:
+def check(case: Case, wanted: Collection[str] = DIFFERENTIABLE) -> None:
     """Assert that out and every gradient come as near to the truth as plain PyTorch does.
 
     Within 1.5 times eager's error and 1 ulp: in one draw that has many elements, in the median of
     several draws of few, where a single error is mostly luck. A parameter's gradient, a sum over
-    the batch, may also have the error of summing that many rows.
+    the batch, may also have the error of summing that many rows. Only the gradients ``wanted`` are
+    asked for.
     """
     elements = case.batch * case.channels * case.radix * case.height * case.width
-    check_calls([draw(case) for _ in range(1 if elements > 50_000 else 9)])
+    check_calls([draw(case) for _ in range(1 if elements > 50_000 else 9)], wanted)
 
 
-def check_calls(calls: list[Call]) -> None:
+def check_calls(calls: list[Call], wanted: Collection[str] = DIFFERENTIABLE) -> None:
     """:func:`check` for calls of one case."""
     case = calls[0].case
-    ours = [_errors(call, *call.gradients()) for call in calls]
-    eager = [_eager_errors(call) for call in calls]
-    for name in calls[0].truth.values:
+    names = [name for name in calls[0].differentiable() if name in wanted]
+    ours = [_errors(call, *call.gradients(names=names)) for call in calls]
+    eager = [_eager_errors(call, names) for call in calls]
+    for name in ("out", *names):
         found = sorted(errors[name] for errors in ours)
         usual = sorted(errors[name] for errors in eager)
         slack = 1.0
@@ -258,21 +323,23 @@ def _errors(call: Call, out: Tensor, grads: dict[str, Tensor]) -> dict[str, floa
     return errors
 
 
-def _eager_errors(call: Call) -> dict[str, float]:
+def _eager_errors(call: Call, names: list[str]) -> dict[str, float]:
     """The errors that plain PyTorch makes: the larger of two runs that sum in opposite orders.
 
     The parameters' gradients are taken in float32 at least: that x and out have a narrow dtype is
     no reason to add up in it.
     """
     wide = torch.promote_types(call.case.dtype, torch.float32)
+    parameters = [name for name in names if name != "x"]
+    runs = [(call, ["out", *names])]
+    if parameters and {t.dtype for t in (call.x, *call.params.values())} != {wide}:
+        runs.append((call.to(wide), parameters))
     errors: dict[str, float] = {}
-    for run, names in (
-        (call, ("out", "x")),
-        (call.to(wide), [name for name in call.differentiable() if name != "x"]),
-    ):
-        flipped_out, flipped_grads = run.reversed().gradients("reference")
-        flipped_grads["x"] = flipped_grads["x"].flip(0, 2, 3)
-        one = _errors(call, *run.gradients("reference"))
+    for run, results in runs:
+        flipped_out, flipped_grads = run.reversed().gradients("reference", names)
+        if "x" in names:
+            flipped_grads["x"] = flipped_grads["x"].flip(0, 2, 3)
+        one = _errors(call, *run.gradients("reference", names))
         other = _errors(call, flipped_out.flip(0, 2, 3), flipped_grads)
-        errors |= {name: max(one[name], other[name]) for name in names}
+        errors |= {name: max(one[name], other[name]) for name in results}
     return errors

@@ -9,7 +9,7 @@ x[b, r*C + k*C/K + i], gap[b, k*C/K + i], hidden[b, k*I/K + j], logits[b, k*R*C/
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,23 +17,73 @@ import torch
 Array = np.ndarray
 
 
-@dataclass
-class Truth:
-    """What one call should give; the statistics are None unless the batch's own were used."""
-
-    # "out", and by the names of what is differentiated the gradients.
-    values: dict[str, Array]
-    relu_input: Array
-    batch_mean: Array | None
-    batch_var: Array | None
-    unbiased_var: Array | None
-    # The size of what cancels inside a gradient, where that is not the size of the gradient.
-    scales: dict[str, float]
-
-
 def wide(tensor: torch.Tensor) -> Array:
     """The tensor's values, exactly, in extended precision."""
     return tensor.detach().double().numpy().astype(np.longdouble)
+
+
+class BatchNorm:
+    """``out`` = gamma (values - mean) / sqrt(var + eps) + beta for values (B, features, pixels).
+
+    With ``of_batch`` mean and biased variance are those of the values, else the running ones.
+    """
+
+    def __init__(
+        self, name: str, values: Array, p: dict[str, Array], of_batch: bool, eps: float
+    ) -> None:
+        self.of_batch = of_batch
+        self.count = values.shape[0] * values.shape[2]
+        if of_batch:
+            self.mean = values.sum(axis=(0, 2)) / self.count
+            self.var = ((values - self.mean[:, None]) ** 2).sum(axis=(0, 2)) / self.count
+        else:
+            self.mean, self.var = p[f"{name}_running_mean"], p[f"{name}_running_var"]
+        self.gamma = p.get(f"{name}_weight", np.ones_like(self.mean))
+        beta = p.get(f"{name}_bias", np.zeros_like(self.mean))
+        self.invstd = 1 / np.sqrt(self.var + np.longdouble(eps))
+        self.xhat = (values - self.mean[:, None]) * self.invstd[:, None]
+        self.out = self.xhat * self.gamma[:, None] + beta[:, None]
+
+    @property
+    def unbiased_var(self) -> Array:
+        return self.var * self.count / (self.count - 1)
+
+    def backward(self, dout: Array) -> tuple[Array, Array, Array, Array]:
+        """The gradients of values, gamma and beta, and the size of what cancels in the first."""
+        dgamma, dbeta = (dout * self.xhat).sum(axis=(0, 2)), dout.sum(axis=(0, 2))
+        terms = [dout]
+        if self.of_batch:
+            terms.append(-dbeta[:, None] / self.count)
+            terms.append(-self.xhat * dgamma[:, None] / self.count)
+        slope = (self.gamma * self.invstd)[:, None]
+        size = sum(np.abs(term) for term in terms) * np.abs(slope)
+        return sum(terms) * slope, dgamma, dbeta, size
+
+
+@dataclass
+class Truth:
+    """What one call should give; a normalisation is None where the call has none."""
+
+    # "out", and by the names of what is differentiated the gradients.
+    values: dict[str, Array]
+    bn0: BatchNorm | None
+    bn1: BatchNorm | None
+    # What the ReLU between the FCs gets.
+    relu_input: Array
+    # The size of what cancels inside a gradient, where that is not the size of the gradient.
+    scales: dict[str, float] = field(default_factory=dict)
+
+
+def prologue_input(
+    x: torch.Tensor, params: dict[str, torch.Tensor], prologue: str, eps: float
+) -> tuple[Array, BatchNorm | None]:
+    """What the prologue's ReLU gets, (B, features, pixels), and bn0 where there is one."""
+    values = wide(x).reshape(x.shape[0], x.shape[1], -1)
+    if prologue in ("none", "relu"):
+        return values, None
+    p = {name: wide(tensor) for name, tensor in params.items() if name.startswith("bn0_")}
+    bn0 = BatchNorm("bn0", values, p, prologue == "batch", eps)
+    return bn0.out, bn0
 
 
 def split_attention(
@@ -43,21 +93,25 @@ def split_attention(
     radix: int,
     cardinality: int,
     norm: str,
+    prologue: str = "none",
     eps: float = 1e-5,
     dout: torch.Tensor | None = None,
 ) -> Truth:
     """Evaluate the call, and its gradients when ``dout`` is given.
 
-    ``params`` has ``fc1_weight`` and ``fc2_weight`` and may have ``fc1_bias``, ``fc2_bias``,
-    ``bn1_weight``, ``bn1_bias``, ``running_mean`` and ``running_var``. ``norm`` is "none",
-    "running" or "batch".
+    ``params`` has ``fc1_weight`` and ``fc2_weight`` and may have ``fc1_bias``, ``fc2_bias`` and,
+    for bn0 and for bn1, ``bn0_weight``, ``bn0_bias``, ``bn0_running_mean``, ``bn0_running_var``.
+    ``norm`` is bn1, "none", "running" or "batch" by the statistics it takes; ``prologue`` is what
+    x goes through: "none", "relu", or "running" or "batch" for bn0 and a ReLU.
     """
     p = {name: wide(tensor) for name, tensor in params.items()}
     batch, features, height, width = x.shape
     channels, pixels = features // radix, height * width
     inter = p["fc1_weight"].shape[0]
     group, inner = channels // cardinality, inter // cardinality
-    z = wide(x).reshape(batch, features, pixels)
+    before, bn0 = prologue_input(x, params, prologue, eps)
+    passed = before > 0 if prologue != "none" else True
+    z = np.where(passed, before, 0)
     w1 = p["fc1_weight"].reshape(inter, group)
     w2 = p["fc2_weight"].reshape(features, inner)
 
@@ -84,20 +138,11 @@ def split_attention(
     if "fc1_bias" in p:
         hidden += p["fc1_bias"]
 
-    mean = var = unbiased = None
-    gamma = p.get("bn1_weight", np.ones(inter, np.longdouble))
-    if norm == "none":
-        normed = hidden
-    else:
-        if norm == "batch":
-            mean = hidden.sum(axis=0) / batch
-            var = ((hidden - mean) ** 2).sum(axis=0) / batch
-            unbiased = var * batch / (batch - 1)
-        else:
-            mean, var = p["running_mean"], p["running_var"]
-        invstd = 1 / np.sqrt(var + np.longdouble(eps))
-        xhat = (hidden - mean) * invstd
-        normed = xhat * gamma + p.get("bn1_bias", 0)
+    bn1 = None
+    normed = hidden
+    if norm != "none":
+        bn1 = BatchNorm("bn1", hidden[:, :, None], p, norm == "batch", eps)
+        normed = bn1.out[:, :, 0]
     active = normed > 0
     relu = np.where(active, normed, 0)
 
@@ -124,11 +169,9 @@ def split_attention(
 
     truth = Truth(
         values={"out": out.reshape(batch, channels, height, width)},
+        bn0=bn0,
+        bn1=bn1,
         relu_input=normed,
-        batch_mean=mean if norm == "batch" else None,
-        batch_var=var if norm == "batch" else None,
-        unbiased_var=unbiased,
-        scales={},
     )
     if dout is None:
         return truth
@@ -154,24 +197,14 @@ def split_attention(
 
     grads = {"fc2_weight": dw2, "fc2_bias": dlogits.sum(axis=0)}
     dhidden = np.where(active, drelu, 0)
-    if norm != "none":
-        grads["bn1_weight"] = (dhidden * xhat).sum(axis=0)
-        grads["bn1_bias"] = dhidden.sum(axis=0)
-        dhidden = dhidden * gamma
-        if norm == "batch" and batch:
-            terms = (
-                dhidden,
-                -dhidden.sum(axis=0) / batch,
-                -xhat * (dhidden * xhat).sum(axis=0) / batch,
-            )
-            dhidden = sum(terms)
-            size = sum(np.abs(term) for term in terms) * invstd
+    if bn1 is not None:
+        dnormed = dhidden[:, :, None]
+        dhidden, grads["bn1_weight"], grads["bn1_bias"], size = bn1.backward(dnormed)
+        dhidden, size = dhidden[:, :, 0], size[:, :, 0]
+        if bn1.of_batch:
             largest_gap = np.abs(gap).max(axis=1)
-            truth.scales = {
-                "fc1_weight": float((largest_gap @ size).max()),
-                "fc1_bias": float(size.sum(axis=0).max()),
-            }
-        dhidden = dhidden * invstd
+            truth.scales["fc1_weight"] = float((largest_gap @ size).max())
+            truth.scales["fc1_bias"] = float(size.sum(axis=0).max())
 
     dw1 = np.zeros_like(w1)
     dz = np.zeros_like(z)
@@ -181,7 +214,18 @@ def split_attention(
         for r in range(radix):
             direct = attention[:, logit_slice(k, r), None] * g[:, gap_slice(k)]
             dz[:, x_slice(k, r)] = direct + dgap[:, :, None] / pixels
-    grads |= {"x": dz, "fc1_weight": dw1, "fc1_bias": dhidden.sum(axis=0)}
+    grads |= {"fc1_weight": dw1, "fc1_bias": dhidden.sum(axis=0)}
+
+    grads["x"] = dbefore = np.where(passed, dz, 0)
+    if bn0 is not None:
+        grads["x"], grads["bn0_weight"], grads["bn0_bias"], size = bn0.backward(dbefore)
+        # The sums over few pixels may cancel by structure, as sums of xhat do; where it is chance
+        # that decides, a sum has the size of its summands' root sum of squares.
+        for name, summands in (("bn0_weight", dbefore * bn0.xhat), ("bn0_bias", dbefore)):
+            by_chance = np.sqrt((summands**2).sum(axis=(0, 2)))
+            truth.scales[name] = float(np.maximum(np.abs(grads[name]), by_chance).max())
+        if bn0.of_batch:
+            truth.scales["x"] = float(size.max())
     shapes = {"x": x.shape, **{name: tensor.shape for name, tensor in params.items()}}
     truth.values |= {name: grads[name].reshape(shapes[name]) for name in grads if name in shapes}
     return truth

@@ -6,21 +6,32 @@ import itertools
 
 import pytest
 import torch
-from cases import NORMS, Call, Case, draw
+from cases import NORMS, PROLOGUES, Call, Case, draw, draw_any
 from torch import Tensor
 
 import resnest_fused as rf
 
+# (prologue, norm)
+NORMALISATIONS = [("none", norm) for norm in NORMS] + [
+    ("relu", "batch"),
+    ("running", "running"),
+    ("batch", "none"),
+    ("batch", "batch"),
+]
 FORMS = [
-    Case(3, 4, 2, 3, radix, cardinality, 4, torch.float64, norm=norm)
+    Case(3, 4, 2, 3, radix, cardinality, 4, torch.float64, norm=norm, prologue=prologue)
     for radix in (1, 2, 3)
     for cardinality in (1, 2)
-    for norm in NORMS
+    for prologue, norm in NORMALISATIONS
 ] + [
-    Case(3, 4, 3, 2, 2, 2, 2, torch.float64, layout="channels_last", norm="batch"),
-    Case(2, 4, 3, 2, 2, 1, 2, torch.float64, layout="transposed", norm="running"),
-    Case(2, 2, 1, 1, 2, 1, 3, torch.float64, bias=False, norm="none"),
-    Case(3, 2, 2, 2, 2, 1, 3, torch.float64, affine=False, norm="batch"),
+    Case(*sizes, torch.float64, **options, prologue=prologue)
+    for prologue in PROLOGUES
+    for *sizes, options in (
+        (3, 4, 3, 2, 2, 2, 2, {"layout": "channels_last", "norm": "batch"}),
+        (2, 4, 3, 2, 2, 1, 2, {"layout": "transposed", "norm": "running"}),
+        (3, 2, 1, 1, 2, 1, 3, {"bias": False, "norm": "none"}),
+        (3, 2, 2, 2, 2, 1, 3, {"affine": False, "norm": "batch"}),
+    )
 ]
 
 
@@ -46,24 +57,27 @@ def test_gradgradcheck(case: Case) -> None:
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize("norm", NORMS)
-def test_double_backward_in_float32(norm: str) -> None:
+@pytest.mark.parametrize(("prologue", "norm"), NORMALISATIONS)
+def test_double_backward_in_float32(prologue: str, norm: str) -> None:
     """A gradient penalty gives the parameters the gradients that the reference gives them."""
-    call = draw(Case(3, 8, 4, 4, 2, 2, 8, norm=norm))
+    call = draw(Case(3, 8, 4, 4, 2, 2, 8, norm=norm, prologue=prologue))
 
     def penalty(backend: str) -> tuple[Tensor, ...]:
         leaves = {n: call.tensor(n).clone().requires_grad_() for n in call.differentiable()}
         out = call.forward(backend, **leaves)
         (dx,) = torch.autograd.grad(out.square().sum(), leaves["x"], create_graph=True)
-        wanted = [leaves[name] for name in ("x", "fc1_weight", "fc2_weight", "fc2_bias")]
+        names = ["x", "fc1_weight", "fc2_weight", "fc2_bias"]
+        names += ["bn0_weight", "bn0_bias"] if call.case.has_bn0 else []
+        wanted = [leaves[name] for name in names]
         return torch.autograd.grad(dx.square().sum(), wanted)
 
     for ours, expected in zip(penalty("native"), penalty("reference"), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_first_gradients_are_the_same_with_and_without_create_graph() -> None:
-    call = draw(Case(3, 8, 4, 4, 2, 2, 8, torch.float64))
+@pytest.mark.parametrize("prologue", PROLOGUES)
+def test_first_gradients_are_the_same_with_and_without_create_graph(prologue: str) -> None:
+    call = draw(Case(3, 8, 4, 4, 2, 2, 8, torch.float64, prologue=prologue))
     x = call.x.requires_grad_()
     out = call.forward()
     (plain,) = torch.autograd.grad(out, x, call.dout, retain_graph=True)
@@ -74,9 +88,10 @@ def test_first_gradients_are_the_same_with_and_without_create_graph() -> None:
 
 
 @pytest.mark.parametrize("norm", ["running", "batch"])
-def test_every_subset_of_gradients(norm: str) -> None:
+@pytest.mark.parametrize("prologue", PROLOGUES)
+def test_every_subset_of_gradients(prologue: str, norm: str) -> None:
     """What is asked for does not change by what else is; what is not asked for is not given."""
-    call = draw(Case(3, 6, 3, 3, 2, 2, 6, norm=norm))
+    call = draw_any(Case(3, 6, 3, 3, 2, 2, 6, norm=norm, prologue=prologue))
     names = call.differentiable()
     _, expected = call.gradients()
     for size in range(1, len(names) + 1):
@@ -100,22 +115,25 @@ def test_without_a_gradient_to_compute_nothing_is_recorded() -> None:
         assert call.forward().is_inference()
 
 
-def test_out_is_the_same_with_and_without_gradients() -> None:
-    for case in (
-        Case(3, 8, 5, 5, norm=norm, dtype=dtype)
-        for norm in NORMS
-        for dtype in (torch.float32, torch.bfloat16)
-    ):
-        call = draw(case)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("prologue", PROLOGUES)
+def test_out_is_the_same_with_and_without_gradients(
+    prologue: str, norm: str, dtype: torch.dtype
+) -> None:
+    for layout in ("nchw", "channels_last"):
+        case = Case(3, 8, 5, 5, layout=layout, norm=norm, dtype=dtype, prologue=prologue)
+        call = draw_any(case)
         out, _ = call.gradients()
         assert torch.equal(call.forward(), out)
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_saved_are_x_and_small_tensors(dtype: torch.dtype, layout: str) -> None:
-    case = Case(4, 32, 20, 20, dtype=dtype, layout=layout)
-    call = draw(case)
+@pytest.mark.parametrize("prologue", PROLOGUES)
+def test_saved_are_x_and_small_tensors(prologue: str, dtype: torch.dtype, layout: str) -> None:
+    case = Case(4, 32, 20, 20, dtype=dtype, layout=layout, prologue=prologue)
+    call = draw_any(case)
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -129,8 +147,9 @@ def test_saved_are_x_and_small_tensors(dtype: torch.dtype, layout: str) -> None:
     assert x.data_ptr() in saved
     assert out.data_ptr() not in saved
     parameters = sum(p.nbytes for p in call.params.values())
-    # gap, hidden, attention, and the batch's mean and variance, in float32
+    # gap, hidden, attention, and the batch's mean and variance for bn1 and bn0, in float32
     crumbs = 4 * (4 * 32 + 4 * 32 + 4 * 2 * 32 + 2 * 32)
+    crumbs += 4 * 2 * 64 if prologue == "batch" else 0
     assert sum(saved.values()) <= x.nbytes + parameters + crumbs
 
 
@@ -152,8 +171,9 @@ def test_changing_x_between_forward_and_backward_is_noticed() -> None:
         out.sum().backward()
 
 
-def test_checkpointing_gives_the_same_gradients() -> None:
-    call = draw(Case(3, 8, 4, 4))
+@pytest.mark.parametrize("prologue", PROLOGUES)
+def test_checkpointing_gives_the_same_gradients(prologue: str) -> None:
+    call = draw_any(Case(3, 8, 4, 4, prologue=prologue))
     _, expected = call.gradients(names=["x"])
     x = call.x.requires_grad_()
     out = torch.utils.checkpoint.checkpoint(lambda x: call.forward(x=x), x, use_reentrant=False)
@@ -161,8 +181,10 @@ def test_checkpointing_gives_the_same_gradients() -> None:
     assert torch.equal(dx, expected["x"])
 
 
-def test_torch_func_grad() -> None:
-    call = draw(Case(3, 8, 4, 4, dtype=torch.float64, norm="running"))
+@pytest.mark.parametrize("prologue", PROLOGUES)
+def test_torch_func_grad(prologue: str) -> None:
+    case = Case(3, 8, 4, 4, dtype=torch.float64, norm="running", prologue=prologue)
+    call = draw_any(case)
     dx = torch.func.grad(lambda x: (call.forward(x=x) * call.dout).sum())(call.x)
     _, expected = call.gradients(names=["x"])
     torch.testing.assert_close(dx, expected["x"])

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from cases import (
+    DIFFERENTIABLE,
     DOUT_LAYOUTS,
     LAYOUTS,
     NORMS,
+    PROLOGUES,
     Call,
     Case,
     check,
@@ -30,6 +32,12 @@ one_thread = pytest.mark.usefixtures("one_thread")
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FORMATS = ("nchw", "channels_last")
+# (prologue, norm): each norm plain, and each prologue once.
+FORMS = [("none", norm) for norm in NORMS] + [
+    ("relu", "batch"),
+    ("running", "running"),
+    ("batch", "batch"),
+]
 
 # (batch, channels, height, width, radix, cardinality, inter_channels)
 ODD_SIZES = [
@@ -48,10 +56,9 @@ ODD_SIZES = [
 ]
 
 
-def _norm(batch: int, index: int) -> str:
-    """Each in turn; one sample has no batch statistics."""
-    norm = NORMS[index % len(NORMS)]
-    return "running" if batch == 1 and norm == "batch" else norm
+def _statistics(of: str, count: int) -> str:
+    """One value has no batch statistics."""
+    return "running" if count == 1 and of == "batch" else of
 
 
 def _odd_cases() -> list[Case]:
@@ -60,12 +67,14 @@ def _odd_cases() -> list[Case]:
             *sizes,
             dtype=dtype,
             layout=FORMATS[(i + j) % 2],
-            norm=_norm(sizes[0], i + j),
+            norm=_statistics(NORMS[(i + j) % 3], sizes[0]),
             bias=i % 4 != 0,
             affine=j % 4 != 1,
+            prologue=_statistics(prologue, sizes[0] * sizes[2] * sizes[3]),
         )
         for i, sizes in enumerate(ODD_SIZES)
         for j, dtype in enumerate(DTYPES)
+        for prologue in ("none", PROLOGUES[1 + (i // 2 + j) % 3])
     ]
 
 
@@ -78,12 +87,13 @@ def test_odd_sizes(case: Case) -> None:
 @one_thread
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("prologue", PROLOGUES)
 @pytest.mark.parametrize(
     "sizes", [(4, 1, 2, 3, 2, 1, 1), (2, 1, 1, 1, 1, 1, 1), (2, 2, 1, 2, 3, 2, 2)], ids=str
 )
-def test_smallest_sizes(sizes: tuple[int, ...], norm: str, layout: str) -> None:
+def test_smallest_sizes(sizes: tuple[int, ...], prologue: str, norm: str, layout: str) -> None:
     """Too few elements to compare errors with eager's; in float64 they are small enough."""
-    call = draw(Case(*sizes, dtype=torch.float64, layout=layout, norm=norm))
+    call = draw(Case(*sizes, dtype=torch.float64, layout=layout, norm=norm, prologue=prologue))
     out, grads = call.gradients()
     for name, value in {"out": out, **grads}.items():
         truth = call.truth.values[name].astype(np.float64)
@@ -103,13 +113,18 @@ def test_smallest_sizes(sizes: tuple[int, ...], norm: str, layout: str) -> None:
             param_dtype=torch.float32,
             layout=layout,
             norm=norm,
+            prologue=prologue,
         )
         for channels, pixels in ((64, 56), (128, 28), (256, 14), (512, 7))
-        for dtype, layout, norm in (
-            (torch.float32, "nchw", "batch"),
-            (torch.float32, "channels_last", "running"),
-            (torch.bfloat16, "nchw", "running"),
-            (torch.float16, "channels_last", "batch"),
+        for dtype, layout, norm, prologue in (
+            (torch.float32, "nchw", "batch", "none"),
+            (torch.float32, "channels_last", "running", "none"),
+            (torch.bfloat16, "nchw", "running", "none"),
+            (torch.float16, "channels_last", "batch", "none"),
+            (torch.float32, "channels_last", "batch", "batch"),
+            (torch.float32, "nchw", "running", "running"),
+            (torch.bfloat16, "nchw", "batch", "batch"),
+            (torch.float16, "channels_last", "running", "relu"),
         )
     ],
     ids=str,
@@ -119,27 +134,42 @@ def test_resnest50_stages(case: Case) -> None:
 
 
 @one_thread
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_strides_of_x(layout: str, dtype: torch.dtype) -> None:
-    norm = "running" if layout == "expanded_batch" else "batch"
-    check(Case(3, 20, 6, 5, 2, 2, 14, dtype, layout=layout, norm=norm))
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(
+            *(3, 20, 6, 5, 2, 2, 14),
+            dtype=dtype,
+            layout=layout,
+            norm="running" if layout == "expanded_batch" else "batch",
+            prologue=prologue,
+        )
+        for i, layout in enumerate(LAYOUTS)
+        for j, dtype in enumerate(DTYPES)
+        for prologue in ("none", PROLOGUES[1 + (i + j) % 3])
+    ],
+    ids=str,
+)
+def test_strides_of_x(case: Case) -> None:
+    check(case)
 
 
 @one_thread
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("dout_layout", DOUT_LAYOUTS)
-def test_strides_of_dout(dout_layout: str, layout: str) -> None:
+@pytest.mark.parametrize("prologue", PROLOGUES)
+def test_strides_of_dout(prologue: str, dout_layout: str, layout: str) -> None:
     dtype = torch.bfloat16 if dout_layout.startswith("unaligned") else torch.float32
-    case = Case(3, 20, 6, 5, 2, 2, 14, dtype, layout=layout, dout_layout=dout_layout)
-    check(case)
+    options = {"layout": layout, "dout_layout": dout_layout, "prologue": prologue}
+    check(Case(3, 20, 6, 5, 2, 2, 14, dtype, **options))
 
 
 @one_thread
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("norm", ["none", "running"])
-def test_float32_parameters(norm: str, dtype: torch.dtype) -> None:
-    check(Case(4, 24, 5, 5, 2, 2, 12, dtype, torch.float32, norm=norm))
+@pytest.mark.parametrize("prologue", PROLOGUES)
+def test_float32_parameters(prologue: str, norm: str, dtype: torch.dtype) -> None:
+    check(Case(4, 24, 5, 5, 2, 2, 12, dtype, torch.float32, norm=norm, prologue=prologue))
 
 
 @one_thread
@@ -158,9 +188,11 @@ def test_float32_parameters(norm: str, dtype: torch.dtype) -> None:
     bias=st.booleans(),
     norm=st.sampled_from(NORMS),
     affine=st.booleans(),
+    prologue=st.sampled_from(PROLOGUES),
+    wanted=st.sets(st.sampled_from(DIFFERENTIABLE)),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
 def test_any_call(
     batch: int,
     cardinality: int,
@@ -176,10 +208,13 @@ def test_any_call(
     bias: bool,
     norm: str,
     affine: bool,
+    prologue: str,
+    wanted: set[str],
     seed: int,
 ) -> None:
-    if norm == "batch" and (batch == 1 or layout == "expanded_batch"):
-        norm = "running"  # the batch has no variance
+    # How many values differ: of one there is no variance.
+    samples = 1 if layout == "expanded_batch" else batch
+    pixels = height if layout == "expanded_pixels" else height * width
     torch.manual_seed(seed)
     case = Case(
         batch,
@@ -194,23 +229,25 @@ def test_any_call(
         layout,
         dout_layout,
         bias,
-        norm,
+        _statistics(norm, samples),
         affine,
+        _statistics(prologue, samples * pixels),
     )
-    check(case)
+    check(case, wanted)
 
 
 @one_thread
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("norm", NORMS)
-def test_mean_error_is_no_larger_than_eager_s(norm: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("prologue", "norm"), FORMS)
+def test_mean_error_is_no_larger_than_eager_s(prologue: str, norm: str, dtype: torch.dtype) -> None:
     """Over a sample of calls, for out and for each gradient."""
     ours: dict[str, float] = {}
     eager: dict[str, float] = {}
     narrow = dtype in (torch.bfloat16, torch.float16)
     for index in range(16 if narrow else 64):
         radix, layout = index % 4 + 1, FORMATS[index % 2]
-        call = draw(Case(6, 24, 5, 5, radix, 2, 16, dtype, layout=layout, norm=norm))
+        options = {"layout": layout, "norm": norm, "prologue": prologue}
+        call = draw(Case(6, 24, 5, 5, radix, 2, 16, dtype, **options))
         for backend, total in (("native", ours), ("reference", eager)):
             out, grads = call.gradients(backend)
             for name, value in {"out": out, **grads}.items():
@@ -222,8 +259,35 @@ def test_mean_error_is_no_larger_than_eager_s(norm: str, dtype: torch.dtype) -> 
     assert max(ratios.values()) <= (1 if narrow else 1.15), ratios  # where it is close, for chance
 
 
-@pytest.mark.parametrize("case", [Case(0, 6, 2, 3, 2, 3, 9, norm=norm) for norm in NORMS], ids=str)
-def test_empty_batch(case: Case) -> None:
+@one_thread
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("prologue", ["running", "batch"])
+def test_a_mean_far_from_zero(prologue: str, layout: str) -> None:
+    """bn0 subtracts it; the sums of its gradients must not carry it along."""
+    calls = [draw(Case(4, 24, 7, 7, 2, 2, 16, layout=layout, prologue=prologue)) for _ in range(9)]
+    for call in calls:
+        call.x = call.x + 30
+        call.params["bn0_running_mean"] += 30
+    check_calls(calls)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("value", [0.0, 3.7])
+def test_a_feature_that_does_not_vary(value: float, layout: str) -> None:
+    """Its batch variance is 0; bn0 leaves beta of it."""
+    call = draw_any(Case(4, 6, 5, 7, 2, 2, 8, torch.float64, layout=layout, prologue="batch"))
+    call.x[:, 3] = value
+    out, grads = call.gradients()
+    for name, result in {"out": out, **grads}.items():
+        truth = call.truth.values[name].astype(np.float64)
+        np.testing.assert_allclose(result.numpy(), truth, rtol=1e-6, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("prologue", PROLOGUES)
+def test_empty_batch(prologue: str, norm: str, layout: str) -> None:
+    case = Case(0, 6, 2, 3, 2, 3, 9, layout=layout, norm=norm, prologue=prologue)
     out, grads = draw(case).gradients()
     assert out.shape == (0, 6, 2, 3)
     assert grads.pop("x").shape == (0, 12, 2, 3)
@@ -233,8 +297,9 @@ def test_empty_batch(case: Case) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_out_and_dx_have_x_s_format(layout: str) -> None:
-    call = draw(Case(3, 6, 4, 5, layout=layout, norm="running"))
+@pytest.mark.parametrize("prologue", PROLOGUES)
+def test_out_and_dx_have_x_s_format(prologue: str, layout: str) -> None:
+    call = draw_any(Case(3, 6, 4, 5, layout=layout, norm="running", prologue=prologue))
     out, grads = call.gradients()
     channels_last = call.x.is_contiguous(memory_format=torch.channels_last)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -276,7 +341,7 @@ def _assert_same_bits(ours: list[Tensor], expected: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("run", [_forward, _forward_and_backward])
 @pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("norm", ["running", "batch"])
+@pytest.mark.parametrize(("prologue", "norm"), FORMS[1:])
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -289,9 +354,13 @@ def _assert_same_bits(ours: list[Tensor], expected: list[Tensor]) -> None:
     ids=str,
 )
 def test_repeated_calls_and_thread_counts(
-    sizes: tuple[int, ...], norm: str, layout: str, run: Callable[[Call], list[Tensor]]
+    sizes: tuple[int, ...],
+    prologue: str,
+    norm: str,
+    layout: str,
+    run: Callable[[Call], list[Tensor]],
 ) -> None:
-    call = draw_any(Case(*sizes, layout=layout, norm=norm))
+    call = draw_any(Case(*sizes, layout=layout, norm=norm, prologue=prologue))
     expected = None
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -303,17 +372,18 @@ def test_repeated_calls_and_thread_counts(
 
 @pytest.mark.parametrize("run", [_forward, _forward_and_backward])
 @pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(("prologue", "norm"), FORMS)
 @pytest.mark.parametrize("sizes", [(7, 72, 14, 14, 2, 2, 20), (3, 17, 5, 3, 3, 1, 7)], ids=str)
 def test_what_memory_held_before_makes_no_difference(
     sizes: tuple[int, ...],
+    prologue: str,
     norm: str,
     layout: str,
     run: Callable[[Call], list[Tensor]],
     fill_memory: Callable[[int], None],
 ) -> None:
     """An element that nothing writes, or that something adds to, would show."""
-    call = draw_any(Case(*sizes, layout=layout, norm=norm))
+    call = draw_any(Case(*sizes, layout=layout, norm=norm, prologue=prologue))
     results = []
     for byte in (0x7F, 0x80):  # NaN, infinity or huge numbers, and almost nothing
         fill_memory(byte)
@@ -323,16 +393,18 @@ def test_what_memory_held_before_makes_no_difference(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("prologue", ["none", "relu", "running"])
 @pytest.mark.parametrize(
     "sizes",
     [(64, 28, 28, 2, 1, 32), (512, 7, 7, 2, 1, 256), (51, 5, 1, 3, 3, 21), (20, 5, 5, 2, 1, 40)],
     ids=str,
 )
 def test_in_eval_a_sample_does_not_depend_on_its_batch(
-    sizes: tuple[int, ...], layout: str, dtype: torch.dtype
+    sizes: tuple[int, ...], prologue: str, layout: str, dtype: torch.dtype
 ) -> None:
     batch = 11
-    call = draw(Case(batch, *sizes, dtype=dtype, layout=layout, norm="running"))
+    options = {"dtype": dtype, "layout": layout, "norm": "running", "prologue": prologue}
+    call = draw_any(Case(batch, *sizes, **options))
     expected = call.forward()
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -341,9 +413,11 @@ def test_in_eval_a_sample_does_not_depend_on_its_batch(
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-def test_a_large_batch_gives_what_small_ones_give(layout: str) -> None:
+@pytest.mark.parametrize("prologue", ["none", "running"])
+def test_a_large_batch_gives_what_small_ones_give(prologue: str, layout: str) -> None:
     """Large outputs may be stored in another way."""
-    whole = draw_any(Case(32, 64, 56, 56, 2, 1, 32, layout=layout, norm="running"))
+    case = Case(32, 64, 56, 56, 2, 1, 32, layout=layout, norm="running", prologue=prologue)
+    whole = draw_any(case)
     out, grads = whole.gradients(names=["x"])
     assert torch.equal(out, whole.forward())
     for start in range(0, 32, 4):
@@ -357,25 +431,29 @@ def test_a_large_batch_gives_what_small_ones_give(layout: str) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("prologue", ["none", "relu", "running"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_in_eval_one_sample_s_nan_and_infinity_stay_in_it(
-    dtype: torch.dtype, layout: str, value: float
+    dtype: torch.dtype, prologue: str, layout: str, value: float
 ) -> None:
-    call = draw(Case(5, 24, 5, 7, 2, 2, 16, dtype=dtype, layout=layout, norm="running"))
+    options = {"dtype": dtype, "layout": layout, "norm": "running", "prologue": prologue}
+    call = draw_any(Case(5, 24, 5, 7, 2, 2, 16, **options))
     clean, clean_grads = call.gradients(names=["x"])
     call.x[2, 3, 1, 4] = value
     others = [0, 1, 3, 4]
     for out in (call.forward(), call.gradients(names=["x"])[0]):
         assert torch.equal(out[others], clean[others])
         assert torch.equal(out.isnan(), call.forward("reference").isnan())
-        assert out[2].isnan().any()
+        if prologue == "none" or math.isnan(value):  # else a ReLU may make 0 of it
+            assert out[2].isnan().any()
         assert not out[2].isnan().all()  # the other cardinal group
     assert torch.equal(call.gradients(names=["x"])[1]["x"][others], clean_grads["x"][others])
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_nan_passes_on_as_in_pytorch(norm: str) -> None:
-    call = draw(Case(3, 6, 3, 3, 2, 2, 6, norm=norm))
+@pytest.mark.parametrize("prologue", PROLOGUES)
+def test_nan_passes_on_as_in_pytorch(prologue: str, norm: str) -> None:
+    call = draw(Case(3, 6, 3, 3, 2, 2, 6, norm=norm, prologue=prologue))
     call.x[1, 2, 0, 0] = math.nan
     out, grads = call.gradients()
     eager_out, eager_grads = call.gradients("reference")
@@ -385,9 +463,9 @@ def test_nan_passes_on_as_in_pytorch(norm: str) -> None:
 
 
 @pytest.mark.parametrize("radix", [1, 2, 3])
-@pytest.mark.parametrize("name", ["fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "bn1_bias"])
+@pytest.mark.parametrize("name", DIFFERENTIABLE[1:])
 def test_nan_in_a_parameter_passes_on(name: str, radix: int) -> None:
-    call = draw(Case(3, 6, 3, 3, radix, 2, 6, norm="running"))
+    call = draw(Case(3, 6, 3, 3, radix, 2, 6, norm="running", prologue="running"))
     call.params[name].view(-1)[1] = math.nan
     out, eager = call.forward(), call.forward("reference")
     assert out.isnan().any()

@@ -1,168 +1,341 @@
-"""The three ops as PyTorch sees them: schema, fake kernels, crumbs, arguments that do not fit."""
+"""The ops as PyTorch sees them: schema, fake kernels, crumbs, phases, arguments that do not fit."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from cases import NORMS, Call, Case, draw
+import torch.nn.functional as F
+from cases import DIFFERENTIABLE, EPS, LAYOUTS, NORMS, PROLOGUES, Call, Case, draw, draw_any
 from torch import Tensor
 
-import resnest_fused as rf  # noqa: F401  (registers the ops)
+import resnest_fused as rf
+from resnest_fused import reference
+
+ops = torch.ops.resnest_fused
+Arguments = dict[str, Any]
 
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 CASES = [
-    Case(3, 6, 4, 5, radix, 2, 6, dtype, param_dtype, layout, bias=bias, norm=norm)
-    for radix, dtype, param_dtype, layout, bias, norm in (
-        (2, torch.float32, None, "nchw", True, "batch"),
-        (1, torch.float64, None, "channels_last", False, "running"),
-        (3, torch.bfloat16, torch.float32, "channels_last", True, "none"),
-        (2, torch.float16, None, "transposed", True, "batch"),
+    Case(3, 6, 4, 5, radix, 2, 6, *dtypes, layout, bias=bias, norm=norm, prologue=prologue)
+    for radix, *dtypes, layout, bias, norm, prologue in (
+        (2, torch.float32, None, "nchw", True, "batch", "none"),
+        (1, torch.float64, None, "channels_last", False, "running", "relu"),
+        (3, torch.bfloat16, torch.float32, "channels_last", True, "none", "running"),
+        (2, torch.float16, None, "transposed", True, "batch", "batch"),
+        (2, torch.float32, None, "channels_last", True, "running", "batch"),
     )
 ]
 
 
-def _parameters(call: Call) -> tuple[Tensor | None, ...]:
-    names = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "bn1_weight", "bn1_bias")
-    return tuple(call.params.get(name) for name in names)
+# --- the arguments of each op for a call, by name
 
 
-def _running(call: Call) -> tuple[Tensor | None, Tensor | None]:
-    if call.case.norm != "running":
-        return None, None
-    return call.params["running_mean"], call.params["running_var"]
+def _batch_norm(call: Call, name: str, statistics: str) -> Arguments:
+    """bn0's or bn1's; mean and var are the running ones or None."""
+    running = statistics == "running"
+    return {
+        f"{name}_weight": call.params.get(f"{name}_weight"),
+        f"{name}_bias": call.params.get(f"{name}_bias"),
+        f"{name}_mean": call.params[f"{name}_running_mean"] if running else None,
+        f"{name}_var": call.params[f"{name}_running_var"] if running else None,
+        f"{name}_eps": EPS,
+    }
 
 
-def _eval_arguments(call: Call) -> tuple[Any, ...]:
-    sizes = (call.case.radix, call.case.cardinality)
-    return (call.x, *_parameters(call), *_running(call), 1e-5, *sizes)
+def _prologue(call: Call) -> Arguments:
+    """With statistics, the batch's own where the case says so."""
+    statistics = call.case.prologue
+    arguments = {"x": call.x, "relu": statistics != "none"}
+    arguments |= _batch_norm(call, "bn0", statistics)
+    if statistics == "batch":
+        arguments["bn0_mean"], arguments["bn0_var"] = ops.batch_statistics(call.x)
+    return arguments
 
 
-def _train_arguments(call: Call) -> tuple[Any, ...]:
-    *rest, radix, cardinality = _eval_arguments(call)
-    return (*rest, call.case.norm == "batch", radix, cardinality)
+def _whole(call: Call) -> Arguments:
+    names = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+    return {
+        **_prologue(call),
+        **{name: call.params.get(name) for name in names},
+        **_batch_norm(call, "bn1", call.case.norm),
+        "radix": call.case.radix,
+        "cardinality": call.case.cardinality,
+    }
 
 
-def _backward_arguments(call: Call, needed: tuple[bool, ...] = (True,) * 7) -> tuple[Any, ...]:
-    case, p = call.case, call.params
-    _, gap, hidden, attention, mean, var = torch.ops.resnest_fused.split_attention_train(
-        *_train_arguments(call)
-    )
-    statistics = (mean, var) if case.norm == "batch" else _running(call)
-    return (
-        call.dout,
-        call.x,
-        p["fc1_weight"],
-        p["fc2_weight"],
-        p.get("bn1_weight"),
-        p.get("bn1_bias"),
-        *statistics,
-        gap,
-        hidden,
-        attention,
-        1e-5,
-        case.norm == "batch",
-        case.radix,
-        case.cardinality,
-        needed,
-    )
+def _train(call: Call) -> Arguments:
+    arguments = _whole(call)
+    for name, statistics in (("bn0", call.case.prologue), ("bn1", call.case.norm)):
+        arguments |= _batch_norm(call, name, statistics)
+        arguments[f"{name}_batch_stats"] = statistics == "batch"
+    return arguments
+
+
+def _backward(call: Call) -> Arguments:
+    arguments = _train(call)
+    crumbs = ops.split_attention_train(**arguments)
+    _, gap, hidden, attention, bn0_mean, bn0_var, bn1_mean, bn1_var = crumbs
+    if call.case.prologue == "batch":
+        arguments |= {"bn0_mean": bn0_mean, "bn0_var": bn0_var}
+    if call.case.norm == "batch":
+        arguments |= {"bn1_mean": bn1_mean, "bn1_var": bn1_var}
+    del arguments["fc1_bias"], arguments["fc2_bias"]
+    crumbs = {"gap": gap, "hidden": hidden, "attention": attention}
+    # Without bn0 it has no gradients to ask for.
+    needed = [call.case.has_bn0 or not name.startswith("bn0") for name in DIFFERENTIABLE]
+    return {"dout": call.dout, **arguments, **crumbs, "needed": needed}
+
+
+def _between(call: Call, *names: str) -> Arguments:
+    """What comes to a phase from the MLP, at random."""
+    case = call.case
+    dtype = torch.promote_types(case.dtype, torch.float32)
+    features = case.radix * case.channels
+    random = {
+        "attention": torch.rand(case.batch, case.radix, case.channels, dtype=dtype),
+        "dgap": torch.randn(case.batch, case.channels, dtype=dtype),
+        "mean_dz": torch.randn(features, dtype=dtype),
+        "mean_dz_xhat": torch.randn(features, dtype=dtype),
+    }
+    return {name: random[name] for name in names}
+
+
+def _recombine_backward(call: Call) -> Arguments:
+    arguments = {"dout": call.dout, **_prologue(call), **_between(call, "attention", "dgap")}
+    if call.case.prologue == "batch":
+        return arguments | _between(call, "mean_dz", "mean_dz_xhat")
+    return arguments | {"mean_dz": None, "mean_dz_xhat": None}
+
+
+def _pool_backward(call: Call) -> Arguments:
+    return {"dout": call.dout, **_prologue(call), "radix": call.case.radix}
+
+
+def _prologue_backward(call: Call) -> Arguments:
+    _, sums = ops.pool_backward(**_pool_backward(call))
+    pixels = call.case.height * call.case.width
+    return {"sums": sums, **_between(call, "attention", "dgap"), "pixels": pixels}
+
+
+ARGUMENTS: dict[str, Callable[[Call], Arguments]] = {
+    "split_attention": _whole,
+    "split_attention_train": _train,
+    "split_attention_backward": _backward,
+    "batch_statistics": lambda call: {"x": call.x},
+    "pool": lambda call: {**_prologue(call), "radix": call.case.radix},
+    "recombine": lambda call: {**_prologue(call), **_between(call, "attention")},
+    "pool_backward": _pool_backward,
+    "prologue_backward": _prologue_backward,
+    "recombine_backward": _recombine_backward,
+}
+
+
+def _op(name: str) -> Any:
+    return getattr(ops, name).default
+
+
+# --- what PyTorch asks of an op
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_opcheck_forward(case: Case) -> None:
-    op = torch.ops.resnest_fused.split_attention.default
-    torch.library.opcheck(op, _eval_arguments(draw(case)), test_utils=CHECKS)
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_opcheck(name: str, case: Case) -> None:
+    if name == "prologue_backward" and not case.has_bn0:
+        case = CASES[-1]
+    torch.library.opcheck(_op(name), (), ARGUMENTS[name](draw(case)), test_utils=CHECKS)
 
 
+@pytest.mark.parametrize("every_other", [0, 1])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_opcheck_train(case: Case) -> None:
-    op = torch.ops.resnest_fused.split_attention_train.default
-    torch.library.opcheck(op, _train_arguments(draw(case)), test_utils=CHECKS)
+def test_opcheck_backward_of_some(case: Case, every_other: int) -> None:
+    arguments = _backward(draw(case))
+    arguments["needed"][every_other::2] = [False] * (5 - every_other)
+    torch.library.opcheck(_op("split_attention_backward"), (), arguments, test_utils=CHECKS)
 
 
-@pytest.mark.parametrize(
-    "needed", [(True,) * 7, (True, False) * 3 + (True,), (False, True) * 3 + (False,)]
-)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_opcheck_backward(case: Case, needed: tuple[bool, ...]) -> None:
-    op = torch.ops.resnest_fused.split_attention_backward.default
-    torch.library.opcheck(op, _backward_arguments(draw(case), needed), test_utils=CHECKS)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "transposed", "batch_last"])
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_fake_kernels_know_the_strides(name: str, layout: str) -> None:
+    call = draw_any(Case(3, 6, 4, 5, layout=layout, norm="batch", prologue="batch"))
+    arguments = ARGUMENTS[name](call)
+    on_meta = {n: a.to("meta") if isinstance(a, Tensor) else a for n, a in arguments.items()}
+    results, expected = _op(name)(**on_meta), _op(name)(**arguments)
+    if isinstance(results, Tensor):
+        results, expected = (results,), (expected,)
+    for result, real in zip(results, expected, strict=True):
+        assert result.shape == real.shape
+        assert result.stride() == real.stride()
+        assert result.dtype == real.dtype
+
+
+# --- what the ops hand on
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_crumbs(norm: str) -> None:
+@pytest.mark.parametrize("prologue", PROLOGUES)
+def test_crumbs(prologue: str, norm: str) -> None:
     """What the training forward hands to the backward."""
-    case = Case(3, 6, 2, 2, 2, 3, 9, torch.bfloat16, norm=norm)
-    call = draw(case)
-    op = torch.ops.resnest_fused.split_attention_train
-    out, gap, hidden, attention, mean, var = op(*_train_arguments(call))
+    call = draw(Case(3, 6, 2, 2, 2, 3, 9, torch.bfloat16, norm=norm, prologue=prologue))
+    out, gap, hidden, attention, *statistics = ops.split_attention_train(**_train(call))
     assert out.dtype == torch.bfloat16
-    for crumb in (gap, hidden, attention, mean, var):
+    for crumb in (gap, hidden, attention, *statistics):
         assert crumb.dtype == torch.float32
-    splits = call.x.float().reshape(3, 2, 6, 4)
+    splits = _activated(call).reshape(3, 2, 6, 4)
     torch.testing.assert_close(gap, splits.sum(dim=1).mean(dim=-1))
+    assert torch.equal(gap, ops.pool(**ARGUMENTS["pool"](call)))
     torch.testing.assert_close(attention.sum(dim=1), torch.ones(3, 6))
     torch.testing.assert_close(
         out, (attention[..., None] * splits).sum(dim=1).reshape(3, 6, 2, 2).bfloat16()
     )
     assert hidden.shape == (3, 9)
-    if norm == "batch":
-        torch.testing.assert_close(mean, hidden.mean(dim=0))
-        torch.testing.assert_close(var, hidden.var(dim=0, correction=0))
-    else:
-        assert mean.numel() == var.numel() == 0
+    for of, values, mean, var in (
+        (prologue, call.x.float().transpose(0, 1).flatten(1), *statistics[:2]),
+        (norm, hidden.T, *statistics[2:]),
+    ):
+        if of == "batch":
+            torch.testing.assert_close(mean, values.mean(dim=1))
+            torch.testing.assert_close(var, values.var(dim=1, correction=0))
+        else:
+            assert mean.numel() == var.numel() == 0
 
 
-@pytest.mark.parametrize("index", range(7))
-def test_gradients_that_are_not_needed_have_no_elements(index: int) -> None:
-    call = draw(Case(3, 6, 4, 5, 2, 2, 6))
-    op = torch.ops.resnest_fused.split_attention_backward
-    everything = op(*_backward_arguments(call))
-    only = op(*_backward_arguments(call, tuple(i == index for i in range(7))))
+def _activated(call: Call) -> Tensor:
+    """z in float32 or float64."""
+    wide = call.to(torch.promote_types(call.case.dtype, torch.float32))
+    bn0 = None
+    if call.case.has_bn0:
+        names = ("bn0_weight", "bn0_bias", "bn0_running_mean", "bn0_running_var")
+        of_batch = call.case.prologue == "batch"
+        bn0 = rf.BatchNormArgs(*map(wide.params.get, names), eps=EPS, batch_stats=of_batch)
+    return reference.prologue(wide.x, bn0, call.case.prologue == "relu", training=False)
+
+
+@pytest.mark.parametrize("index", range(9))
+@pytest.mark.parametrize("statistics", ["running", "batch"])
+def test_gradients_that_are_not_needed_have_no_elements(statistics: str, index: int) -> None:
+    call = draw(Case(3, 6, 4, 5, 2, 2, 6, norm=statistics, prologue=statistics))
+    arguments = _backward(call)
+    everything = ops.split_attention_backward(**arguments)
+    only = ops.split_attention_backward(**arguments | {"needed": [i == index for i in range(9)]})
     for i, (grad, expected) in enumerate(zip(only, everything, strict=True)):
-        assert expected.numel() > 0
+        assert expected.shape == call.tensor(DIFFERENTIABLE[i]).shape
         if i == index:
             assert torch.equal(grad, expected)
         else:
             assert grad.numel() == 0
 
 
-def test_fake_kernels_know_the_strides() -> None:
-    for layout in ("nchw", "channels_last", "transposed", "batch_last"):
-        call = draw(Case(3, 6, 4, 5, layout=layout, norm="running"))
-        op = torch.ops.resnest_fused.split_attention
-        arguments = _eval_arguments(call)
-        on_meta = [a.to("meta") if isinstance(a, Tensor) else a for a in arguments]
-        assert op(*on_meta).stride() == op(*arguments).stride()
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("radix", [1, 3])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("prologue", PROLOGUES)
+def test_phases_make_up_the_whole(prologue: str, norm: str, radix: int, layout: str) -> None:
+    """With the MLP between them in PyTorch, forward and backward."""
+    options = {"layout": layout, "norm": norm, "prologue": prologue}
+    call = draw(Case(3, 6, 4, 5, radix, 2, 8, torch.float64, **options))
+    p = {name: tensor.clone().requires_grad_() for name, tensor in call.params.items()}
+    of_prologue = _prologue(call)
+
+    gap = ops.pool(**of_prologue, radix=radix).requires_grad_()
+    hidden = F.conv2d(gap[..., None, None], p["fc1_weight"], p["fc1_bias"], groups=2)
+    if norm != "none":
+        names = ("bn1_running_mean", "bn1_running_var", "bn1_weight", "bn1_bias")
+        running_mean, running_var, weight, bias = (p[name] for name in names)
+        running = running_mean.detach(), running_var.detach()
+        hidden = F.batch_norm(hidden, *running, weight, bias, norm == "batch", eps=EPS)
+    logits = F.conv2d(hidden.relu(), p["fc2_weight"], p["fc2_bias"], groups=2)
+    attention = reference.r_softmax(logits, radix, cardinality=2)[..., 0, 0]
+    between = {"attention": attention.detach().contiguous()}
+    results = {"out": ops.recombine(**of_prologue, **between)}
+
+    dattention, sums = ops.pool_backward(call.dout, **of_prologue, radix=radix)
+    of_mlp = [name for name in call.differentiable() if not name.startswith(("x", "bn0"))]
+    leaves = [gap, *(p[name] for name in of_mlp)]
+    between["dgap"], *grads = torch.autograd.grad(attention, leaves, dattention)
+    results |= dict(zip(of_mlp, grads, strict=True))
+    of_batch = {"mean_dz": None, "mean_dz_xhat": None}
+    if call.case.has_bn0:
+        dweight, dbias = ops.prologue_backward(sums, **between, pixels=4 * 5)
+        results |= {"bn0_weight": dweight, "bn0_bias": dbias}
+        if prologue == "batch":
+            count = 3 * 4 * 5
+            of_batch = {"mean_dz": dbias / count, "mean_dz_xhat": dweight / count}
+    else:
+        assert sums.shape == ((0,) if prologue == "none" else (3, 4, radix, 6))
+    results["x"] = ops.recombine_backward(call.dout, **of_prologue, **between, **of_batch)
+
+    out, grads = call.gradients()
+    assert set(results) == {"out", *grads}
+    for name, expected in {"out": out, **grads}.items():
+        torch.testing.assert_close(results[name], expected, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_sums_of_the_pool_s_backward(dtype: torch.dtype, layout: str) -> None:
+    """S1 to S4 by their definitions."""
+    call = draw(Case(3, 6, 4, 5, 2, dtype=dtype, layout=layout, prologue="running"))
+    dattention, sums = ops.pool_backward(**_pool_backward(call))
+    wide = call.to(torch.float64)
+    mean, var = wide.params["bn0_running_mean"], wide.params["bn0_running_var"]
+    xhat = (wide.x - mean[:, None, None]) / (var[:, None, None] + EPS).sqrt()
+    z = _activated(wide).reshape(3, 2, 6, 20)
+    xhat, g, m = xhat.reshape(z.shape), wide.dout.reshape(3, 1, 6, 20), (z > 0).double()
+    expected = torch.stack([(part * m).sum(dim=-1) for part in (g, m, g * xhat, xhat)], dim=1)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    for result, truth in ((sums, expected), (dattention, (g * z).sum(dim=-1))):
+        torch.testing.assert_close(result.double(), truth, rtol=tolerance, atol=tolerance)
+
+
+def test_phases_of_an_empty_batch() -> None:
+    call = draw_any(Case(0, 6, 4, 5, prologue="running"))
+    assert ops.pool(**ARGUMENTS["pool"](call)).shape == (0, 6)
+    assert ops.recombine(**ARGUMENTS["recombine"](call)).shape == (0, 6, 4, 5)
+    assert ops.recombine_backward(**_recombine_backward(call)).shape == (0, 12, 4, 5)
+    for grad in ops.prologue_backward(**_prologue_backward(call)):
+        assert torch.equal(grad, torch.zeros(12))
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_batch_statistics_of_a_large_mean(dtype: torch.dtype, layout: str) -> None:
+    """As stable as the data allow, where E[x^2] - E[x]^2 would have no correct digit."""
+    x = draw_any(Case(5, 12, 9, 7, dtype=dtype, layout=layout)).x + 1000 * torch.randn(24, 1, 1)
+    x = LAYOUTS[layout](x.to(dtype))
+    mean, var = ops.batch_statistics(x)
+    values = x.double().transpose(0, 1).flatten(1)
+    true_mean, true_var = values.mean(dim=1), values.var(dim=1, correction=0)
+    std = true_var.sqrt()
+    ulp = torch.finfo(torch.float32).eps * (true_mean.abs() + std)
+    assert ((mean - true_mean).abs() <= 2 * ulp).all()
+    assert ((var - true_var).abs() <= 4 * ulp * std).all()
 
 
 # --- the C++ checks: memory safety does not depend on the Python ones
 
-FORWARD_NAMES = (
-    "x",
-    "fc1_weight",
-    "fc1_bias",
-    "fc2_weight",
-    "fc2_bias",
-    "bn1_weight",
-    "bn1_bias",
-    "bn1_mean",
-    "bn1_var",
-)
-BACKWARD_NAMES = (
-    "dout",
-    "x",
-    "fc1_weight",
-    "fc2_weight",
-    "bn1_weight",
-    "bn1_bias",
-    "mean",
-    "var",
-    "gap",
-    "hidden",
-    "attention",
-)
+BN0 = ("bn0_weight", "bn0_bias", "bn0_mean", "bn0_var")
+BN1 = ("bn1_weight", "bn1_bias", "bn1_mean", "bn1_var")
+WHOLE = ("x", *BN0, "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", *BN1)
+TENSORS = {
+    "split_attention": WHOLE,
+    "split_attention_train": WHOLE,
+    "split_attention_backward": (
+        *("dout", "x", *BN0, "fc1_weight", "fc2_weight", *BN1),
+        *("gap", "hidden", "attention"),
+    ),
+    "batch_statistics": ("x",),
+    "pool": ("x", *BN0),
+    "recombine": ("x", *BN0, "attention"),
+    "pool_backward": ("dout", "x", *BN0),
+    "prologue_backward": ("sums", "attention", "dgap"),
+    "recombine_backward": (
+        *("dout", "x", *BN0, "attention", "dgap"),
+        *("mean_dz", "mean_dz_xhat"),
+    ),
+}
 SPOILED = {
     "one element less": lambda t: t.flatten()[1:].clone(),
     "another number of dimensions": lambda t: t[None],
@@ -171,63 +344,66 @@ SPOILED = {
 }
 
 
-def _assert_refused(op: Any, arguments: tuple[Any, ...]) -> None:
+def _arguments(name: str) -> Arguments:
+    """Arguments with every tensor, which run: training ops use running statistics."""
+    backward = name in ("split_attention_backward", "recombine_backward")
+    statistics = "batch" if backward else "running"
+    call = draw_any(Case(3, 6, 4, 5, 2, 2, 6, norm=statistics, prologue=statistics))
+    arguments = ARGUMENTS[name](call)
+    _op(name)(**arguments)
+    return arguments
+
+
+def _assert_refused(name: str, arguments: Arguments) -> None:
     with pytest.raises(RuntimeError):
-        op(*arguments)
+        _op(name)(**arguments)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_every_tensor_is_among_those_tested(name: str) -> None:
+    schema = _op(name)._schema
+    assert TENSORS[name] == tuple(a.name for a in schema.arguments if "Tensor" in str(a.type))
+    assert set(TENSORS[name]) == {n for n, a in _arguments(name).items() if isinstance(a, Tensor)}
 
 
 @pytest.mark.parametrize("spoil", SPOILED)
-@pytest.mark.parametrize("name", FORWARD_NAMES)
-def test_forward_ops_refuse_tensors_that_do_not_fit(name: str, spoil: str) -> None:
-    if name == "x" and spoil == "wrong first size":
+@pytest.mark.parametrize(("name", "tensor"), [(n, t) for n in TENSORS for t in TENSORS[n]])
+def test_tensors_that_do_not_fit_are_refused(name: str, tensor: str, spoil: str) -> None:
+    more_samples = spoil == "wrong first size" and tensor == "x"
+    if more_samples and not {"dout", "attention"} & set(TENSORS[name]):
         spoil = "one element less"  # more samples are no error
-    call = draw(Case(3, 6, 4, 5, 2, 2, 6, norm="running"))
-    index = FORWARD_NAMES.index(name)
-    for op, arguments in (
-        (torch.ops.resnest_fused.split_attention, _eval_arguments(call)),
-        (torch.ops.resnest_fused.split_attention_train, _train_arguments(call)),
-    ):
-        op(*arguments)
-        bad = SPOILED[spoil](arguments[index])
-        _assert_refused(op, (*arguments[:index], bad, *arguments[index + 1 :]))
-
-
-@pytest.mark.parametrize("spoil", SPOILED)
-@pytest.mark.parametrize("name", BACKWARD_NAMES)
-def test_backward_op_refuses_tensors_that_do_not_fit(name: str, spoil: str) -> None:
-    call = draw(Case(3, 6, 4, 5, 2, 2, 6, norm="batch"))
-    op = torch.ops.resnest_fused.split_attention_backward
-    arguments = _backward_arguments(call)
-    op(*arguments)
-    index = BACKWARD_NAMES.index(name)
-    bad = SPOILED[spoil](arguments[index])
-    _assert_refused(op, (*arguments[:index], bad, *arguments[index + 1 :]))
+    arguments = _arguments(name)
+    _assert_refused(name, arguments | {tensor: SPOILED[spoil](arguments[tensor])})
 
 
 @pytest.mark.parametrize(
     ("radix", "cardinality"), [(0, 1), (-2, 1), (5, 1), (2, 0), (2, -1), (2, 4), (2**62, 2**62)]
 )
-def test_ops_refuse_counts_that_do_not_fit(radix: int, cardinality: int) -> None:
-    call = draw(Case(3, 6, 4, 5, 2, 1, 6, norm="batch"))
-    ops = torch.ops.resnest_fused
-    for op, arguments in (
-        (ops.split_attention, _eval_arguments(draw(Case(3, 6, 4, 5, 2, 1, 6, norm="none")))),
-        (ops.split_attention_train, _train_arguments(call)),
-    ):
-        op(*arguments)
-        _assert_refused(op, (*arguments[:-2], radix, cardinality))
-    *rest, _, _, needed = _backward_arguments(call)
-    _assert_refused(ops.split_attention_backward, (*rest, radix, cardinality, needed))
+def test_counts_that_do_not_fit_are_refused(radix: int, cardinality: int) -> None:
+    counts = {"radix": radix, "cardinality": cardinality}
+    for name in ("split_attention", "split_attention_train", "split_attention_backward"):
+        _assert_refused(name, _arguments(name) | counts)
+    if radix != 2:
+        for name in ("pool", "pool_backward"):
+            _assert_refused(name, _arguments(name) | {"radix": radix})
 
 
-def test_ops_refuse_an_image_without_pixels() -> None:
-    call = draw(Case(3, 6, 4, 5, norm="none"))
-    arguments = _eval_arguments(call)
-    _assert_refused(torch.ops.resnest_fused.split_attention, (call.x[:, :, :0], *arguments[1:]))
+@pytest.mark.parametrize("name", [name for name in TENSORS if "x" in TENSORS[name]])
+def test_an_image_without_pixels_is_refused(name: str) -> None:
+    arguments = _arguments(name)
+    for tensor in arguments.keys() & {"x", "dout"}:
+        arguments[tensor] = arguments[tensor][:, :, :0]
+    _assert_refused(name, arguments)
 
 
-def test_half_of_the_statistics_is_refused() -> None:
-    call = draw(Case(3, 6, 4, 5, norm="running"))
-    arguments = list(_eval_arguments(call))
-    arguments[FORWARD_NAMES.index("bn1_var")] = None
-    _assert_refused(torch.ops.resnest_fused.split_attention, tuple(arguments))
+@pytest.mark.parametrize("half", ["bn0_mean", "bn0_var", "bn1_mean", "bn1_var", "mean_dz"])
+def test_half_of_the_statistics_is_refused(half: str) -> None:
+    for name in TENSORS:
+        if half in TENSORS[name]:
+            _assert_refused(name, _arguments(name) | {half: None})
+
+
+def test_bn0_without_a_relu_is_refused() -> None:
+    for name in TENSORS:
+        if "bn0_mean" in TENSORS[name]:
+            _assert_refused(name, _arguments(name) | {"relu": False})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cases import NORMS, Case, draw
+from cases import NORMS, PROLOGUES, Case, draw
 from torch import nn
 
 import resnest_fused as rf
@@ -19,11 +19,15 @@ def assert_equals_truth(ours: torch.Tensor, truth: np.ndarray, name: str) -> Non
     )
 
 
+@pytest.mark.parametrize("prologue", PROLOGUES)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("cardinality", [1, 2, 3, 4])
 @pytest.mark.parametrize("radix", [1, 2, 3, 4])
-def test_out_and_gradients_equal_the_oracle(radix: int, cardinality: int, norm: str) -> None:
-    call = draw(Case(3, 12, 2, 5, radix, cardinality, 24, torch.float64, norm=norm))
+def test_out_and_gradients_equal_the_oracle(
+    radix: int, cardinality: int, norm: str, prologue: str
+) -> None:
+    case = Case(3, 12, 2, 5, radix, cardinality, 24, torch.float64, norm=norm, prologue=prologue)
+    call = draw(case)
     out, grads = call.gradients("reference")
     results = {"out": out, **grads}
     assert set(results) == set(call.truth.values)
@@ -33,18 +37,20 @@ def test_out_and_gradients_equal_the_oracle(radix: int, cardinality: int, norm: 
 
 @pytest.mark.parametrize(("bias", "affine"), [(False, True), (True, False), (False, False)])
 @pytest.mark.parametrize("norm", NORMS)
-def test_optional_parameters(norm: str, bias: bool, affine: bool) -> None:
-    case = Case(4, 6, 3, 3, 2, 2, 4, torch.float64, bias=bias, affine=affine, norm=norm)
-    call = draw(case)
+@pytest.mark.parametrize("prologue", PROLOGUES)
+def test_optional_parameters(prologue: str, norm: str, bias: bool, affine: bool) -> None:
+    options = {"bias": bias, "affine": affine, "norm": norm, "prologue": prologue}
+    call = draw(Case(4, 6, 3, 3, 2, 2, 4, torch.float64, **options))
     out, grads = call.gradients("reference")
     for name, value in {"out": out, **grads}.items():
         assert_equals_truth(value, call.truth.values[name], name)
 
 
-def test_the_oracle_s_gradients_are_those_of_its_forward() -> None:
+@pytest.mark.parametrize("prologue", PROLOGUES)
+def test_the_oracle_s_gradients_are_those_of_its_forward(prologue: str) -> None:
     """By central differences, independent of any derived formula."""
-    call = draw(Case(3, 4, 2, 2, 2, 2, 4, torch.float64, norm="batch"))
-    dout = call.dout.numpy()
+    call = draw(Case(3, 4, 2, 2, 2, 2, 4, torch.float64, norm="batch", prologue=prologue))
+    truth, dout = call.truth, call.dout.numpy()
     step = 1e-6
     for name in call.differentiable():
         values = call.tensor(name).view(-1)
@@ -53,19 +59,26 @@ def test_the_oracle_s_gradients_are_those_of_its_forward() -> None:
             moved = []
             for value in (kept + step, kept - step):
                 values[i] = value
-                del call.truth
-                moved.append(float((call.truth.values["out"] * dout).sum()))
+                moved.append(float((call.evaluate().values["out"] * dout).sum()))
             values[i] = kept
-            del call.truth
-            gradient = float(call.truth.values[name].reshape(-1)[i])
+            gradient = float(truth.values[name].reshape(-1)[i])
             assert (moved[0] - moved[1]) / (2 * step) == pytest.approx(gradient, abs=1e-7), name
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
 def test_batch_statistics_enter_the_running_ones(backend: str) -> None:
-    call = draw(Case(5, 6, 3, 2, 2, 3, 9, torch.float64, norm="batch"))
+    call = draw(Case(5, 6, 3, 2, 2, 3, 9, torch.float64, norm="batch", prologue="batch"))
     p = call.params
-    mean, var = p["running_mean"].clone(), p["running_var"].clone()
+    norms = {
+        name: rf.BatchNormArgs(
+            p[f"{name}_weight"],
+            p[f"{name}_bias"],
+            p[f"{name}_running_mean"].clone(),
+            p[f"{name}_running_var"].clone(),
+            momentum=0.3,
+        )
+        for name in ("bn0", "bn1")
+    }
     rf.split_attention(
         call.x,
         p["fc1_weight"],
@@ -74,14 +87,16 @@ def test_batch_statistics_enter_the_running_ones(backend: str) -> None:
         p["fc2_bias"],
         radix=2,
         cardinality=3,
-        bn1=rf.BatchNormArgs(p["bn1_weight"], p["bn1_bias"], mean, var, momentum=0.3),
+        **norms,
         training=True,
         backend=backend,
     )
-    truth = call.truth
-    old_mean, old_var = p["running_mean"].numpy(), p["running_var"].numpy()
-    assert_equals_truth(mean, 0.7 * old_mean + 0.3 * truth.batch_mean, "running_mean")
-    assert_equals_truth(var, 0.7 * old_var + 0.3 * truth.unbiased_var, "running_var")
+    for name, truth in (("bn0", call.truth.bn0), ("bn1", call.truth.bn1)):
+        assert truth is not None
+        for statistic, of_batch in (("mean", truth.mean), ("var", truth.unbiased_var)):
+            updated = getattr(norms[name], f"running_{statistic}")
+            old = p[f"{name}_running_{statistic}"].numpy()
+            assert_equals_truth(updated, 0.7 * old + 0.3 * of_batch, f"{name} {statistic}")
 
 
 @pytest.mark.parametrize("radix", [1, 2, 3])
@@ -110,10 +125,10 @@ def test_bn0_is_a_norm_and_a_relu_in_front(training: bool, backend: str) -> None
     out = rf.split_attention(
         call.x, *weights, radix=2, bn0=args, training=training, backend=backend
     )
-    normed = bn0(call.x).relu()
-    torch.testing.assert_close(
-        out, rf.split_attention(normed, *weights, radix=2, backend="reference")
-    )
+    normed = bn0(call.x)
+    for x, relu in ((normed.relu(), False), (normed, True)):
+        expected = rf.split_attention(x, *weights, radix=2, relu=relu, backend="reference")
+        torch.testing.assert_close(out, expected)
     torch.testing.assert_close(args.running_mean, bn0.running_mean)
     torch.testing.assert_close(args.running_var, bn0.running_var)
 

@@ -135,8 +135,10 @@ struct PrologueBackward {
                     const A* s = sums + b * kPrologueSums * features + r * channels + c;
                     const double a = attention[b * features + r * channels + c];
                     const double d = dgap[b * channels + c] * scale;
-                    totals[0][at] += a * s[2 * features] + d * s[3 * features];
-                    totals[1][at] += a * s[0] + d * s[features];
+                    // Where the ReLU lets nothing through, not even a NaN in a or d counts.
+                    const bool any = s[features] != 0;
+                    totals[0][at] += any ? a * s[2 * features] + d * s[3 * features] : 0;
+                    totals[1][at] += any ? a * s[0] + d * s[features] : 0;
                   });
         std::copy_n(totals[0], last - first, dgamma + r * channels + first);
         std::copy_n(totals[1], last - first, dbeta + r * channels + first);
