@@ -16,10 +16,12 @@ def test_call_overhead(benchmark: BenchmarkFixture, contender: str) -> None:
     module.backend = "native"
     x = torch.rand(1, 128, 8, 8)
     fc1, bn1, fc2 = module.fc1, module.bn1, module.fc2
-    arguments = (x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, bn1.weight, bn1.bias)
-    statistics = (bn1.running_mean, bn1.running_var, bn1.eps, module.radix, module.cardinality)
+    prologue = (False, None, None, None, None, 0.0)  # neither ReLU nor bn0
+    weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias, bn1.weight, bn1.bias)
+    statistics = (bn1.running_mean, bn1.running_var, bn1.eps)
+    arguments = (x, *prologue, *weights, *statistics, module.radix, module.cardinality)
     op = torch.ops.resnest_fused.split_attention.default
-    calls = {"op": lambda: op(*arguments, *statistics), "module": lambda: module(x)}
+    calls = {"op": lambda: op(*arguments), "module": lambda: module(x)}
     benchmark.group = "call overhead, 64@8x8 eval fp32 NCHW R=2 B=1"
     with torch.no_grad():
         torch.testing.assert_close(calls["op"](), calls["module"](), rtol=0, atol=0)

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import cpuinfo
+import network
 import pytest
 import summary
 import torch
 from grid import GRIDS, Case
 from interleave import interleave
+from network import Workload
 
 import resnest_fused as rf
 
 Samples = dict[str, list[float]]
 RESULTS = pytest.StashKey[dict[Case, Samples]]()
-DEFAULTS = {"shapes": "stages", "backend": "native", "seconds": 1.0}
+NETWORK_RESULTS = pytest.StashKey[dict[Workload, network.Result]]()
+DEFAULTS = {"shapes": "stages", "backend": "native", "seconds": 1.0, "model": "ours"}
 MIN_ROUNDS = 7
+# A call of a whole network takes up to seconds: more time for its rounds, and fewer of them.
+NETWORK_SECONDS = 6
+NETWORK_MIN_ROUNDS = 3
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,13 +39,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--backend",
         default=DEFAULTS["backend"],
-        help="backend of the fused module (default: %(default)s)",
+        help="backend of the fused modules (default: %(default)s)",
     )
     group.addoption(
         "--seconds",
         type=float,
         default=DEFAULTS["seconds"],
-        help="time for the rounds of one case, all contenders together (default: %(default)s)",
+        help="time for the rounds of one case, all contenders together (default: %(default)s); "
+        f"a whole network's take {NETWORK_SECONDS} times as long",
+    )
+    group.addoption(
+        "--model",
+        choices=network.MODELS,
+        default=DEFAULTS["model"],
+        help="whose ResNeSt-50 to measure as a whole (default: %(default)s)",
     )
 
 
@@ -53,7 +67,7 @@ def is_disabled(config: pytest.Config) -> bool:
 
 @pytest.hookimpl(tryfirst=True)  # pytest-benchmark reads its options in its own pytest_configure
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[RESULTS] = {}
+    config.stash[RESULTS], config.stash[NETWORK_RESULTS] = {}, {}
     option = config.option
     option.benchmark_columns = option.benchmark_columns or ["min", "median", "iqr", "rounds"]
     option.benchmark_time_unit = option.benchmark_time_unit or "us"
@@ -63,6 +77,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--backend: expected one of {', '.join(known)}, got {backend}")
     if not known[backend].available:
         raise pytest.UsageError(f"--backend={backend}: {known[backend].reason}")
+    if get_option(config, "model") == "official" and importlib.util.find_spec("resnest") is None:
+        raise pytest.UsageError("--model=official: the package resnest is not installed")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -107,6 +123,31 @@ def measure(request: pytest.FixtureRequest) -> Callable[[Case], Samples]:
     return samples
 
 
+@pytest.fixture(scope="session")
+def measure_network(request: pytest.FixtureRequest) -> Callable[[Workload], network.Result]:
+    """All contenders' times and memory in a workload, measured together when first asked for."""
+    config, results = request.config, request.config.stash[NETWORK_RESULTS]
+    if is_disabled(config):
+        side, seconds, rounds = 64, 0.0, 1
+    else:
+        side, rounds = network.SIDE, NETWORK_MIN_ROUNDS
+        seconds = NETWORK_SECONDS * get_option(config, "seconds")
+
+    def result(workload: Workload) -> network.Result:
+        if workload not in results:
+            results[workload] = network.measure(
+                workload,
+                get_option(config, "model"),
+                get_option(config, "backend"),
+                side,
+                seconds,
+                rounds,
+            )
+        return results[workload]
+
+    return result
+
+
 def pytest_benchmark_group_stats(
     benchmarks: list[dict], group_by: str
 ) -> list[tuple[str, list[dict]]] | None:
@@ -137,18 +178,34 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    results = config.stash[RESULTS]
-    if not results or is_disabled(config):
+    cases, workloads = config.stash[RESULTS], config.stash[NETWORK_RESULTS]
+    if is_disabled(config) or not (cases or workloads):
         return
-    cpu = cpuinfo.get_cpu_info()
-    terminalreporter.section("split attention")
-    for line in (
-        f"{cpu.get('brand_raw', 'unknown CPU')}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, {datetime.date.today()}",
-        f"fused: FusedSplitAttention, {get_option(config, 'backend')} backend; all took turns.",
-        "copy: tensor.copy_ moving as many bytes as the op must, half read and half written:",
-        "R+1 times out's size in eval; (2R+1) + (2R+2) times in train, forward + backward.",
-        "",
-        *summary.table(results),
-    ):
-        terminalreporter.write_line(line)
+    backend = get_option(config, "backend")
+    machine = (
+        f"{cpuinfo.get_cpu_info().get('brand_raw', 'unknown CPU')}, {torch.get_num_threads()} "
+        f"threads, torch {torch.__version__}, {datetime.date.today()}"
+    )
+    sections = {}
+    if cases:
+        sections["split attention"] = (
+            machine,
+            f"fused: the {backend} backend; all took turns. After conv: bn0, ReLU and attention.",
+            "copy: tensor.copy_ moving as many bytes as the op must, half read and half written:",
+            "R+1 times out's size in eval; in train, forward + backward, (2R+1) + (2R+2) times for",
+            "the attention and (3R+1) + (3R+2) times for all after conv.",
+            "",
+            *summary.table(cases),
+        )
+    if workloads:
+        sections["ResNeSt-50"] = (
+            machine,
+            f"Whole network ({get_option(config, 'model')}), {network.SIDE} pixels, fp32 NCHW.",
+            f"fused: the {backend} backend; folded: norms in convolutions, too. All took turns.",
+            "",
+            *summary.network_table(workloads),
+        )
+    for title, lines in sections.items():
+        terminalreporter.section(title)
+        for line in lines:
+            terminalreporter.write_line(line)

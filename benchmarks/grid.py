@@ -16,6 +16,9 @@ OTHERS = ((128, 56), (256, 28), (512, 14), (64, 80), (128, 40), (256, 20), (512,
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+# The attention alone, and all that a SplitAttentionConv2d does after its convolution: bn0, ReLU and
+# the attention.
+FORMS = ("attention", "after conv")
 CONTENDERS = ("eager", "compile", "fused", "copy")
 
 
@@ -30,6 +33,7 @@ class Case:
     dtype: str = "fp32"
     layout: str = "NCHW"
     radix: int = 2
+    form: str = "attention"
 
     @property
     def shape(self) -> str:
@@ -39,7 +43,7 @@ class Case:
     def setting(self) -> str:
         """All but the shape: the cases of a setting share a table."""
         mode = "train" if self.train else "eval"
-        return f"{mode} {self.dtype} {self.layout} R={self.radix} B={self.batch}"
+        return f"{self.form} {mode} {self.dtype} {self.layout} R={self.radix} B={self.batch}"
 
     def __str__(self) -> str:
         return f"{self.shape} {self.setting}"
@@ -50,14 +54,25 @@ class Case:
         return self.batch * self.channels * self.side**2
 
     @property
-    def floor_units(self) -> int:
+    def _reads(self) -> int:
+        """Reads of x in train's forward: each batch normalisation needs a whole one, and out."""
+        return 3 if self.form == "after conv" else 2
+
+    @property
+    def floor(self) -> str:
         """Units that must be read and written, for data that do not stay on chip between passes.
 
-        Eval reads x (R) and writes out (1). In train bn1 couples the batch, so x is read twice:
-        forward 2R+1; backward reads x and dout (R+1), then dout again, and writes dx (1+R): 2R+2.
+        Eval reads x (R) and writes out (1). Train's forward reads x two or three times and writes
+        out. Backward reads x and dout (R+1), then dout again (1), x again after a bn0 (R), and
+        writes dx (R).
         """
-        forward = self.radix + 1
-        return (2 * self.radix + 1) + (2 * self.radix + 2) if self.train else forward
+        return f"({self._reads}R+1)+({self._reads}R+2)" if self.train else "R+1"
+
+    @property
+    def floor_units(self) -> int:
+        """:attr:`floor` as a number."""
+        moved = self._reads * self.radix
+        return (moved + 1) + (moved + 2) if self.train else self.radix + 1
 
     @property
     def floor_bytes(self) -> int:
@@ -69,26 +84,27 @@ def stage_grid() -> Iterator[tuple[Case, str]]:
 
     Without ``compile`` in those, as compiling is most of a run's time.
     """
-    for train, batch, (channels, side) in itertools.product((False, True), (2, 32), STAGES):
-        for contender in CONTENDERS:
-            yield Case(channels, side, batch, train), contender
-    for (dtype, layout), train, (channels, side) in itertools.product(
-        (("fp32", "channels_last"), ("bf16", "NCHW")), (False, True), STAGES
-    ):
-        for contender in CONTENDERS:
-            if contender != "compile":
-                yield Case(channels, side, 32, train, dtype, layout), contender
+    for form in FORMS:
+        for train, batch, (channels, side) in itertools.product((False, True), (2, 32), STAGES):
+            for contender in CONTENDERS:
+                yield Case(channels, side, batch, train, form=form), contender
+        for (dtype, layout), train, (channels, side) in itertools.product(
+            (("fp32", "channels_last"), ("bf16", "NCHW")), (False, True), STAGES
+        ):
+            for contender in CONTENDERS:
+                if contender != "compile":
+                    yield Case(channels, side, 32, train, dtype, layout, form=form), contender
 
 
 def full_grid() -> Iterator[tuple[Case, str]]:
     """Everything, for hours; ``-k`` takes a part of it."""
-    for train, dtype, layout, radix, batch, (channels, side) in itertools.product(
-        (False, True), DTYPES, LAYOUTS, (2, 1, 4), (1, 2, 8, 32, 64), STAGES + OTHERS
+    for form, train, dtype, layout, radix, batch, (channels, side) in itertools.product(
+        FORMS, (False, True), DTYPES, LAYOUTS, (2, 1, 4), (1, 2, 8, 32, 64), STAGES + OTHERS
     ):
         if train and batch == 1:
             continue  # one sample has no batch statistics
         for contender in CONTENDERS:
-            yield Case(channels, side, batch, train, dtype, layout, radix), contender
+            yield Case(channels, side, batch, train, dtype, layout, radix, form), contender
 
 
 GRIDS = {"stages": stage_grid, "all": full_grid}

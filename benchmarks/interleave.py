@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from grid import DTYPES, LAYOUTS, Case
@@ -40,7 +40,8 @@ def interleave(
         min_rounds: rounds to make even if they take longer.
 
     Raises:
-        AssertionError: the fused module's results are not eager's.
+        AssertionError: the fused module's results are not eager's, or a contender changes its
+            input.
     """
     torch.compiler.reset()
     torch.manual_seed(0)
@@ -50,16 +51,40 @@ def interleave(
             name: max(1, round(BURST_S / min(_burst(step, 1) for _ in range(3))))
             for name, step in steps.items()
         }
-        samples: dict[str, list[float]] = {name: [] for name in steps}
-        end = time.perf_counter() + seconds
-        while len(samples["eager"]) < min_rounds or time.perf_counter() < end:
-            for name, step in steps.items():
-                step()  # untimed: caches and allocator are again as this contender leaves them
-                samples[name].append(_burst(step, calls[name]))
+        return take_turns(steps, calls, seconds, min_rounds, settle=True)
+
+
+def take_turns(
+    steps: Mapping[str, Callable[[], object]],
+    calls: Mapping[str, int],
+    seconds: float,
+    min_rounds: int,
+    *,
+    settle: bool,
+) -> dict[str, list[float]]:
+    """Seconds per call of each step, one entry a round; a round times every step once.
+
+    Args:
+        steps: what to call.
+        calls: how many calls of each step are timed together.
+        seconds: time to spend on rounds.
+        min_rounds: rounds to make even if they take longer.
+        settle: whether an untimed call comes before each timed burst, so that caches and allocator
+            are again as this step leaves them.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    rounds = 0
+    end = time.perf_counter() + seconds
+    while rounds < min_rounds or time.perf_counter() < end:
+        for name, step in steps.items():
+            if settle:
+                step()
+            samples[name].append(_burst(step, calls[name]))
+        rounds += 1
     return samples
 
 
-def _burst(step: Step, calls: int) -> float:
+def _burst(step: Callable[[], object], calls: int) -> float:
     start = time.perf_counter()
     for _ in range(calls):
         step()
@@ -74,12 +99,17 @@ def _contenders(case: Case, backend: str, compiler: str | None) -> dict[str, Ste
         shape = (case.batch, channels, case.side, case.side)
         return torch.randn(shape, dtype=dtype).contiguous(memory_format=layout)
 
-    # What comes in is what a ReLU leaves, of a strength that varies by sample and channel: with gap
-    # the same everywhere, bn1 would amplify rounding and the attention would hardly matter.
-    x = random(features).relu_().mul_(2 * torch.rand(case.batch, features, 1, 1, dtype=dtype))
+    # Of a strength that varies by sample and channel: with gap the same everywhere, bn1 would
+    # amplify rounding and the attention would hardly matter.
+    x = random(features)
+    if case.form == "attention":
+        x.relu_()
+    else:
+        x += torch.randn(features, 1, 1, dtype=dtype)
+    x *= 2 * torch.rand(case.batch, features, 1, 1, dtype=dtype)
+    given = x.clone()
     dout = random(case.channels)
-    eager = rf.SplitAttention(case.channels, case.radix).to(dtype).train(case.train)
-    fused = rf.FusedSplitAttention(case.channels, case.radix).to(dtype).train(case.train)
+    eager, fused = _module(case, fused=False), _module(case, fused=True)
     fused.load_state_dict(eager.state_dict())
     fused.backend = backend
     _check(case, _step(fused, x, dout)(), _step(copy.deepcopy(eager).float(), x.float(), dout)())
@@ -91,7 +121,21 @@ def _contenders(case: Case, backend: str, compiler: str | None) -> dict[str, Ste
     steps["copy"] = _copy(case)
     for step in steps.values():
         step()  # compiles
+    assert torch.equal(x, given), f"{case}: a contender changes its input"
     return steps
+
+
+def _module(case: Case, fused: bool) -> nn.Module:
+    """The case's module, which takes a map as a ReLU leaves it or, after conv, as a convolution."""
+    module: nn.Module
+    if case.form == "attention":
+        kind = rf.FusedSplitAttention if fused else rf.SplitAttention
+        module = kind(case.channels, case.radix)
+    else:
+        kind = rf.FusedSplitAttentionConv2d if fused else rf.SplitAttentionConv2d
+        module = kind(case.channels, case.channels, 1, radix=case.radix)
+        module.conv = nn.Identity()
+    return module.to(DTYPES[case.dtype]).train(case.train)
 
 
 def _step(module: nn.Module, x: Tensor, dout: Tensor) -> Step:

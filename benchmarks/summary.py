@@ -1,4 +1,4 @@
-"""From measured times to the ratios that are reported, and to one table a setting."""
+"""From measured times to the ratios that are reported, and to the tables at the end of a run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from grid import Case
+from network import Result, Workload
 
 Samples = Mapping[str, Sequence[float]]
 
@@ -13,6 +14,12 @@ _HEADER = (
     f"{'':<10}{'median us':^44}{'fused':>7}{'speed-up over':>18}{'times':>8}",
     f"{'shape':<10}{'eager':>11}{'compile':>11}{'fused':>11}{'copy':>11}"
     f"{'iqr':>7}{'eager':>9}{'compile':>9}{'copy':>8}",
+)
+_NETWORK_HEADER = (
+    f"{'':<17}{'median ms':^27}{'fused':>7}{'speed-up over eager':>21}"
+    f"{'saved for backward, MB':>26}",
+    f"{'':<17}{'eager':>9}{'fused':>9}{'folded':>9}"
+    f"{'iqr':>7}{'fused':>12}{'folded':>9}{'eager':>10}{'fused':>8}{'less':>8}",
 )
 
 
@@ -38,6 +45,7 @@ def extra_info(case: Case, samples: Samples, contender: str) -> dict[str, object
     """
     median = statistics.median(samples[contender])
     info: dict[str, object] = {
+        "form": case.form,
         "shape": case.shape,
         "batch": case.batch,
         "radix": case.radix,
@@ -46,7 +54,7 @@ def extra_info(case: Case, samples: Samples, contender: str) -> dict[str, object
         "layout": case.layout,
         "median_us": median * 1e6,
         "relative_iqr": relative_iqr(samples[contender]),
-        "floor": "(2R+1)+(2R+2) units of out" if case.train else "R+1 units of out",
+        "floor": f"{case.floor} units of out",
         "floor_bytes": case.floor_bytes,
         "gb_per_s": case.floor_bytes / median / 1e9,
         "times_copy_floor": ratio(samples, contender, "copy"),
@@ -94,13 +102,53 @@ def _geometric_mean(values: Iterable[float | None]) -> float | None:
 
 
 def _time(samples: Samples, name: str) -> str:
-    if name not in samples:
-        return f"{'-':>11}"
-    return f"{statistics.median(samples[name]) * 1e6:>11,.1f}"
+    time = statistics.median(samples[name]) * 1e6 if name in samples else None
+    return _cell(time, 11, ",.1f")
 
 
 def _format(ratios: Sequence[float | None]) -> str:
     return "".join(
-        f"{'-' if value is None else f'{value:.2f}':>{width}}"
-        for value, width in zip(ratios, (9, 9, 8), strict=True)
+        _cell(value, width, ".2f") for value, width in zip(ratios, (9, 9, 8), strict=True)
     )
+
+
+def _cell(value: float | None, width: int, form: str) -> str:
+    """``value`` to the right of ``width`` columns, or a dash where nothing was measured."""
+    return f"{'-' if value is None else format(value, form):>{width}}"
+
+
+def network_info(workload: Workload, result: Result, contender: str) -> dict[str, object]:
+    """What the JSON entry of a whole network's benchmark says beside its times."""
+    samples = result.samples
+    info: dict[str, object] = {
+        "batch": workload.batch,
+        "mode": "train" if workload.train else "eval",
+        "median_ms": statistics.median(samples[contender]) * 1e3,
+        "relative_iqr": relative_iqr(samples[contender]),
+        "speedup_over_eager": ratio(samples, "eager", contender),
+    }
+    if contender in result.saved:
+        info["saved_for_backward_bytes"] = result.saved[contender]
+    return info
+
+
+def network_table(results: Mapping[Workload, Result]) -> list[str]:
+    """The lines of the whole network's summary: one for each workload."""
+    lines = [*_NETWORK_HEADER]
+    for workload, (samples, saved) in results.items():
+        medians = [
+            statistics.median(samples[name]) * 1e3 if name in samples else None
+            for name in ("eager", "fused", "folded")
+        ]
+        ratios = [ratio(samples, "eager", name) for name in ("fused", "folded")]
+        line = f"{workload!s:<17}"
+        line += "".join(_cell(value, 9, ",.1f") for value in medians)
+        line += f"{relative_iqr(samples['fused']):>7.0%}"
+        line += _cell(ratios[0], 12, ".2f") + _cell(ratios[1], 9, ".2f")
+        if saved:
+            eager, fused = saved["eager"], saved["fused"]
+            line += f"{eager / 1e6:>10.0f}{fused / 1e6:>8.0f}{1 - fused / eager:>8.1%}"
+        else:
+            line += f"{'-':>10}{'-':>8}{'-':>8}"
+        lines.append(line)
+    return [*lines, ""]

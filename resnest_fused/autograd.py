@@ -242,11 +242,11 @@ def attend(
     """
     weight, bias, mean, var, eps = _norm(bn0, batch_stats)
     group = None if bn0 is None else bn0.process_group
-    run = kernels(backend)
+    eps = float(eps)  # before the Functions: Dynamo may hold it as a symbol
     statistics = None
     if batch_stats:
         with torch.no_grad():
-            statistics = _batch_statistics(run, x, group)
+            statistics = _batch_statistics(kernels(backend), x, group)
         mean, var = statistics.mean, statistics.var
     norm0 = (weight, bias, mean, var, eps)
     if _records(x, weight, bias):
@@ -254,13 +254,13 @@ def attend(
             backend, x, relu, *norm0, batch_stats, statistics and statistics.elements, group, radix
         )
     else:
-        gap, carriers = run.pool(x, relu, *norm0, radix), [None] * 3
+        gap, carriers = kernels(backend).pool(x, relu, *norm0, radix), [None] * 3
     logits = mlp(gap[..., None, None])
     attention = reference.r_softmax(logits.to(gap.dtype), radix, cardinality)[..., 0, 0]
     if _records(x, weight, bias, attention):
         out = _Recombine.apply(backend, x, relu, *norm0, batch_stats, group, attention, *carriers)
     else:
-        out = run.recombine(x, relu, *norm0, attention)
+        out = kernels(backend).recombine(x, relu, *norm0, attention)
     return out, statistics
 
 
@@ -325,14 +325,18 @@ class _Pool(torch.autograd.Function):
         sums: Tensor | None,
     ) -> Any:
         result: list[Tensor | None] = [None] * 12
-        if dout is None or attention is None:
-            return tuple(result)
         x, weight, bias, mean, var, counted = ctx.saved_tensors
         relu, eps, batch_stats, group, radix = ctx.options
         needed = [ctx.needs_input_grad[place] for place in (1, 3, 4)]
-        batch, _, height, width = x.shape
+        batch, features, height, width = x.shape
+        if dout is None or attention is None:
+            # Only what stands between the phases has a gradient: the other half saw none.
+            if dgap is None:
+                return tuple(result)
+            dout = x.new_zeros(batch, features // radix, height, width)
+            attention = dgap.new_zeros(batch, radix, features // radix)
         if dgap is None:
-            dgap = attention.new_zeros(batch, attention.shape[2])
+            dgap = attention.new_zeros(batch, features // radix)
         if torch.is_grad_enabled():
             inputs = _aliases((x, weight, bias))
             bn0 = _known(inputs[1], inputs[2], mean, var, eps, batch_stats, group)
@@ -346,7 +350,11 @@ class _Pool(torch.autograd.Function):
         run = kernels(ctx.backend)
         mean_dz = mean_dz_xhat = None
         if needed[1] or needed[2] or (needed[0] and batch_stats):
-            dweight, dbias = run.prologue_backward(sums, attention, dgap, height * width)
+            if sums is None:
+                _, sums = run.pool_backward(dout, x, relu, weight, bias, mean, var, eps, radix)
+            # The division here, as a graph for any image size cannot hold it as the op's integer.
+            mean_dgap = dgap / (height * width)
+            dweight, dbias = run.prologue_backward(sums, attention, mean_dgap, 1)
             if weight is not None and needed[1]:
                 result[3] = dweight.to(weight.dtype)
             if bias is not None and needed[2]:
@@ -414,4 +422,6 @@ class _Recombine(torch.autograd.Function):
             dattention, sums = kernels(ctx.backend).pool_backward(
                 dout, x, relu, weight, bias, mean, var, eps, radix
             )
-        return (*unused, dattention, dout, attention, sums)
+        wanted = ctx.needs_input_grad[10:]
+        grads = (dattention, dout, attention, sums)
+        return (*unused, *(g if want else None for g, want in zip(grads, wanted, strict=True)))

@@ -93,7 +93,7 @@ def fused_attention(
 
 def _as_input(gap: Tensor, x: Tensor, fc1: nn.Module) -> Tensor:
     """gap in the dtype that fc1 computes in; autocast casts for itself."""
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return gap
     parameter = next(fc1.parameters(), None)
     return gap.to(x.dtype if parameter is None else parameter.dtype)

@@ -1,10 +1,16 @@
-"""The benchmarks' arithmetic: the copy floor, the ratios and the summary table."""
+"""The benchmarks' arithmetic: the copy floor, the ratios and the summary tables."""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
-from grid import GRIDS, STAGES, Case
-from summary import extra_info, relative_iqr, table
+from grid import DTYPES, FORMS, GRIDS, LAYOUTS, STAGES, Case
+from interleave import interleave, take_turns
+from network import Result, Workload
+from summary import extra_info, network_info, network_table, relative_iqr, table
+
+import resnest_fused as rf
 
 SAMPLES = {
     "eager": [8e-3, 9e-3, 80e-3],
@@ -15,13 +21,40 @@ SAMPLES = {
 
 
 @pytest.mark.parametrize(
-    ("radix", "train", "units"),
-    [(1, False, 2), (2, False, 3), (4, False, 5), (1, True, 7), (2, True, 11), (4, True, 19)],
+    ("form", "radix", "train", "units"),
+    [
+        ("attention", 1, False, 2),
+        ("attention", 2, False, 3),
+        ("attention", 4, False, 5),
+        ("attention", 1, True, 3 + 4),
+        ("attention", 2, True, 5 + 6),
+        ("attention", 4, True, 9 + 10),
+        ("after conv", 1, False, 2),
+        ("after conv", 2, False, 3),
+        ("after conv", 4, False, 5),
+        ("after conv", 1, True, 4 + 5),
+        ("after conv", 2, True, 7 + 8),
+        ("after conv", 4, True, 13 + 14),
+    ],
 )
-def test_copy_floor(radix: int, train: bool, units: int) -> None:
-    case = Case(64, 56, 32, train, dtype="bf16", radix=radix)
+def test_copy_floor(form: str, radix: int, train: bool, units: int) -> None:
+    case = Case(64, 56, 32, train, dtype="bf16", radix=radix, form=form)
     assert case.floor_units == units
     assert case.floor_bytes == units * 32 * 64 * 56 * 56 * 2
+
+
+@pytest.mark.parametrize(
+    ("form", "train", "floor"),
+    [
+        ("attention", False, "R+1"),
+        ("attention", True, "(2R+1)+(2R+2)"),
+        ("after conv", False, "R+1"),
+        ("after conv", True, "(3R+1)+(3R+2)"),
+    ],
+)
+def test_extra_info_names_form_and_floor(form: str, train: bool, floor: str) -> None:
+    info = extra_info(Case(64, 56, 32, train, form=form), SAMPLES, "fused")
+    assert (info["form"], info["floor"]) == (form, f"{floor} units of out")
 
 
 def test_extra_info_are_ratios_of_medians() -> None:
@@ -44,7 +77,7 @@ def test_table_has_rows_and_geometric_means() -> None:
     faster["fused"] = SAMPLES["fused"]
     lines = table({Case(*STAGES[0], 32, False): SAMPLES, Case(*STAGES[1], 32, False): faster})
     title, _, _, first, second, means = lines[:6]
-    assert "eval fp32 NCHW R=2 B=32" in title
+    assert " attention eval fp32 NCHW R=2 B=32 " in title
     expected = ["9,000.0", "4,000.0", "2,000.0", "1,000.0", "50%", "4.50", "2.00", "2.00"]
     assert first.split() == ["64@56x56", *expected]
     assert second.split()[-3:] == ["1.12", "0.50", "8.00"]
@@ -59,11 +92,87 @@ def test_table_marks_what_was_not_measured() -> None:
     assert lines[4].split()[-3:] == ["4.50", "-", "2.00"]
 
 
+def test_table_of_each_form() -> None:
+    lines = table({Case(*STAGES[0], 32, True, form=form): SAMPLES for form in FORMS})
+    titles = [line.strip("- ") for line in lines if line.startswith("--")]
+    assert titles == [f"{form} train fp32 NCHW R=2 B=32" for form in FORMS]
+
+
 @pytest.mark.parametrize("name", GRIDS)
 def test_grid_has_every_benchmark_once(name: str) -> None:
     pairs = list(GRIDS[name]())
     assert len(set(pairs)) == len(pairs)
-    for shape in STAGES:
+    assert len({str(case) for case, _ in pairs}) == len({case for case, _ in pairs})
+    for form, shape, train in itertools.product(FORMS, STAGES, (False, True)):
         for batch in (2, 32):
-            for train in (False, True):
-                assert (Case(*shape, batch, train), "compile") in pairs
+            assert (Case(*shape, batch, train, form=form), "compile") in pairs
+        assert (Case(*shape, 32, train, layout="channels_last", form=form), "fused") in pairs
+        assert (Case(*shape, 32, train, dtype="bf16", form=form), "fused") in pairs
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+def test_contenders_agree(form: str, dtype: str, layout: str, train: bool) -> None:
+    """And none changes its input: interleave would raise."""
+    case = Case(16, 12, 4, train, dtype, layout, form=form)
+    samples = interleave(case, "native", None, 0.0, 2)
+    assert list(samples) == ["eager", "fused", "copy"]
+    assert all(len(times) == 2 and min(times) > 0 for times in samples.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda forward: lambda self, x: 1.01 * forward(self, x), "the fused output differs"),
+        (lambda forward: lambda self, x: forward(self, x.relu_()), "changes its input"),
+    ],
+    ids=["result", "input"],
+)
+def test_wrong_contenders_are_noticed(change, message, monkeypatch) -> None:
+    kind = rf.FusedSplitAttentionConv2d
+    monkeypatch.setattr(kind, "forward", change(kind.forward))
+    case = Case(16, 12, 4, train=False, form="after conv")
+    with pytest.raises(AssertionError, match=message):
+        interleave(case, "native", None, 0.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("settle", "expected"), [(False, "abbabb"), (True, "aabbbaabbb")], ids=["no", "yes"]
+)
+def test_rounds_take_turns(settle: bool, expected: str) -> None:
+    order: list[str] = []
+    steps = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    samples = take_turns(steps, {"a": 1, "b": 2}, 0.0, 2, settle=settle)
+    assert "".join(order) == expected
+    assert [len(times) for times in samples.values()] == [2, 2]
+
+
+INFERENCE = Result(
+    {"eager": [0.4, 0.5, 0.6], "fused": [0.2, 0.25, 0.3], "folded": [0.2, 0.2, 0.2]}, {}
+)
+TRAINING = Result(
+    {"eager": [4.0, 4.5, 5.0], "fused": [3.0, 3.0, 3.0]},
+    {"eager": 1_000_000_000, "fused": 850_000_000},
+)
+
+
+def test_network_table() -> None:
+    lines = network_table({Workload(1, train=False): INFERENCE, Workload(8, train=True): TRAINING})
+    _, _, inference, training, _ = lines
+    expected = ["500.0", "250.0", "200.0", "20%", "2.00", "2.50", "-", "-", "-"]
+    assert inference.split() == ["inference", "B=1", *expected]
+    expected = ["4,500.0", "3,000.0", "-", "0%", "1.50", "-", "1000", "850", "15.0%"]
+    assert training.split() == ["train", "step", "B=8", *expected]
+    assert max(map(len, lines)) <= 100
+
+
+def test_network_info() -> None:
+    info = network_info(Workload(8, train=True), TRAINING, "fused")
+    assert info["median_ms"] == pytest.approx(3000)
+    assert info["speedup_over_eager"] == pytest.approx(1.5)
+    assert info["saved_for_backward_bytes"] == 850_000_000
+    info = network_info(Workload(1, train=False), INFERENCE, "folded")
+    assert info["speedup_over_eager"] == pytest.approx(2.5)
+    assert "saved_for_backward_bytes" not in info

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +16,9 @@ from torch._dynamo.testing import CompileCounter
 from torch._functorch.aot_autograd import make_boxed_func
 
 import resnest_fused as rf
+from resnest_fused.modules import fused_attention
+
+NormLayer = Callable[[int], nn.Module] | None
 
 
 @pytest.fixture(autouse=True)
@@ -28,10 +32,25 @@ def _randn(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def _modules() -> tuple[nn.Module, nn.Module]:
-    module = rf.FusedSplitAttention(8, radix=2, cardinality=2, inter_channels=8).double()
-    nn.init.normal_(module.bn1.weight)
-    return module, copy.deepcopy(module)
+def _modules(
+    norm0: NormLayer = None, norm1: NormLayer = nn.BatchNorm2d
+) -> tuple[nn.Module, nn.Module]:
+    """A fused module from 16 to 8 channels, with the convolution if ``norm0`` is given, twice."""
+    options = {"radix": 2, "cardinality": 2, "inter_channels": 8}
+    if norm0 is None:
+        module = rf.FusedSplitAttention(8, norm_layer=norm1, **options)
+    else:
+        options["padding"] = 1
+        module = rf.FusedSplitAttentionConv2d(16, 8, 3, norm_layer=norm0, **options)
+        module.bn1 = None if norm1 is None else norm1(8)
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.normal_(norm.weight)
+    return module.double(), copy.deepcopy(module)
+
+
+def _group_norm(features: int) -> nn.Module:
+    return nn.GroupNorm(2, features)
 
 
 def _step(module: Callable[[Tensor], Tensor], parameters: list[Tensor], x: Tensor) -> list[Tensor]:
@@ -62,34 +81,181 @@ class OpRecorder:
         return compile
 
 
-def test_training_traces_into_one_fused_op_each_way() -> None:
-    recorder = OpRecorder()
-    module, twin = _modules()
-    compiled = torch.compile(module, fullgraph=True, backend=recorder.backend)
-    x = _randn(4, 16, 3, 5)
+def _assert_same_step(
+    compiled: Callable[[Tensor], Tensor], module: nn.Module, twin: nn.Module, x: Tensor
+) -> None:
+    """``compiled`` is ``module`` compiled, ``twin`` is its copy."""
     ours = _step(compiled, list(module.parameters()), x)
     expected = _step(twin, list(twin.parameters()), x)
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b)
     for (name, a), b in zip(module.state_dict().items(), twin.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
-    assert module.bn1.num_batches_tracked == 1
-    assert recorder.forward.count("resnest_fused.split_attention_train.default") == 1
-    fused, *rest = [name for name in recorder.backward if "getitem" not in name]
-    assert fused == "resnest_fused.split_attention_backward.default"
-    # What is left is the gradient of square() in front of it.
-    assert not [name for name in rest + recorder.forward if "conv" in name or "softmax" in name]
 
 
-def test_eval_traces_into_one_op() -> None:
+def _fused_ops(names: list[str]) -> list[str]:
+    return sorted(
+        name.removeprefix("resnest_fused.").removesuffix(".default")
+        for name in names
+        if name.startswith("resnest_fused.")
+    )
+
+
+FIRST_PHASES = ["pool", "recombine"]
+LAST_PHASES = ["pool_backward", "recombine_backward"]
+# bn0, bn1 and the ops of forward and of backward.
+TRACES: dict[str, tuple[NormLayer, NormLayer, list[str], list[str]]] = {
+    "batch": (None, nn.BatchNorm2d, ["split_attention_train"], ["split_attention_backward"]),
+    "batch, batch": (
+        nn.BatchNorm2d,
+        nn.BatchNorm2d,
+        ["split_attention_train"],
+        ["split_attention_backward"],
+    ),
+    "sync, none": (
+        nn.SyncBatchNorm,
+        None,
+        ["split_attention_train"],
+        ["split_attention_backward"],
+    ),
+    "group": (None, _group_norm, FIRST_PHASES, LAST_PHASES),
+    "batch, group": (
+        nn.BatchNorm2d,
+        _group_norm,
+        ["batch_statistics", *FIRST_PHASES],
+        [*LAST_PHASES[:1], "prologue_backward", *LAST_PHASES[1:]],
+    ),
+    "group, batch": (
+        _group_norm,
+        nn.BatchNorm2d,
+        ["split_attention_train"],
+        ["split_attention_backward"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("norm0", "norm1", "forward", "backward"), TRACES.values(), ids=TRACES)
+def test_ops_of_a_training_step(
+    norm0: NormLayer, norm1: NormLayer, forward: list[str], backward: list[str]
+) -> None:
+    """Each phase once, and of the big map nothing else but bn0 where it is another norm."""
     recorder = OpRecorder()
-    module, twin = _modules()
+    module, twin = _modules(norm0, norm1)
+    compiled = torch.compile(module, fullgraph=True, backend=recorder.backend)
+    _assert_same_step(compiled, module, twin, _randn(4, 16, 3, 5))
+    assert _fused_ops(recorder.forward) == forward
+    assert _fused_ops(recorder.backward) == backward
+    everything = " ".join(recorder.forward + recorder.backward)
+    assert "batch_norm" not in everything
+    if norm1 is not _group_norm:
+        assert not re.search("relu|threshold|softmax", everything)
+        assert everything.count("convolution") == (0 if norm0 is None else 2)
+    assert everything.count("native_group_norm") == 2 * [norm0, norm1].count(_group_norm)
+
+
+@pytest.mark.parametrize("norm0", [None, nn.BatchNorm2d], ids=["attention", "conv"])
+def test_eval_traces_into_one_op(norm0: NormLayer) -> None:
+    recorder = OpRecorder()
+    module, twin = _modules(norm0)
     module.eval()
     compiled = torch.compile(module, fullgraph=True, backend=recorder.backend)
     x = _randn(4, 16, 3, 5)
     with torch.no_grad():
         assert torch.equal(compiled(x), twin.eval()(x))
-    assert recorder.forward == ["resnest_fused.split_attention.default"]
+    *before, op = recorder.forward
+    assert op == "resnest_fused.split_attention.default"
+    assert before == ([] if norm0 is None else ["aten.convolution.default"])
+
+
+class Doubled(nn.BatchNorm2d):
+    """Has a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+OTHER_NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "group": _group_norm,
+    "identity": lambda n: nn.Identity(),
+    "sync": nn.SyncBatchNorm,
+    "own forward": Doubled,
+    "cumulative": lambda n: nn.BatchNorm2d(n, momentum=None),
+    "not tracking": lambda n: nn.BatchNorm2d(n, track_running_stats=False),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm", OTHER_NORMS.values(), ids=OTHER_NORMS)
+def test_any_norm(norm: Callable[[int], nn.Module], training: bool) -> None:
+    module, twin = _modules(norm, norm)
+    module.train(training)
+    twin.train(training)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        _assert_same_step(compiled, module, twin, _randn(4, 16, 3, 5))
+
+
+def test_any_activation() -> None:
+    module, twin = _modules(nn.BatchNorm2d)
+
+    class Net(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+            self.act1 = nn.PReLU(dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            m = self.module
+            modules = {"bn0": m.bn0, "act0": nn.ReLU(), "fc1": m.fc1, "bn1": m.bn1, "fc2": m.fc2}
+            options = {"radix": 2, "cardinality": 2, "backend": "auto"}
+            return fused_attention(m.conv(x), **modules, act1=self.act1, **options)
+
+    recorder = OpRecorder()
+    net, other = Net(module), Net(twin)
+    compiled = torch.compile(net, fullgraph=True, backend=recorder.backend)
+    _assert_same_step(compiled, net, other, _randn(4, 16, 3, 5))
+    assert _fused_ops(recorder.forward) == ["batch_statistics", *FIRST_PHASES]
+
+
+class Break(nn.Module):
+    """Ends the graph that is being traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return x
+
+
+def _broken_norm(features: int) -> nn.Module:
+    return nn.Sequential(nn.GroupNorm(2, features), Break())
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("norm0", [None, nn.BatchNorm2d], ids=["attention", "conv"])
+def test_graph_break_between_the_fcs(norm0: NormLayer, memory_format: torch.memory_format) -> None:
+    """The two halves of the op, then in graphs of their own, still share one pass of backward."""
+    recorder = OpRecorder()
+    module, twin = _modules(norm0, _broken_norm)
+    for m in (module, twin):
+        m.to(memory_format=memory_format)
+    compiled = torch.compile(module, backend=recorder.backend)
+    x = _randn(4, 16, 3, 5).contiguous(memory_format=memory_format)
+    _assert_same_step(compiled, module, twin, x)
+    statistics = [] if norm0 is None else ["batch_statistics"]
+    sums = [] if norm0 is None else ["prologue_backward"]
+    assert _fused_ops(recorder.forward) == [*statistics, *FIRST_PHASES]
+    assert _fused_ops(recorder.backward) == [LAST_PHASES[0], *sums, LAST_PHASES[1]]
+
+
+def test_graph_break_and_any_batch() -> None:
+    module, twin = _modules(nn.BatchNorm2d, _broken_norm)
+    compiled = torch.compile(module, backend="aot_eager", dynamic=True)
+    for batch in (4, 7):
+        _assert_same_step(compiled, module, twin, _randn(batch, 16, 3, 5))
+
+
+def test_graph_break_with_inductor() -> None:
+    module, twin = _modules(nn.BatchNorm2d, _broken_norm)
+    _assert_same_step(torch.compile(module), module, twin, _randn(4, 16, 3, 5))
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -107,25 +273,38 @@ def test_function(norm: str) -> None:
         torch.testing.assert_close(grad, expected[name], msg=name)
 
 
+MODULES = {
+    "attention": (None, nn.BatchNorm2d),
+    "conv": (nn.BatchNorm2d, nn.BatchNorm2d),
+    "group": (nn.BatchNorm2d, _group_norm),
+}
+any_module = pytest.mark.parametrize(("norm0", "norm1"), MODULES.values(), ids=MODULES)
+
+
+SIZES = ((4, 3, 5), (2, 3, 5), (7, 6, 2), (33, 4, 4))
+
+
+@any_module
 @pytest.mark.parametrize("training", [True, False])
-def test_any_batch_runs_in_one_graph(training: bool) -> None:
-    module, twin = _modules()
+def test_any_size_runs_in_one_graph(training: bool, norm0: NormLayer, norm1: NormLayer) -> None:
+    module, twin = _modules(norm0, norm1)
     module.train(training)
     twin.train(training)
     counter = CompileCounter()
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
-    for batch in (4, 2, 7, 33):
-        x = _randn(batch, 16, 3, 5)
+    for batch, *pixels in SIZES:
+        x = _randn(batch, 16, *pixels)
         torch.testing.assert_close(compiled(x), twin(x))
     assert counter.frame_count == 1
 
 
-def test_any_batch_with_gradients() -> None:
-    module, twin = _modules()
+@any_module
+def test_any_size_with_gradients(norm0: NormLayer, norm1: NormLayer) -> None:
+    module, twin = _modules(norm0, norm1)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    for index, batch in enumerate((4, 2, 7, 33)):
-        x = _randn(batch, 16, 3, 5)
-        torch._dynamo.mark_dynamic(x, 0)
+    for index, (batch, *pixels) in enumerate(SIZES):
+        x = _randn(batch, 16, *pixels)
+        torch._dynamo.mark_dynamic(x, (0, 2, 3))
         with torch.compiler.set_stance("fail_on_recompile" if index else "default"):
             out = compiled(x)
         expected_out = twin(x)
@@ -136,18 +315,14 @@ def test_any_batch_with_gradients() -> None:
     torch.testing.assert_close(module.state_dict(), twin.state_dict())
 
 
-def test_inductor() -> None:
-    """The op among other ops that Inductor fuses, with channels_last activations."""
-    options = {"padding": 1, "cardinality": 2, "radix": 2}
-    module = rf.FusedSplitAttentionConv2d(8, 8, 3, **options).double()
-    module = module.to(memory_format=torch.channels_last)
-    twin = copy.deepcopy(module)
-    compiled = torch.compile(module, fullgraph=True)
-    x = _randn(4, 8, 6, 6).contiguous(memory_format=torch.channels_last)
-    ours = _step(compiled, list(module.parameters()), x)
-    expected = _step(twin, list(twin.parameters()), x)
-    for a, b in zip(ours, expected, strict=True):
-        torch.testing.assert_close(a, b)
+@pytest.mark.parametrize("norm1", [nn.BatchNorm2d, _group_norm], ids=["batch", "group"])
+def test_inductor(norm1: NormLayer) -> None:
+    """The ops among others that Inductor fuses, with channels_last activations."""
+    module, twin = _modules(nn.BatchNorm2d, norm1)
+    for m in (module, twin):
+        m.to(memory_format=torch.channels_last)
+    x = _randn(4, 16, 6, 6).contiguous(memory_format=torch.channels_last)
+    _assert_same_step(torch.compile(module, fullgraph=True), module, twin, x)
 
 
 def test_autocast() -> None:

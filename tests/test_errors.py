@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import resnest_fused as rf
+from resnest_fused.functional import attend
 
 B, C, R, K, INTER = 3, 12, 2, 2, 6
 
@@ -239,37 +240,105 @@ WRONG: list[tuple[type[Exception], str, Callable[[dict[str, Any]], dict[str, Any
 ]
 
 
-# With bn0 the arguments are checked in Python at once; without it the op is tried first.
+# With batch statistics the arguments are checked in Python at once; else the op is tried first.
+WAYS: dict[str, dict[str, Any]] = {
+    "bn0": {},
+    "bn0-eval": {"training": False},
+    "relu": {"bn0": None, "relu": True},
+    "relu-eval": {"bn0": None, "relu": True, "training": False},
+    "plain-eval": {"bn0": None, "training": False},
+}
+
+
+def _applies(way: str, message: str) -> bool:
+    needs_bn0 = message.startswith("bn0")
+    needs_training = "when training" in message
+    return not (needs_bn0 and "bn0" not in way) and not (needs_training and "eval" in way)
+
+
+def _assert_raises(
+    call: Callable[..., torch.Tensor],
+    wrong: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    """And leaves running statistics as they were."""
+    norms = [wrong[name] for name in ("bn0", "bn1") if wrong.get(name) is not None]
+    before = copy.deepcopy(norms)
+    with pytest.raises(error, match=f"^{re.escape(message)}$") as raised:
+        call(**wrong)
+    assert type(raised.value) is error
+    for norm, kept in zip(norms, before, strict=True):
+        for ours, expected in zip(norm[2:4], kept[2:4], strict=True):
+            if ours is not None and ours.device.type == "cpu":
+                assert torch.equal(ours, expected), "a failing call changed running statistics"
+
+
 @pytest.mark.parametrize(
-    ("error", "message", "change", "has_bn0"),
-    [
-        (*wrong, has_bn0)
-        for wrong in WRONG
-        for has_bn0 in (True, False)
-        if has_bn0 or "bn0" not in wrong[1]
-    ],
+    ("error", "message", "change", "way"),
+    [(*wrong, way) for wrong in WRONG for way in WAYS if _applies(way, wrong[1])],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_wrong_argument(
     error: type[Exception],
     message: str,
     change: Callable[[dict[str, Any]], dict[str, Any]],
-    has_bn0: bool,
+    way: str,
 ) -> None:
-    arguments = _arguments()
-    if not has_bn0:
-        arguments["bn0"] = None
+    arguments = _arguments() | WAYS[way]
     rf.split_attention(**arguments)
-    wrong = {**arguments, **change(arguments)}
-    norms = [wrong[name] for name in ("bn0", "bn1") if wrong[name] is not None]
-    before = copy.deepcopy(norms)
-    with pytest.raises(error, match=f"^{re.escape(message)}$") as raised:
-        rf.split_attention(**wrong)
-    assert type(raised.value) is error
-    for norm, kept in zip(norms, before, strict=True):
-        for ours, expected in zip(norm[2:4], kept[2:4], strict=True):
-            if ours is not None and ours.device.type == "cpu":
-                assert torch.equal(ours, expected), "a failing call changed running statistics"
+    _assert_raises(rf.split_attention, arguments | change(arguments), error, message)
+
+
+# --- around any map from gap to logits
+
+
+def _attend_arguments(way: str) -> dict[str, Any]:
+    arguments = _arguments() | WAYS[way]
+    kept = {name: arguments[name] for name in ("x", "radix", "cardinality", "bn0", "training")}
+    return {**kept, "relu": "relu" in way, "mlp": lambda gap: torch.cat((gap, gap), dim=1)}
+
+
+# What is wrong with x, radix, cardinality, bn0 or backend.
+WRONG_MAP = [wrong for wrong in WRONG if not re.match("fc|bn1", wrong[1])]
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "change", "way"),
+    [(*wrong, way) for wrong in WRONG_MAP for way in WAYS if _applies(way, wrong[1])],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_argument_of_attend(
+    error: type[Exception],
+    message: str,
+    change: Callable[[dict[str, Any]], dict[str, Any]],
+    way: str,
+) -> None:
+    arguments = _attend_arguments(way)
+    attend(**arguments)
+    never_called: Any = None
+    wrong = arguments | change(arguments) | {"mlp": never_called}
+    _assert_raises(attend, wrong, error, message)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "shape",
+    [(B, R * C), (B, C, 1, 1), (1, R * C, 1, 1), (B, R * C, 4, 5), (B, R, C, 1, 1), ()],
+    ids=str,
+)
+def test_logits_of_another_shape(shape: tuple[int, ...], way: str) -> None:
+    wrong = _attend_arguments(way) | {"mlp": lambda gap: gap.new_zeros(shape)}
+    message = f"logits: expected shape ({B}, {R * C}, 1, 1), got {shape}"
+    _assert_raises(attend, wrong, ValueError, message)
+
+
+def test_module_whose_fc2_gives_other_logits() -> None:
+    module = rf.FusedSplitAttention(8, norm_layer=lambda n: torch.nn.GroupNorm(4, n))
+    module.fc2 = torch.nn.Conv2d(32, 15, 1)
+    message = "logits: expected shape (2, 16, 1, 1), got (2, 15, 1, 1)"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        module(torch.randn(2, 16, 4, 4))
 
 
 def test_one_sample_in_training_is_refused_as_pytorch_refuses_it() -> None:
