@@ -48,10 +48,6 @@ class _Pair(NamedTuple):
     def norm(self) -> Any:
         return self.norm_parent._modules[self.norm_name]
 
-    def replace(self, conv: nn.Module, norm: nn.Module) -> None:
-        self.conv_parent._modules[self.conv_name] = conv
-        self.norm_parent._modules[self.norm_name] = norm
-
 
 def fold_attention(module: nn.Module) -> list[str]:
     """Fold a split-attention module's ``bn0`` into ``conv`` and ``bn1`` into ``fc1``.
@@ -81,16 +77,17 @@ def fold_network(model: nn.Module) -> None:
 
 
 def unfold(model: nn.Module) -> None:
-    """Undo both: the original layers, where ``model`` is now and in its dtype."""
-    for module in list(model.modules()):
-        pairs = [*_named_pairs(module, _ATTENTION), *_pairs_of_network(module)]
-        for pair in pairs:
-            if isinstance(pair.norm, FoldedNorm):
-                weight, training = pair.conv.weight, pair.norm.training
-                originals = pair.norm.originals
-                for original in originals:
-                    original.to(weight.device, weight.dtype).train(training)
-                pair.replace(*originals)
+    """Undo both: the original layers, where ``model`` is now, in its dtype where that changed."""
+    for parent in list(model.modules()):
+        for name, folded in list(parent._modules.items()):
+            if isinstance(folded, FoldedNorm):
+                conv_parent, conv_name = folded.place
+                conv: Any = conv_parent._modules[conv_name]
+                for original in folded.originals:
+                    original.to(conv.weight.device).train(folded.training)
+                    if conv.weight.dtype != folded.dtype:
+                        original.to(conv.weight.dtype)
+                conv_parent._modules[conv_name], parent._modules[name] = folded.originals
 
 
 def count_folded(model: nn.Module) -> int:
@@ -113,7 +110,7 @@ def _named_pairs(module: nn.Module, names: tuple[tuple[str, str], ...]) -> list[
 
 
 def _pairs_of_network(module: nn.Module) -> list[_Pair]:
-    if type(module) is nn.Sequential:
+    if type(module) is nn.Sequential and "forward" not in vars(module):
         names = list(module._modules)
         return [_Pair(module, a, module, b) for a, b in itertools.pairwise(names)]
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
@@ -127,7 +124,10 @@ def _fold(pair: _Pair) -> str | None:
         return None
     reason = _obstacle(pair)
     if reason is None:
-        pair.replace(_folded_conv(conv, norm), FoldedNorm(conv, norm))
+        folded = _folded_conv(conv, norm)
+        placeholder = FoldedNorm(conv, norm, pair.conv_parent, pair.conv_name)
+        pair.conv_parent._modules[pair.conv_name] = folded
+        pair.norm_parent._modules[pair.norm_name] = placeholder
     return reason
 
 
@@ -142,6 +142,8 @@ def _obstacle(pair: _Pair) -> str | None:
         return f"{pair.conv_name}: expected a Conv2d, got {type(conv).__name__}"
     if intercepted(conv) is not None:
         return f"{pair.conv_name}: {intercepted(conv)}"
+    if args.running_mean is None or args.running_mean.shape[0] != conv.out_channels:
+        return f"it does not have the {conv.out_channels} features of {pair.conv_name}"
     return None
 
 

@@ -119,11 +119,16 @@ class FoldedNorm(nn.Identity):
 
     Attributes:
         originals: the convolution and the norm, as they were; no part of this module's state.
+        place: the parent of the convolution and its name there.
+        dtype: of the convolution when it was folded.
     """
 
-    def __init__(self, conv: nn.Module, norm: nn.Module) -> None:
+    def __init__(self, conv: nn.Conv2d, norm: nn.Module, parent: nn.Module, name: str) -> None:
         super().__init__()
+        # In tuples, as modules that were attributes would become children.
         self.originals = (conv, norm)
+        self.place = (parent, name)
+        self.dtype = conv.weight.dtype
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -194,6 +199,8 @@ def batch_norm_args(bn: Any) -> BatchNormArgs | None:
         return None
     buffers = bn._buffers
     if kind == "frozen":
+        if not isinstance(getattr(bn, "eps", None), float):
+            return None
         statistics = buffers["running_mean"], buffers["running_var"]
         return BatchNormArgs(bn.weight, bn.bias, *statistics, eps=bn.eps, batch_stats=False)
     training = bn.training

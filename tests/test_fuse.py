@@ -542,3 +542,48 @@ def test_folding_later_and_twice():
         assert [entry.folded for entry in report.entries] == [True] * 3
     assert "fused and folded: stem" in str(report)
     assert str(report).startswith("3 fused, 0 left alone; 5 batch normalisations folded")
+
+
+def test_unfolding_keeps_each_layer_s_dtype():
+    model = randomise(SplitAttentionConv2d(4, 8, 3)).bfloat16().eval()
+    model.bn0.float()
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    fuse(model, fold=True)
+    unfuse(model)
+    assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
+    assert model.bn0.running_var.dtype == torch.float32
+
+
+def test_unfolding_after_the_stem_got_a_hook():
+    model = resnest50(num_classes=5, fused=False).eval()
+    fuse(model, fold=True)
+    model.conv1.register_forward_hook(lambda *_: None)
+    unfuse(model)
+    assert isinstance(model.bn1, nn.BatchNorm2d) and fuse(model).folded_norms == 0
+
+
+def test_folding_leaves_what_is_no_chain():
+    norm = randomise(nn.Sequential(nn.BatchNorm2d(4))).eval()[0]
+    replaced = nn.Sequential(nn.Conv2d(4, 4, 1), norm).eval()
+    patch_forward(replaced)
+    mismatched = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(5)).eval()
+    for model in (replaced, mismatched):
+        assert fuse(model, fold=True).folded_norms == 0
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """As DETR's: its eps is no attribute."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(features) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + 1e-5).rsqrt()
+        return x * scale[:, None, None] + (self.bias - self.running_mean * scale)[:, None, None]
+
+
+def test_a_frozen_norm_without_eps_is_called():
+    model = SplitAttentionConv2d(4, 8, 3, norm_layer=FrozenBatchNorm2d)
+    assert_fuses(model, [features(8, 4, 5, 5, seed=seed) for seed in range(4)])
