@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace resnest_fused {
@@ -33,6 +34,17 @@ bool has_strides(const Tensor& t, const int64_t (&expected)[4]) {
 bool is_channels_last(const Tensor& t) {
   const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
   return has_strides(t, {h * w * c, 1, w * c, c});
+}
+
+// The tensor in the given layout: itself, or one contiguous copy.
+Tensor in_layout(const Tensor& tensor, Layout layout) {
+  using torch::headeronly::MemoryFormat;
+  const bool fits = layout == Layout::kNchw ? tensor.is_contiguous() : is_channels_last(tensor);
+  if (fits) {
+    return tensor;
+  }
+  return torch::stable::contiguous(
+      tensor, layout == Layout::kNchw ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast);
 }
 
 Tensor empty_strided(const Tensor& x, const std::vector<int64_t>& sizes,
@@ -88,8 +100,7 @@ void take_norm(const std::string& name, NormTensors& norm, int64_t features, int
                   ": expected more than 1 value per channel when training");
 }
 
-}  // namespace
-
+// The map that x is; cardinality 1 and no FCs.
 Problem make_problem(const Tensor& x, int64_t radix) {
   STD_TORCH_CHECK(x.dim() == 4, "x: expected 4 dimensions, got ", x.dim());
   STD_TORCH_CHECK(radix >= 1, "radix: expected at least 1, got ", radix);
@@ -114,13 +125,18 @@ Problem make_problem(const Tensor& x, int64_t radix) {
   return problem;
 }
 
-void take_prologue(const Problem& problem, PrologueTensors& tensors, const Tensor& x) {
-  STD_TORCH_CHECK(tensors.relu || !tensors.bn0.present(), "relu: expected True behind bn0");
-  take_norm("bn0", tensors.bn0, problem.features(), problem.batch * problem.pixels(), x);
+}  // namespace
+
+Map make_map(const Tensor& x, int64_t radix, PrologueTensors prologue) {
+  const Problem problem = make_problem(x, radix);
+  STD_TORCH_CHECK(prologue.relu || !prologue.bn0.present(), "relu: expected True behind bn0");
+  take_norm("bn0", prologue.bn0, problem.features(), problem.batch * problem.pixels(), x);
+  return {problem, in_layout(x, problem.layout), std::move(prologue)};
 }
 
-void take_attention(Problem& problem, AttentionTensors& tensors, int64_t cardinality,
-                    const Tensor& x) {
+void take_attention(Map& map, AttentionTensors& tensors, int64_t cardinality) {
+  Problem& problem = map.problem;
+  const Tensor& x = map.x;
   STD_TORCH_CHECK(cardinality >= 1, "cardinality: expected at least 1, got ", cardinality);
   STD_TORCH_CHECK(problem.channels % cardinality == 0,
                   "x: expected channels divisible by radix * cardinality, got ",
@@ -144,6 +160,13 @@ void take_attention(Problem& problem, AttentionTensors& tensors, int64_t cardina
   take_norm("bn1", tensors.bn1, inter, problem.batch, x);
 }
 
+void take_dout(const Map& map, Tensor& dout) {
+  const Problem& p = map.problem;
+  check_shape("dout", dout, {p.batch, p.channels, p.height, p.width}, map.x);
+  STD_TORCH_CHECK(dout.scalar_type() == p.dtype, "dout: expected x's dtype");
+  dout = in_layout(dout, p.layout);
+}
+
 void take_crumb(const char* name, Tensor& crumb, std::initializer_list<int64_t> sizes,
                 const Problem& problem, const Tensor& x) {
   check_shape(name, crumb, sizes, x);
@@ -152,28 +175,18 @@ void take_crumb(const char* name, Tensor& crumb, std::initializer_list<int64_t> 
   crumb = in_layout(crumb, Layout::kNchw);
 }
 
-void take_dout(const Problem& problem, Tensor& dout, const Tensor& x) {
-  check_shape("dout", dout, {problem.batch, problem.channels, problem.height, problem.width}, x);
-  STD_TORCH_CHECK(dout.scalar_type() == problem.dtype, "dout: expected x's dtype");
-  dout = in_layout(dout, problem.layout);
+int64_t radix_of(const Tensor& attention) {
+  STD_TORCH_CHECK(attention.dim() == 3, "attention: expected 3 dimensions (B, R, C)");
+  return attention.size(1);
 }
 
-Tensor in_layout(const Tensor& tensor, Layout layout) {
-  using torch::headeronly::MemoryFormat;
-  const bool fits = layout == Layout::kNchw ? tensor.is_contiguous() : is_channels_last(tensor);
-  if (fits) {
-    return tensor;
-  }
-  return torch::stable::contiguous(
-      tensor, layout == Layout::kNchw ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast);
-}
-
-Tensor empty_map(const Problem& p, int64_t features, const Tensor& x) {
+Tensor empty_map(const Map& map, int64_t features) {
+  const Problem& p = map.problem;
   const std::vector<int64_t> sizes{p.batch, features, p.height, p.width};
   const int64_t sample = features * p.pixels();
   return p.layout == Layout::kNchw
-             ? empty_strided(x, sizes, {sample, p.pixels(), p.width, 1}, p.dtype)
-             : empty_strided(x, sizes, {sample, 1, p.width * features, features}, p.dtype);
+             ? empty_strided(map.x, sizes, {sample, p.pixels(), p.width, 1}, p.dtype)
+             : empty_strided(map.x, sizes, {sample, 1, p.width * features, features}, p.dtype);
 }
 
 Tensor empty_on(const Tensor& x, std::initializer_list<int64_t> sizes, ScalarType dtype) {

@@ -1,10 +1,11 @@
-// One validated call: its sizes, layout and dtype, shared by every device.
+// One validated call: its sizes, layout, dtype and tensors, shared by every device.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 
 namespace resnest_fused {
@@ -61,28 +62,60 @@ struct AttentionTensors {
   std::optional<Tensor> fc2_bias;  // (R*C)
 };
 
-// The three functions below check what memory safety needs and throw (RuntimeError in Python)
-// naming the tensor. Parameters have x's dtype or float32; those given are made contiguous.
+// The map x with what it goes through.
+struct Map {
+  Problem problem;  // cardinality 1 and inter 0 where there are no FCs
+  Tensor x;         // (B, R*C, H, W), in the problem's layout
+  PrologueTensors prologue;
+};
 
-// The map that x is, in `radix` splits; cardinality 1 and no FCs.
-Problem make_problem(const Tensor& x, int64_t radix);
-void take_prologue(const Problem& problem, PrologueTensors& tensors, const Tensor& x);
-// Also sets the problem's cardinality and inter.
-void take_attention(Problem& problem, AttentionTensors& tensors, int64_t cardinality,
-                    const Tensor& x);
+// What the forward in training hands on, in the accumulator's dtype; statistics without elements
+// where they are not the batch's.
+struct Crumbs {
+  Tensor gap;        // (B, C)
+  Tensor hidden;     // (B, I)
+  Tensor attention;  // (B, R, C)
+  Tensor bn0_mean;   // (R*C)
+  Tensor bn0_var;    // (R*C), biased
+  Tensor bn1_mean;   // (I)
+  Tensor bn1_var;    // (I), biased
+};
+
+// The gradients, in the order of the op's results, each of the shape and the dtype of what it
+// belongs to; absent where not needed.
+struct Gradients {
+  std::optional<Tensor> x;
+  std::optional<Tensor> bn0_weight;
+  std::optional<Tensor> bn0_bias;
+  std::optional<Tensor> fc1_weight;
+  std::optional<Tensor> fc1_bias;
+  std::optional<Tensor> fc2_weight;
+  std::optional<Tensor> fc2_bias;
+  std::optional<Tensor> bn1_weight;
+  std::optional<Tensor> bn1_bias;
+};
+
+// The functions below check what memory safety needs and throw (RuntimeError in Python) naming the
+// tensor. Parameters have x's dtype or float32; those given are made contiguous.
+
+// The map x in `radix` splits, brought into one of the layouts; no FCs as yet.
+Map make_map(const Tensor& x, int64_t radix, PrologueTensors prologue);
+
+// The FCs and bn1 behind the map; sets its cardinality and inter.
+void take_attention(Map& map, AttentionTensors& tensors, int64_t cardinality);
+
+// dout, brought into x's layout.
+void take_dout(const Map& map, Tensor& dout);
 
 // A crumb that this library made: of this shape, in the accumulator's dtype, made contiguous.
 void take_crumb(const char* name, Tensor& crumb, std::initializer_list<int64_t> sizes,
                 const Problem& problem, const Tensor& x);
 
-// dout, checked and in x's layout.
-void take_dout(const Problem& problem, Tensor& dout, const Tensor& x);
+// The radix of an attention (B, R, C).
+int64_t radix_of(const Tensor& attention);
 
-// The tensor in the given layout: itself, or one contiguous copy.
-Tensor in_layout(const Tensor& tensor, Layout layout);
-
-// A fresh (batch, features, H, W) tensor in the problem's dtype and layout on x's device.
-Tensor empty_map(const Problem& problem, int64_t features, const Tensor& x);
+// A fresh (batch, features, H, W) tensor in x's dtype and layout and on its device.
+Tensor empty_map(const Map& map, int64_t features);
 
 // A fresh contiguous tensor on x's device.
 Tensor empty_on(const Tensor& x, std::initializer_list<int64_t> sizes, ScalarType dtype);

@@ -25,7 +25,7 @@ int64_t pool_backward_sums(const Prologue<A>& prologue) {
   return prologue.active ? kPrologueSums : 1;
 }
 
-// partial = sum_p dout x, or with a prologue the sums that prologue.h names, over units
+// partial = sum_p dout x, or with a prologue the sums that prologue_sums.h names, over units
 // [begin, end), one thread. Reads R + 1 units.
 template <typename T>
 void pool_backward_units(const Problem& problem, const Prologue<Acc<T>>& prologue,

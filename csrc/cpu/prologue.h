@@ -11,6 +11,7 @@
 #include "cpu/norm.h"
 #include "cpu/simd.h"
 #include "problem.h"
+#include "prologue_sums.h"
 
 namespace resnest_fused::cpu {
 
@@ -78,13 +79,7 @@ template <typename T>
 void batch_statistics(const Problem& problem, const T* x /* (B, R*C, H, W) */,
                       Acc<T>* mean /* (R*C) */, Acc<T>* var /* (R*C) */);
 
-// The sums of the pool's backward, S1 = sum_p m g, S2 = sum_p m, S3 = sum_p m xhat g and
-// S4 = sum_p m xhat with m = [bn0(x) > 0], in this order, give the gradients
-//   dattention = gamma S3 + beta S1
-//   dgamma     = sum_b (attention S3 + dgap/HW S4)
-//   dbeta      = sum_b (attention S1 + dgap/HW S2)
-inline constexpr int64_t kPrologueSums = 4;
-
+// The gradients that the sums of the pool's backward give, as in prologue_sums.h.
 template <typename A>
 void prologue_dattention(const Problem& problem, const Prologue<A>& prologue,
                          const A* sums /* (B, 4, R, C) */, A* dattention /* (B, R, C) */);

@@ -1,4 +1,4 @@
-// From the ops' tensors to what the kernels take, and back: dtypes, fresh results, norms.
+// From the ops' tensors to what the kernels take, and back: dtypes, fresh memory, norms.
 #pragma once
 
 #include <algorithm>
@@ -120,11 +120,11 @@ Norm<A> make_norm(const NormTensors& tensors, int64_t features) {
 }
 
 template <typename A>
-Prologue<A> make_prologue(const Problem& p, const PrologueTensors& tensors) {
+Prologue<A> make_prologue(const Map& map) {
   Prologue<A> prologue;
-  prologue.active = tensors.relu;
+  prologue.active = map.prologue.relu;
   if (prologue.active) {
-    prologue.bn0 = make_norm<A>(tensors.bn0, p.features());
+    prologue.bn0 = make_norm<A>(map.prologue.bn0, map.problem.features());
     prologue.set_scale_and_shift();
   }
   return prologue;
@@ -140,34 +140,36 @@ A* data(const Tensor& tensor) {
   return static_cast<A*>(tensor.mutable_data_ptr());
 }
 
-// A gradient in the accumulator's type that becomes a tensor of its parameter's dtype and shape.
+// A gradient in the accumulator's type on its way to a tensor of its parameter's dtype.
 template <typename A>
 class Gradient {
  public:
-  Gradient(bool needed, const Tensor& x, std::initializer_list<int64_t> sizes, ScalarType dtype)
-      : tensor_(needed ? empty_on(x, sizes, dtype) : empty_on(x, {0}, dtype)), needed_(needed) {
-    if (needed && dtype != kAccDtype<A>) {
-      buffer_ = uninitialized<A>(tensor_.numel());
+  explicit Gradient(const std::optional<Tensor>& tensor) : tensor_(tensor) {
+    if (tensor.has_value() && tensor->scalar_type() != kAccDtype<A>) {
+      buffer_ = uninitialized<A>(tensor->numel());
     }
   }
 
-  A* get() const { return !needed_ ? nullptr : buffer_ ? buffer_.get() : data<A>(tensor_); }
+  // Null where there is no tensor.
+  A* get() const {
+    return buffer_ ? buffer_.get() : tensor_.has_value() ? data<A>(*tensor_) : nullptr;
+  }
 
-  Tensor take() {
-    if (buffer_) {
-      for_dtype(tensor_.scalar_type(), [&](auto tag) {
-        using P = decltype(tag);
-        if constexpr (kMeets<A, P> && !std::is_same_v<A, P>) {
-          convert(const_cast<const A*>(buffer_.get()), tensor_.numel(), data<P>(tensor_));
-        }
-      });
+  // Into the tensor what is not there yet.
+  void store() const {
+    if (!buffer_) {
+      return;
     }
-    return tensor_;
+    for_dtype(tensor_->scalar_type(), [&](auto tag) {
+      using P = decltype(tag);
+      if constexpr (kMeets<A, P> && !std::is_same_v<A, P>) {
+        convert(const_cast<const A*>(buffer_.get()), tensor_->numel(), data<P>(*tensor_));
+      }
+    });
   }
 
  private:
-  Tensor tensor_;
-  bool needed_;
+  std::optional<Tensor> tensor_;
   std::unique_ptr<A[]> buffer_;
 };
 
