@@ -1,0 +1,610 @@
+// Runs kernels on the CPU, one after the other: CUDA threads are coroutines of the thread that
+// launches, so that a barrier costs nanoseconds and every run of a kernel is repeatable.
+//
+// `resident_blocks` blocks at a time run concurrently; which of their threads goes on is drawn at
+// random from the `seed`. Shared memory starts as NaN. A launch fails when all of its threads wait
+// for each other, at barriers or in loops, or when a warp operation is not one of the whole warp.
+//
+// ThreadSanitizer takes each coroutine for a thread. This file is compiled without it and declares
+// what orders memory in CUDA: __syncthreads, __syncwarp, the beginning and the end of a launch.
+// Shuffles order nothing, nor does one block's end with another's beginning. (A coroutine runs
+// threads of several blocks; which ones, is drawn too, so that such an order does not last.)
+#include <cuda_runtime.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <iterator>
+#include <memory>
+#include <random>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#if defined(CUDA_ON_HOST_THREAD)
+#include <sanitizer/tsan_interface.h>
+extern "C" void AnnotateIgnoreReadsBegin(const char* file, int line);
+extern "C" void AnnotateIgnoreReadsEnd(const char* file, int line);
+#elif defined(CUDA_ON_HOST_ADDRESS)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+constinit thread_local uint3 threadIdx{};
+constinit thread_local uint3 blockIdx{};
+constinit thread_local dim3 blockDim{};
+constinit thread_local dim3 gridDim{};
+
+namespace {
+
+constexpr unsigned kWarpThreads = 32;
+constexpr unsigned kFullMask = 0xffffffff;
+constexpr unsigned kMaxBlockThreads = 1024;
+constexpr size_t kStackBytes = 256 << 10;
+// Loads of atomics after which a thread is taken to wait for another.
+constexpr unsigned kLoads = 16;
+// Turns, and turns a thread, in which nobody does anything but wait in a loop.
+constexpr uint64_t kIdleTurns = 100'000;
+constexpr uint64_t kIdleTurnsOfThread = 100;
+
+struct Options {
+  int64_t resident_blocks = 3;
+  int64_t shared_memory_limit = 48 << 10;  // bytes a block
+  int64_t seed = 0;
+} options;
+
+// --- ThreadSanitizer: what came before a release is known to whoever acquires the same address
+
+void release(void* address) {
+#if defined(CUDA_ON_HOST_THREAD)
+  __tsan_release(address);
+#else
+  static_cast<void>(address);
+#endif
+}
+
+void acquire(void* address) {
+#if defined(CUDA_ON_HOST_THREAD)
+  __tsan_acquire(address);
+#else
+  static_cast<void>(address);
+#endif
+}
+
+// While it lives, this thread's own reads, writes, allocations and frees go unseen.
+struct Unseen {
+#if defined(CUDA_ON_HOST_THREAD)
+  Unseen() { AnnotateIgnoreReadsBegin(__FILE__, __LINE__); }
+  ~Unseen() { AnnotateIgnoreReadsEnd(__FILE__, __LINE__); }
+#else
+  Unseen() {}
+#endif
+};
+
+// --- coroutines
+
+// A place to continue from: what __builtin_setjmp stores, and what the sanitizer has to be told.
+struct Context {
+  void* registers[5];
+#if defined(CUDA_ON_HOST_THREAD)
+  void* fiber;
+#elif defined(CUDA_ON_HOST_ADDRESS)
+  void* fake_stack;
+  const void* stack;
+  size_t stack_bytes;
+#endif
+};
+
+// These two are functions of their own because registers live only in the frame that saves them,
+// and not to be analysed because between call and return all other registers change.
+[[gnu::noipa]] void jump(Context& to) { __builtin_longjmp(to.registers, 1); }
+
+[[gnu::noipa]] void save_and_jump(Context& from, Context& to) {
+  if (!__builtin_setjmp(from.registers)) {
+    jump(to);
+  }
+}
+
+// The first thing that a context does after a switch from `previous`.
+void arrive(Context& here, Context& previous) {
+#if defined(CUDA_ON_HOST_ADDRESS)
+  __sanitizer_finish_switch_fiber(here.fake_stack, &previous.stack, &previous.stack_bytes);
+#else
+  static_cast<void>(here), static_cast<void>(previous);
+#endif
+}
+
+// Continue `to`, until it switches back.
+void switch_context(Context& here, Context& to) {
+#if defined(CUDA_ON_HOST_THREAD)
+  __tsan_switch_to_fiber(to.fiber, __tsan_switch_to_fiber_no_sync);
+#elif defined(CUDA_ON_HOST_ADDRESS)
+  __sanitizer_start_switch_fiber(&here.fake_stack, to.stack, to.stack_bytes);
+#endif
+  save_and_jump(here, to);
+  arrive(here, to);
+}
+
+// Why a thread does not run.
+enum class State {
+  kReady,
+  kInLoop,
+  kAtSyncThreads,
+  kAtSyncWarp,
+  kAtShuffle,
+  kInPartOfWarp,
+  kEnded,
+};
+constexpr const char* kStateNames[] = {
+    "ready",         "waiting in a loop", "at __syncthreads",
+    "at __syncwarp", "at a shuffle",      "at an operation of part of a warp",
+    "ended"};
+
+struct Block;
+
+struct Coroutine {
+  Context context;
+  char* stack;
+  Block* block;
+  unsigned thread;  // in its block
+  unsigned loads;   // in this turn
+  State state;
+};
+
+// --- blocks
+
+struct Launch {
+  const cudaLaunchConfig_t& config;
+  void (*run_thread)(const void*);
+  const void* kernel;
+  char begin = 0, end = 0;  // to release and acquire
+
+  unsigned threads() const { return config.blockDim.x * config.blockDim.y * config.blockDim.z; }
+  uint64_t blocks() const {
+    return uint64_t{config.gridDim.x} * config.gridDim.y * config.gridDim.z;
+  }
+};
+
+// Threads that wait until all that have not ended are here.
+struct Meeting {
+  unsigned expected = 0;
+  std::vector<Coroutine*> waiting;
+  // Alternate, so that a thread leaving learns nothing of the next meeting.
+  unsigned phase = 0;
+  char releases[2] = {};
+};
+
+struct Warp {
+  Meeting meeting;
+  // Alternate, so that a thread may give before the others have taken what it gave before.
+  uint64_t given[2][kWarpThreads] = {};
+};
+
+struct Block {
+  Block(const Launch& launch, uint64_t index)
+      : index(index),
+        coroutines(launch.threads()),
+        // Of exactly the bytes asked for: AddressSanitizer guards them.
+        shared_memory(static_cast<unsigned char*>(std::malloc(launch.config.dynamicSmemBytes))),
+        warps((launch.threads() + kWarpThreads - 1) / kWarpThreads) {
+    std::memset(shared_memory, 0xff, launch.config.dynamicSmemBytes);  // NaN in every dtype
+    meeting.expected = launch.threads();
+    for (unsigned thread = 0; thread < launch.threads(); ++thread) {
+      ++warps[thread / kWarpThreads].meeting.expected;
+    }
+  }
+  ~Block() { std::free(shared_memory); }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+
+  const uint64_t index;
+  std::vector<Coroutine*> coroutines;
+  unsigned char* const shared_memory;
+  Meeting meeting;
+  std::vector<Warp> warps;
+};
+
+// Runs launches for one thread of the host. A coroutine says what it waits for and stops; here the
+// books are kept.
+class Scheduler {
+ public:
+  // Why the launch failed, if it did.
+  std::string run(Launch& launch);
+
+  // For the coroutine that runs.
+  void wait_as(State state) {
+    current->state = state;
+    switch_context(current->context, context_);
+  }
+  Warp& warp() { return current->block->warps[current->thread / kWarpThreads]; }
+  [[noreturn]] void run_threads();
+
+  Coroutine* current = nullptr;
+
+ private:
+  void begin_coroutine(Coroutine& coroutine);
+  void begin_block(uint64_t index);
+  void take_turn(size_t place);
+  void join(Meeting& meeting);
+  void leave(Meeting& meeting);
+  void finish(Meeting& meeting);
+  void give_up();
+  std::string describe(const Block& block) const;
+
+  Context context_;
+  Launch* launch_ = nullptr;
+  std::vector<Coroutine*> free_;
+  std::vector<Coroutine*> ready_;
+  // On the heap: what ThreadSanitizer knows of an address ends when it is freed.
+  std::vector<std::unique_ptr<Block>> resident_;
+  std::minstd_rand random_;
+  uint64_t idle_turns_ = 0;  // in a row
+  std::string failure_;
+};
+
+// A host thread keeps its own, as coroutines cannot move to another one, and for good.
+Scheduler& scheduler() {
+  static thread_local Scheduler& of_thread = *new Scheduler;
+  return of_thread;
+}
+
+// The life of a coroutine: one thread of a block after the other.
+void Scheduler::run_threads() {
+  arrive(current->context, context_);
+  for (;;) {
+    Launch& launch = *launch_;
+    acquire(&launch.begin);
+    launch.run_thread(launch.kernel);
+    release(&launch.end);
+    wait_as(State::kEnded);
+  }
+}
+
+void Scheduler::begin_coroutine(Coroutine& coroutine) {
+#if defined(CUDA_ON_HOST_THREAD)
+  coroutine.context.fiber = __tsan_create_fiber(0);
+#elif defined(CUDA_ON_HOST_ADDRESS)
+  // One that was given up leaves its frames' guards behind.
+  __asan_unpoison_memory_region(coroutine.stack, kStackBytes);
+  coroutine.context.fake_stack = nullptr;
+  coroutine.context.stack = coroutine.stack;
+  coroutine.context.stack_bytes = kStackBytes;
+#endif
+  // makecontext changes the stack once; from then on __builtin_setjmp does, without system calls.
+  static thread_local ucontext_t entry, back;
+  static thread_local Context* entered;
+  getcontext(&entry);
+  entry.uc_stack.ss_sp = coroutine.stack;
+  entry.uc_stack.ss_size = kStackBytes;
+  entry.uc_link = nullptr;
+  entered = &coroutine.context;
+  const auto enter = [] {
+    if (!__builtin_setjmp(entered->registers)) {
+      swapcontext(&entry, &back);
+    }
+    scheduler().run_threads();
+  };
+  makecontext(&entry, enter, 0);
+  swapcontext(&back, &entry);
+}
+
+void Scheduler::begin_block(uint64_t index) {
+  resident_.push_back(std::make_unique<Block>(*launch_, index));
+  Block& block = *resident_.back();
+  while (free_.size() < launch_->threads()) {
+    const size_t guard = static_cast<size_t>(getpagesize());
+    void* const memory = mmap(nullptr, guard + kStackBytes, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED || mprotect(memory, guard, PROT_NONE)) {
+      std::perror("cuda_on_host: a stack");
+      std::abort();
+    }
+    free_.push_back(new Coroutine{});
+    free_.back()->stack = static_cast<char*>(memory) + guard;
+    begin_coroutine(*free_.back());
+  }
+  std::shuffle(free_.begin(), free_.end(), random_);
+  for (unsigned thread = 0; thread < launch_->threads(); ++thread) {
+    Coroutine* const coroutine = free_.back();
+    free_.pop_back();
+    coroutine->block = &block;
+    coroutine->thread = thread;
+    coroutine->state = State::kReady;
+    block.coroutines[thread] = coroutine;
+    ready_.push_back(coroutine);
+  }
+}
+
+void Scheduler::finish(Meeting& meeting) {
+  for (Coroutine* coroutine : meeting.waiting) {
+    coroutine->state = State::kReady;
+    ready_.push_back(coroutine);
+  }
+  meeting.waiting.clear();
+  meeting.phase ^= 1;
+}
+
+void Scheduler::join(Meeting& meeting) {
+  if (!meeting.waiting.empty() && meeting.waiting[0]->state != current->state) {
+    failure_ = "threads of a warp wait for each other at different operations";
+  }
+  meeting.waiting.push_back(current);
+  if (meeting.waiting.size() == meeting.expected) {
+    finish(meeting);
+  }
+}
+
+// A thread that has ended keeps nobody waiting.
+void Scheduler::leave(Meeting& meeting) {
+  --meeting.expected;
+  if (!meeting.waiting.empty() && meeting.waiting.size() == meeting.expected) {
+    finish(meeting);
+  }
+}
+
+// Lets the coroutine at this place of the ready ones run until it waits.
+void Scheduler::take_turn(size_t place) {
+  std::swap(ready_[place], ready_.back());
+  current = ready_.back();
+  ready_.pop_back();
+  Block& block = *current->block;
+  const dim3 grid = launch_->config.gridDim, shape = launch_->config.blockDim;
+  const unsigned thread = current->thread;
+  threadIdx = {thread % shape.x, thread / shape.x % shape.y, thread / shape.x / shape.y};
+  blockIdx = {static_cast<unsigned>(block.index % grid.x),
+              static_cast<unsigned>(block.index / grid.x % grid.y),
+              static_cast<unsigned>(block.index / grid.x / grid.y)};
+  current->loads = 0;
+  switch_context(context_, current->context);
+
+  idle_turns_ = current->state == State::kInLoop ? idle_turns_ + 1 : 0;
+  switch (current->state) {
+    case State::kInLoop:
+      ready_.push_back(current);
+      if (idle_turns_ > kIdleTurns + kIdleTurnsOfThread * ready_.size()) {
+        failure_ = "deadlock";
+      }
+      break;
+    case State::kAtSyncThreads:
+      join(block.meeting);
+      break;
+    case State::kAtShuffle:
+      if (warp().meeting.expected != kWarpThreads) {
+        failure_ = "a shuffle in a warp of fewer than 32 threads";
+      }
+      join(warp().meeting);
+      break;
+    case State::kAtSyncWarp:
+      join(warp().meeting);
+      break;
+    case State::kInPartOfWarp:
+      failure_ = "a warp operation that does not name the whole warp";
+      break;
+    case State::kEnded:
+      leave(warp().meeting);
+      leave(block.meeting);
+      free_.push_back(current);
+      if (block.meeting.expected == 0) {
+        std::erase_if(resident_, [&](const auto& one) { return one.get() == &block; });
+      }
+      break;
+    case State::kReady:
+      std::abort();  // a coroutine says why it stops
+  }
+}
+
+std::string Scheduler::describe(const Block& block) const {
+  size_t counts[std::size(kStateNames)] = {};
+  for (const Coroutine* coroutine : block.coroutines) {
+    // One that has ended may run in another block.
+    const bool here = coroutine->block == &block;
+    ++counts[static_cast<size_t>(here ? coroutine->state : State::kEnded)];
+  }
+  std::string text = "block " + std::to_string(block.index) + ":";
+  for (size_t state = 0; state < std::size(kStateNames); ++state) {
+    if (counts[state]) {
+      text += " " + std::to_string(counts[state]) + " " + kStateNames[state] + ",";
+    }
+  }
+  text.pop_back();
+  return text;
+}
+
+// Ends the threads of a launch that has failed, wherever they are.
+void Scheduler::give_up() {
+  for (const auto& block : resident_) {
+    failure_ += "; " + describe(*block);
+  }
+  for (const auto& block : resident_) {
+    for (Coroutine* coroutine : block->coroutines) {
+      if (coroutine->block == block.get() && coroutine->state != State::kEnded) {
+#if defined(CUDA_ON_HOST_THREAD)
+        // What it has done is over for the host too.
+        __tsan_switch_to_fiber(coroutine->context.fiber, __tsan_switch_to_fiber_no_sync);
+        release(&launch_->end);
+        __tsan_switch_to_fiber(context_.fiber, __tsan_switch_to_fiber_no_sync);
+        __tsan_destroy_fiber(coroutine->context.fiber);
+#endif
+        begin_coroutine(*coroutine);
+        free_.push_back(coroutine);
+      }
+    }
+  }
+  ready_.clear();
+  resident_.clear();
+}
+
+std::string Scheduler::run(Launch& launch) {
+#if defined(CUDA_ON_HOST_THREAD)
+  context_.fiber = __tsan_get_current_fiber();
+#endif
+  release(&launch.begin);
+  {
+    const Unseen unseen;
+    launch_ = &launch;
+    gridDim = launch.config.gridDim;
+    blockDim = launch.config.blockDim;
+    random_.seed(static_cast<uint32_t>(options.seed));
+    failure_.clear();
+    idle_turns_ = 0;
+    uint64_t next_block = 0;
+    do {
+      while (next_block < launch.blocks() &&
+             resident_.size() < static_cast<size_t>(options.resident_blocks)) {
+        begin_block(next_block++);
+      }
+      if (ready_.empty()) {
+        failure_ = "deadlock";
+      } else {
+        take_turn(random_() % ready_.size());
+      }
+    } while (failure_.empty() && (!resident_.empty() || next_block < launch.blocks()));
+    if (!failure_.empty()) {
+      give_up();
+    }
+  }
+  acquire(&launch.end);
+  return failure_;
+}
+
+thread_local cudaError_t last_error = cudaSuccess;
+thread_local std::string failure;
+
+cudaError_t remember(cudaError_t error) {
+  if (error != cudaSuccess) {
+    last_error = error;
+  }
+  return error;
+}
+
+// A barrier: what the threads did before it is known to all behind it.
+void sync(Meeting& meeting, State state) {
+  char* const releases = &meeting.releases[meeting.phase];
+  release(releases);
+  scheduler().wait_as(state);
+  acquire(releases);
+}
+
+void check_mask(unsigned mask) {
+  if (mask != kFullMask) {
+    scheduler().wait_as(State::kInPartOfWarp);  // for good
+  }
+}
+
+}  // namespace
+
+// --- inside a kernel
+
+void cuda_on_host::sync_block() {
+  sync(scheduler().current->block->meeting, State::kAtSyncThreads);
+}
+
+void cuda_on_host::sync_warp(unsigned mask) {
+  check_mask(mask);
+  sync(scheduler().warp().meeting, State::kAtSyncWarp);
+}
+
+uint64_t cuda_on_host::exchange(unsigned mask, uint64_t bits, unsigned lane_mask) {
+  check_mask(mask);
+  Scheduler& here = scheduler();
+  Warp& warp = here.warp();
+  const unsigned lane = here.current->thread % kWarpThreads;
+  uint64_t* const given = warp.given[warp.meeting.phase];
+  given[lane] = bits;
+  here.wait_as(State::kAtShuffle);
+  return given[(lane ^ lane_mask) % kWarpThreads];
+}
+
+void cuda_on_host::spin() { scheduler().wait_as(State::kInLoop); }
+
+void cuda_on_host::count_load() {
+  if (++scheduler().current->loads > kLoads) {
+    spin();
+  }
+}
+
+unsigned char* resnest_fused::cuda::shared_memory() {
+  return scheduler().current->block->shared_memory;
+}
+
+// --- outside
+
+cudaError_t cuda_on_host::launch(const cudaLaunchConfig_t& config, void (*run_thread)(const void*),
+                                 const void* kernel) {
+  Launch launch{config, run_thread, kernel};
+  const dim3 grid = config.gridDim, block = config.blockDim;
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
+  if (threads == 0 || threads > kMaxBlockThreads || block.z > 64 || launch.blocks() == 0 ||
+      grid.x > 0x7fffffff || grid.y > 0xffff || grid.z > 0xffff) {
+    return remember(cudaErrorInvalidConfiguration);
+  }
+  if (config.dynamicSmemBytes > static_cast<size_t>(options.shared_memory_limit)) {
+    return remember(cudaErrorInvalidValue);
+  }
+  std::string reason = scheduler().run(launch);
+  if (reason.empty()) {
+    return cudaSuccess;
+  }
+  failure = std::move(reason);
+  return remember(cudaErrorLaunchFailure);
+}
+
+const char* cudaGetErrorName(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "cudaSuccess";
+    case cudaErrorInvalidValue:
+      return "cudaErrorInvalidValue";
+    case cudaErrorInvalidConfiguration:
+      return "cudaErrorInvalidConfiguration";
+    case cudaErrorLaunchFailure:
+      return "cudaErrorLaunchFailure";
+  }
+  return "unrecognized error code";
+}
+
+const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorLaunchFailure:
+      return failure.c_str();
+  }
+  return "unrecognized error code";
+}
+
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = last_error;
+  last_error = cudaSuccess;
+  return error;
+}
+
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  std::memset(memory, value, bytes);
+  return cudaSuccess;
+}
+
+// --- for the tests
+
+// Sets one of the Options; false when there is none of that name.
+extern "C" __attribute__((visibility("default"))) bool cuda_on_host_set(const char* name,
+                                                                        int64_t value) {
+  const std::string_view wanted = name;
+  if (wanted == "resident_blocks") {
+    options.resident_blocks = value;
+  } else if (wanted == "shared_memory_limit") {
+    options.shared_memory_limit = value;
+  } else if (wanted == "seed") {
+    options.seed = value;
+  } else {
+    return false;
+  }
+  return true;
+}
