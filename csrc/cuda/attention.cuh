@@ -1,0 +1,310 @@
+// Phase 2, attention: fc1, bn1, ReLU, fc2 and the r-softmax on (B, C)-sized data, and their
+// gradients.
+#pragma once
+
+#include "cuda/norm.cuh"
+#include "cuda/product.cuh"
+#include "cuda/prologue.cuh"
+
+namespace resnest_fused::cuda {
+
+struct FcSizes {
+  int64_t radix;
+  int64_t cardinality;
+  int64_t channels;
+  int64_t inter;
+
+  __device__ __forceinline__ int64_t features() const { return radix * channels; }
+  __device__ __forceinline__ int64_t group_channels() const { return channels / cardinality; }
+  __device__ __forceinline__ int64_t group_inter() const { return inter / cardinality; }
+};
+
+// hidden = fc1(gap), and, where bn1 has its statistics already, u = relu(bn1(hidden)); both are
+// (B, I), and either may be null.
+//   Grid: a block for a tile of samples and of a group's outputs.
+template <typename A>
+struct HiddenArgs {
+  FcSizes sizes;
+  int64_t batch;
+  int64_t blocks;
+  Pooled<A> gap;
+  Parameter weight;  // (I, C/K)
+  Parameter bias;    // (I) or absent
+  Norm<A> bn1;
+  A* hidden;
+  A* u;
+};
+
+template <typename A>
+__device__ __forceinline__ void hidden_block(const HiddenArgs<A>& args, int64_t block) {
+  const int64_t inputs = args.sizes.group_channels(), outputs = args.sizes.group_inter();
+  const Tile tile(block, args.batch, outputs);
+  const Operand<A, Pooled<A>, false> gap{args.gap, 0, tile.group * inputs, args.batch, inputs};
+  const Operand<A, Weight<A>, false> weight{
+      {args.weight, inputs}, tile.group * outputs, 0, outputs, inputs};
+  multiply_tile<A>(gap, weight, tile.row, tile.column, [&](int64_t b, int64_t output, A value) {
+    const int64_t i = tile.group * outputs + output;
+    const A hidden = value + args.bias.template at_or<A>(i, A(0));
+    if (args.hidden) {
+      args.hidden[b * args.sizes.inter + i] = hidden;
+    }
+    if (args.u) {
+      args.u[b * args.sizes.inter + i] = relu(args.bn1.at(i).normalise(hidden));
+    }
+  });
+}
+
+template <typename A>
+__global__ void __launch_bounds__(kProductThreads) hidden_kernel(HiddenArgs<A> args) {
+  for (int64_t block = blockIdx.x; block < args.blocks; block += gridDim.x) {
+    hidden_block(args, block);
+  }
+}
+
+// bn1's batch statistics, and u = relu(bn1(hidden)) with them.
+//   Grid: a block for kColumns features.
+template <typename A>
+struct BatchNormArgs {
+  ColumnStatistics<A> hidden;  // (B, I)
+  Norm<A> bn1;                 // its weight, bias and eps
+  A* mean;                     // (I)
+  A* var;                      // (I)
+  A* u;                        // (B, I)
+};
+
+template <typename A>
+__global__ void __launch_bounds__(kColumnThreads) batch_norm_kernel(BatchNormArgs<A> args) {
+  const int64_t inter = args.hidden.features, batch = args.hidden.rows;
+  for (int64_t block = blockIdx.x; block * kColumns < inter; block += gridDim.x) {
+    const Column column(block, inter);
+    A mean, var;
+    args.hidden.compute(column, mean, var);
+    if (column.inside) {
+      if (column.lane == 0) {
+        args.mean[column.feature] = mean;
+        args.var[column.feature] = var;
+      }
+      const NormAt<A> at = args.bn1.with(column.feature, mean, var);
+      for (int64_t b = column.lane; b < batch; b += column.lanes) {
+        const int64_t i = b * inter + column.feature;
+        args.u[i] = relu(at.normalise(args.hidden.mean[i]));
+      }
+    }
+  }
+}
+
+// attention = r-softmax(fc2(u))
+//   Grid: a block for a tile of samples and of a group's channels, all splits of it.
+template <typename A>
+struct AttentionArgs {
+  FcSizes sizes;
+  int64_t batch;
+  int64_t blocks;
+  const A* u;        // (B, I)
+  Parameter weight;  // (R*C, I/K), rows in the logits' order
+  Parameter bias;    // (R*C) or absent
+  A* attention;      // (B, R, C); holds the logits in between
+};
+
+template <typename A>
+struct Exp {
+  __device__ __forceinline__ A operator()(A x) const { return exp(x); }
+};
+
+template <typename A>
+__device__ __forceinline__ void attention_block(const AttentionArgs<A>& args, int64_t block) {
+  const int64_t radix = args.sizes.radix, channels = args.sizes.channels;
+  const int64_t features = args.sizes.features();
+  const int64_t inputs = args.sizes.group_inter(), outputs = args.sizes.group_channels();
+  const Tile tile(block, args.batch, outputs);
+  const Operand<A, Values<A>, false> u{
+      {args.u, args.sizes.inter}, 0, tile.group * inputs, args.batch, inputs};
+  const int64_t first_channel = tile.group * outputs;
+  for (int64_t r = 0; r < radix; ++r) {
+    const int64_t first = logit_row(r, first_channel, radix, outputs);
+    const Operand<A, Weight<A>, false> weight{{args.weight, inputs}, first, 0, outputs, inputs};
+    multiply_tile<A>(u, weight, tile.row, tile.column, [&](int64_t b, int64_t c, A value) {
+      args.attention[b * features + r * channels + first_channel + c] =
+          value + args.bias.template at_or<A>(first + c, A(0));
+    });
+  }
+  for (int at = static_cast<int>(threadIdx.x); at < kTileSize; at += static_cast<int>(blockDim.x)) {
+    const int64_t b = tile.row + at / kTileColumns, c = tile.column + at % kTileColumns;
+    if (b < args.batch && c < outputs) {
+      r_softmax(args.attention + b * features + first_channel + c, channels, radix, Exp<A>{});
+    }
+  }
+}
+
+template <typename A>
+__global__ void __launch_bounds__(kProductThreads) attention_kernel(AttentionArgs<A> args) {
+  for (int64_t block = blockIdx.x; block < args.blocks; block += gridDim.x) {
+    attention_block(args, block);
+  }
+}
+
+// du = fc2^T dlogits
+//   Grid: a block for a tile of samples and of a group's inputs.
+template <typename A>
+struct HiddenGradientArgs {
+  FcSizes sizes;
+  int64_t batch;
+  int64_t blocks;
+  const A* dlogits;  // (B, K, R, C/K)
+  Parameter weight;  // (R*C, I/K)
+  A* du;             // (B, I)
+};
+
+template <typename A>
+__global__ void __launch_bounds__(kProductThreads)
+    hidden_gradient_kernel(HiddenGradientArgs<A> args) {
+  const int64_t inputs = args.sizes.group_inter();
+  const int64_t outputs = args.sizes.features() / args.sizes.cardinality;
+  for (int64_t block = blockIdx.x; block < args.blocks; block += gridDim.x) {
+    const Tile tile(block, args.batch, inputs);
+    const int64_t first = tile.group * outputs;
+    const Operand<A, Values<A>, false> dlogits{
+        {args.dlogits, args.sizes.features()}, 0, first, args.batch, outputs};
+    const Operand<A, Weight<A>, true> weight{{args.weight, inputs}, first, 0, inputs, outputs};
+    multiply_tile<A>(dlogits, weight, tile.row, tile.column, [&](int64_t b, int64_t i, A value) {
+      args.du[b * args.sizes.inter + tile.group * inputs + i] = value;
+    });
+  }
+}
+
+// From du through the ReLU and bn1 to dhidden, with bn1's gradients and fc1's bias', and u again
+// for fc2's weight gradient.
+//   Grid: a block for kColumns features.
+template <typename A>
+struct BatchNormBackwardArgs {
+  int64_t batch;
+  int64_t inter;
+  bool batch_stats;
+  Norm<A> bn1;
+  const A* hidden;   // (B, I)
+  A* dhidden;        // (B, I); du on entry
+  A* u;              // (B, I)
+  Result dgamma;     // (I) or absent
+  Result dbeta;      // (I) or absent
+  Result dfc1_bias;  // (I) or absent
+};
+
+template <typename A>
+__global__ void __launch_bounds__(kColumnThreads)
+    batch_norm_backward_kernel(BatchNormBackwardArgs<A> args) {
+  for (int64_t block = blockIdx.x; block * kColumns < args.inter; block += gridDim.x) {
+    const Column column(block, args.inter);
+    const NormAt<A> at = column.inside ? args.bn1.at(column.feature) : NormAt<A>{};
+    double sums[2];
+    sum_over_rows<2>(column, args.batch, sums, [&](int64_t b, double (&add)[2]) {
+      const int64_t i = b * args.inter + column.feature;
+      const A hidden = args.hidden[i];
+      const A n = at.normalise(hidden);
+      const A dn = relu_backward(args.dhidden[i], n);
+      args.dhidden[i] = dn;
+      args.u[i] = relu(n);
+      add[0] += dn;
+      add[1] += static_cast<double>(dn) * at.xhat(hidden);
+    });
+    // Not a product with 0, through which NaN would reach every sample.
+    const A mean_dn = args.batch_stats ? static_cast<A>(sums[0] / args.batch) : A(0);
+    const A mean_dn_xhat = args.batch_stats ? static_cast<A>(sums[1] / args.batch) : A(0);
+    double bias[1];
+    sum_over_rows<1>(column, args.batch, bias, [&](int64_t b, double (&add)[1]) {
+      const int64_t i = b * args.inter + column.feature;
+      const A dhidden = batch_norm_backward(args.dhidden[i], at.xhat(args.hidden[i]), at.scale,
+                                            mean_dn, mean_dn_xhat);
+      args.dhidden[i] = dhidden;
+      add[0] += dhidden;
+    });
+    if (column.inside && column.lane == 0) {
+      args.dbeta.put(column.feature, static_cast<A>(sums[0]));
+      args.dgamma.put(column.feature, static_cast<A>(sums[1]));
+      args.dfc1_bias.put(column.feature, static_cast<A>(bias[0]));
+    }
+  }
+}
+
+// The weights' gradients dfc2 = dlogits^T u and dfc1 = dhidden^T gap, each result a sum over the
+// batch in one block; dgap = fc1^T dhidden; and fc2's bias', dlogits summed over the batch.
+//   Grid: first the tiles of dfc2, then those of dfc1 and of dgap, each only where it is wanted,
+//   then a block for kColumns of fc2's bias.
+template <typename A>
+struct GradientsArgs {
+  FcSizes sizes;
+  int64_t batch;
+  const A* gap;                                             // (B, C)
+  const A* u;                                               // (B, I)
+  const A* dlogits;                                         // (B, K, R, C/K)
+  const A* dhidden;                                         // (B, I)
+  Parameter fc1_weight;                                     // (I, C/K)
+  Result dfc1_weight;                                       // (I, C/K) or absent
+  Result dfc2_weight;                                       // (R*C, I/K) or absent
+  Result dfc2_bias;                                         // (R*C) or absent
+  A* dgap;                                                  // (B, C) or null
+  int64_t fc2_blocks, fc1_blocks, gap_blocks, bias_blocks;  // 0 where not wanted
+};
+
+template <typename A>
+__device__ __forceinline__ void gradients_block(const GradientsArgs<A>& args, int64_t block) {
+  const FcSizes& sizes = args.sizes;
+  const int64_t group_channels = sizes.group_channels(), group_inter = sizes.group_inter();
+  const int64_t features = sizes.features(), outputs = features / sizes.cardinality;
+  if (block < args.fc2_blocks) {
+    const Tile tile(block, outputs, group_inter);
+    const int64_t first = tile.group * outputs;
+    const Operand<A, Values<A>, true> dlogits{
+        {args.dlogits, features}, 0, first, outputs, args.batch};
+    const Operand<A, Values<A>, true> u{
+        {args.u, sizes.inter}, 0, tile.group * group_inter, group_inter, args.batch};
+    multiply_tile<A>(dlogits, u, tile.row, tile.column, [&](int64_t m, int64_t n, A value) {
+      args.dfc2_weight.put((first + m) * group_inter + n, value);
+    });
+    return;
+  }
+  block -= args.fc2_blocks;
+  if (block < args.fc1_blocks) {
+    const Tile tile(block, group_inter, group_channels);
+    const int64_t first = tile.group * group_inter;
+    const Operand<A, Values<A>, true> dhidden{
+        {args.dhidden, sizes.inter}, 0, first, group_inter, args.batch};
+    const Operand<A, Values<A>, true> gap{
+        {args.gap, sizes.channels}, 0, tile.group * group_channels, group_channels, args.batch};
+    multiply_tile<A>(dhidden, gap, tile.row, tile.column, [&](int64_t m, int64_t n, A value) {
+      args.dfc1_weight.put((first + m) * group_channels + n, value);
+    });
+    return;
+  }
+  block -= args.fc1_blocks;
+  if (block < args.gap_blocks) {
+    const Tile tile(block, args.batch, group_channels);
+    const int64_t first = tile.group * group_inter;
+    const Operand<A, Values<A>, false> dhidden{
+        {args.dhidden, sizes.inter}, 0, first, args.batch, group_inter};
+    const Operand<A, Weight<A>, true> weight{
+        {args.fc1_weight, group_channels}, first, 0, group_channels, group_inter};
+    multiply_tile<A>(dhidden, weight, tile.row, tile.column, [&](int64_t b, int64_t c, A value) {
+      args.dgap[b * sizes.channels + tile.group * group_channels + c] = value;
+    });
+    return;
+  }
+  block -= args.gap_blocks;
+  const Column column(block, features);
+  double sums[1];
+  sum_over_rows<1>(column, args.batch, sums, [&](int64_t b, double (&add)[1]) {
+    add[0] += args.dlogits[b * features + column.feature];
+  });
+  if (column.inside && column.lane == 0) {
+    args.dfc2_bias.put(column.feature, static_cast<A>(sums[0]));
+  }
+}
+
+template <typename A>
+__global__ void __launch_bounds__(kProductThreads) gradients_kernel(GradientsArgs<A> args) {
+  const int64_t blocks = args.fc2_blocks + args.fc1_blocks + args.gap_blocks + args.bias_blocks;
+  for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
+    gradients_block(args, block);
+  }
+}
+
+}  // namespace resnest_fused::cuda

@@ -1,0 +1,78 @@
+// The device and the stream of a call, from CUDA and torch.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+
+#include "cuda/context.h"
+
+// In libtorch_cuda; torch's header declares it only where USE_CUDA is defined.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                             void** ret_stream);
+
+namespace resnest_fused::cuda {
+namespace {
+
+int64_t attribute(cudaDeviceAttr which, int index) {
+  int value = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&value, which, index);
+  STD_TORCH_CHECK(error == cudaSuccess, "resnest_fused: CUDA device ", index,
+                  " does not tell its properties: ", cudaGetErrorString(error));
+  return value;
+}
+
+Device read_device(int index) {
+  Device device{};
+  device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
+  device.threads_per_block = attribute(cudaDevAttrMaxThreadsPerBlock, index);
+  device.threads_per_multiprocessor = attribute(cudaDevAttrMaxThreadsPerMultiProcessor, index);
+  device.registers_per_multiprocessor = attribute(cudaDevAttrMaxRegistersPerMultiprocessor, index);
+  device.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlock, index);
+  device.shared_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
+  device.grid_blocks = attribute(cudaDevAttrMaxGridDimX, index);
+  device.l2_bytes = attribute(cudaDevAttrL2CacheSize, index);
+  // Kilohertz and bits, at two transfers a clock.
+  const int64_t clock = attribute(cudaDevAttrMemoryClockRate, index);
+  const int64_t bits = attribute(cudaDevAttrGlobalMemoryBusWidth, index);
+  device.bytes_per_microsecond = std::max<int64_t>(2 * clock * (bits / 8) / 1000, 100'000);
+  return device;
+}
+
+// Properties do not change, and asking for them takes longer than a launch.
+const Device& known_device(int index) {
+  static std::mutex mutex;
+  static std::unordered_map<int, Device> devices;
+  const std::lock_guard lock(mutex);
+  const auto found = devices.find(index);
+  return found != devices.end() ? found->second
+                                : devices.emplace(index, read_device(index)).first->second;
+}
+
+// RESNEST_FUSED_CUDA_STRATEGY names a strategy, for measurements.
+Choice choice_of_environment() {
+  const char* const value = std::getenv("RESNEST_FUSED_CUDA_STRATEGY");
+  const std::string name = value ? value : "fastest";
+  STD_TORCH_CHECK(name == "fastest" || name == "launches" || name == "persistent",
+                  "RESNEST_FUSED_CUDA_STRATEGY: expected fastest, launches or persistent, got ",
+                  name);
+  return name == "fastest"    ? Choice::kFastest
+         : name == "launches" ? Choice::kLaunches
+                              : Choice::kPersistent;
+}
+
+}  // namespace
+
+Context context_of(const Tensor& x) {
+  const int32_t index = x.get_device_index();
+  auto guard = std::make_shared<torch::stable::accelerator::DeviceGuard>(index);
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+  return {known_device(index), choice_of_environment(), static_cast<cudaStream_t>(stream),
+          std::move(guard)};
+}
+
+}  // namespace resnest_fused::cuda

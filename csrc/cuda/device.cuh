@@ -1,0 +1,154 @@
+// What every kernel needs of the device: element types, vectors, shared memory, sums over threads.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/plan.h"
+
+namespace resnest_fused::cuda {
+
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
+// The type in which sums are kept.
+template <typename T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+__device__ __forceinline__ float widen(float value) { return value; }
+__device__ __forceinline__ double widen(double value) { return value; }
+__device__ __forceinline__ float widen(__half value) { return __half2float(value); }
+__device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+// Rounds once.
+template <typename T, typename A>
+__device__ __forceinline__ T narrow(A value) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(static_cast<float>(value));
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(static_cast<float>(value));
+  } else {
+    return static_cast<T>(value);
+  }
+}
+
+// Elements that one instruction loads or stores.
+template <typename T, int kCount>
+struct alignas(sizeof(T) * kCount) Vector {
+  T values[kCount];
+};
+
+template <int kCount, typename T>
+__device__ __forceinline__ Vector<T, kCount> load(const T* from) {
+  return *reinterpret_cast<const Vector<T, kCount>*>(from);
+}
+
+template <int kCount, typename T>
+__device__ __forceinline__ void store(T* to, const Vector<T, kCount>& vector) {
+  *reinterpret_cast<Vector<T, kCount>*>(to) = vector;
+}
+
+#if defined(__CUDACC__)
+// The block's dynamic shared memory, 16-byte aligned; kernels reach theirs only through here, so
+// that a runtime for another processor can provide it.
+__device__ __forceinline__ unsigned char* shared_memory() {
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return bytes;
+}
+#endif
+
+template <typename A>
+__device__ __forceinline__ A* shared() {
+  return reinterpret_cast<A*>(shared_memory());
+}
+
+// A tensor whose dtype is known only at run time: a parameter, or a parameter's gradient.
+enum class Dtype : int32_t { kFloat, kDouble, kHalf, kBFloat16 };
+
+struct Parameter {
+  const void* data = nullptr;  // null: absent
+  Dtype dtype = Dtype::kFloat;
+
+  template <typename A>
+  __device__ __forceinline__ A at(int64_t i) const {
+    switch (dtype) {
+      case Dtype::kFloat:
+        return static_cast<A>(static_cast<const float*>(data)[i]);
+      case Dtype::kDouble:
+        return static_cast<A>(static_cast<const double*>(data)[i]);
+      case Dtype::kHalf:
+        return static_cast<A>(widen(static_cast<const __half*>(data)[i]));
+      default:
+        return static_cast<A>(widen(static_cast<const __nv_bfloat16*>(data)[i]));
+    }
+  }
+
+  template <typename A>
+  __device__ __forceinline__ A at_or(int64_t i, A otherwise) const {
+    return data ? at<A>(i) : otherwise;
+  }
+};
+
+struct Result {
+  void* data = nullptr;  // null: not wanted
+  Dtype dtype = Dtype::kFloat;
+
+  template <typename A>
+  __device__ __forceinline__ void put(int64_t i, A value) const {
+    if (!data) {
+      return;
+    }
+    switch (dtype) {
+      case Dtype::kFloat:
+        static_cast<float*>(data)[i] = static_cast<float>(value);
+        break;
+      case Dtype::kDouble:
+        static_cast<double*>(data)[i] = static_cast<double>(value);
+        break;
+      case Dtype::kHalf:
+        static_cast<__half*>(data)[i] = narrow<__half>(value);
+        break;
+      default:
+        static_cast<__nv_bfloat16*>(data)[i] = narrow<__nv_bfloat16>(value);
+    }
+  }
+};
+
+// The sum of `kSums` values over groups of `lanes` neighbouring threads, a power of two; every
+// thread of the block must call. The result is the same in all threads of a group. Groups of more
+// than a warp use the block's shared memory: kSums values a warp.
+template <int kSums, typename A>
+__device__ __forceinline__ void sum_over_lanes(A (&sums)[kSums], int lanes) {
+  for (int apart = (lanes < kWarp ? lanes : static_cast<int>(kWarp)) / 2; apart > 0; apart /= 2) {
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) {
+      sums[s] += __shfl_xor_sync(kWholeWarp, sums[s], apart);
+    }
+  }
+  if (lanes > kWarp) {
+    A* const of_warps = shared<A>();
+    const int warp = static_cast<int>(threadIdx.x) / static_cast<int>(kWarp);
+    if (threadIdx.x % kWarp == 0) {
+#pragma unroll
+      for (int s = 0; s < kSums; ++s) {
+        of_warps[warp * kSums + s] = sums[s];
+      }
+    }
+    __syncthreads();
+    const int warps = lanes / static_cast<int>(kWarp), first = warp / warps * warps;
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) {
+      A total = 0;
+      for (int w = 0; w < warps; ++w) {
+        total += of_warps[(first + w) * kSums + s];
+      }
+      sums[s] = total;
+    }
+    __syncthreads();
+  }
+}
+
+}  // namespace resnest_fused::cuda

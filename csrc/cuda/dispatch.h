@@ -1,0 +1,61 @@
+// From a call's run-time properties to the kernel compiled for them.
+#pragma once
+
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "cuda/device.cuh"
+#include "cuda/launches.h"
+
+namespace resnest_fused::cuda {
+
+template <bool kValue>
+using Flag = std::bool_constant<kValue>;
+template <int kValue>
+using Number = std::integral_constant<int, kValue>;
+
+template <typename F>
+void for_flag(bool flag, F f) {
+  if (flag) {
+    f(Flag<true>{});
+  } else {
+    f(Flag<false>{});
+  }
+}
+
+// f(nhwc, vector): vectors of 16 bytes, or single elements, the one path of float64.
+template <typename T, typename F>
+void for_layout(bool nhwc, const Tiling& tiling, F f) {
+  for_flag(nhwc, [&](auto is_nhwc) {
+    if constexpr (sizeof(T) < 8) {
+      if (tiling.vector > 1) {
+        return f(is_nhwc, Number<16 / sizeof(T)>{});
+      }
+    }
+    f(is_nhwc, Number<1>{});
+  });
+}
+
+// f(nhwc, radix, vector, prologue), radix 0 standing for any. Single elements take any radix.
+template <typename T, typename F>
+void for_map(Form form, const MapSizes& sizes, const Tiling& tiling, F f) {
+  for_layout<T>(form.nhwc, tiling, [&](auto nhwc, auto vector) {
+    for_flag(form.prologue, [&](auto prologue) {
+      if constexpr (decltype(vector)::value > 1) {
+        switch (sizes.radix) {
+          case 1:
+            return f(nhwc, Number<1>{}, vector, prologue);
+          case 2:
+            return f(nhwc, Number<2>{}, vector, prologue);
+          case 4:
+            return f(nhwc, Number<4>{}, vector, prologue);
+          default:
+            break;
+        }
+      }
+      f(nhwc, Number<0>{}, vector, prologue);
+    });
+  });
+}
+
+}  // namespace resnest_fused::cuda

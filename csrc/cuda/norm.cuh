@@ -1,0 +1,93 @@
+// Batch normalisation at one feature, and sums over rows of per-feature data, as its statistics and
+// gradients need them.
+#pragma once
+
+#include "cuda/device.cuh"
+#include "cuda/plan.h"
+#include "formulas.h"
+
+namespace resnest_fused::cuda {
+
+template <typename A>
+struct NormAt {
+  A mean, invstd, gamma, beta, scale;  // scale = gamma * invstd
+
+  __device__ __forceinline__ A normalise(A value) const {
+    return batch_norm(value, mean, scale, beta);
+  }
+  __device__ __forceinline__ A xhat(A value) const { return (value - mean) * invstd; }
+};
+
+// Absent without a mean: the identity.
+template <typename A>
+struct Norm {
+  Parameter weight;  // (F) or absent
+  Parameter bias;    // (F) or absent
+  Parameter mean;    // (F)
+  Parameter var;     // (F), biased
+  A eps;
+
+  __device__ __forceinline__ NormAt<A> with(int64_t f, A of_mean, A of_var) const {
+    NormAt<A> at;
+    at.mean = of_mean;
+    at.invstd = A(1) / sqrt(of_var + eps);
+    at.gamma = weight.at_or<A>(f, A(1));
+    at.beta = bias.at_or<A>(f, A(0));
+    at.scale = at.gamma * at.invstd;
+    return at;
+  }
+  __device__ __forceinline__ NormAt<A> at(int64_t f) const {
+    if (!mean.data) {
+      return {A(0), A(1), weight.at_or<A>(f, A(1)), bias.at_or<A>(f, A(0)),
+              weight.at_or<A>(f, A(1))};
+    }
+    return with(f, mean.at<A>(f), var.at<A>(f));
+  }
+};
+
+// The block's threads stand in rows of kColumns, a column each; the rows share the rows of the
+// data.
+struct Column {
+  int64_t feature;
+  int lane, lanes;
+  bool inside;
+
+  __device__ __forceinline__ Column(int64_t block, int64_t features) {
+    feature = block * kColumns + threadIdx.x % kColumns;
+    lane = static_cast<int>(threadIdx.x / kColumns);
+    lanes = static_cast<int>(blockDim.x / kColumns);
+    inside = feature < features;
+  }
+};
+
+// Sums over rows in float64, as PyTorch's batch normalisation keeps them on the CPU: add(row, sums)
+// adds what a row has; all threads of a column get the totals. Every thread of the block must call.
+// Shared memory: kSums float64 a thread.
+template <int kSums, typename Add>
+__device__ __forceinline__ void sum_over_rows(const Column& column, int64_t rows,
+                                              double (&totals)[kSums], Add add) {
+  double sums[kSums] = {};
+  if (column.inside) {
+    for (int64_t row = column.lane; row < rows; row += column.lanes) {
+      add(row, sums);
+    }
+  }
+  double* const buffer = shared<double>();
+#pragma unroll
+  for (int s = 0; s < kSums; ++s) {
+    buffer[s * blockDim.x + threadIdx.x] = sums[s];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int s = 0; s < kSums; ++s) {
+    totals[s] = 0;
+    for (int lane = 0; lane < column.lanes; ++lane) {
+      totals[s] += buffer[s * blockDim.x + lane * kColumns + threadIdx.x % kColumns];
+    }
+  }
+  __syncthreads();
+}
+
+constexpr int64_t row_sums_bytes(int64_t threads, int64_t sums) { return threads * sums * 8; }
+
+}  // namespace resnest_fused::cuda

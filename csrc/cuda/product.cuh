@@ -1,0 +1,199 @@
+// Matrix products of (B, C)-sized data: result[m, n] = sum_k a[m, k] b[n, k], a tile a block.
+//
+// The warps of a block share the depth k, four values at a time; within a warp a thread has 4 x 4
+// results. Their partial sums are added in shared memory in ascending order of the warps. The order
+// of a result's sum so depends on the depth and the block's size alone, not on the other rows.
+#pragma once
+
+#include "cuda/device.cuh"
+#include "cuda/plan.h"
+
+namespace resnest_fused::cuda {
+
+// Where an operand's values come from: four neighbours in a row of a matrix.
+template <typename A>
+struct Values {
+  const A* data;
+  int64_t stride;  // between rows
+
+  __device__ __forceinline__ void load4(int64_t row, int64_t column, int count, A (&to)[4]) const {
+    const A* const from = data + row * stride + column;
+    if (sizeof(A) == 4 && count >= 4 && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+      const auto vector = load<4>(from);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        to[i] = vector.values[i];
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        to[i] = i < count ? from[i] : A(0);
+      }
+    }
+  }
+};
+
+// A weight as it is stored.
+template <typename A>
+struct Weight {
+  Parameter parameter;
+  int64_t stride;
+
+  template <typename P>
+  __device__ __forceinline__ void load4_as(int64_t at, int count, A (&to)[4]) const {
+    P from[4] = {};
+    Values<P>{static_cast<const P*>(parameter.data), 0}.load4(0, at, count, from);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      to[i] = static_cast<A>(widen(from[i]));
+    }
+  }
+
+  __device__ __forceinline__ void load4(int64_t row, int64_t column, int count, A (&to)[4]) const {
+    const int64_t at = row * stride + column;
+    if (parameter.dtype == Dtype::kFloat) {
+      load4_as<float>(at, count, to);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        to[i] = i < count ? parameter.at<A>(at + i) : A(0);
+      }
+    }
+  }
+};
+
+// The sum over the chunks of a sample: gap from the pool's partial sums, or gap itself as one
+// chunk.
+template <typename A>
+struct Pooled {
+  const A* partial;  // (B, chunks, C)
+  int64_t chunks;
+  int64_t channels;
+  A scale;
+
+  __device__ __forceinline__ void load4(int64_t b, int64_t c, int count, A (&to)[4]) const {
+    const Values<A> values{partial + b * chunks * channels, channels};
+    values.load4(0, c, count, to);
+    for (int64_t j = 1; j < chunks; ++j) {
+      A next[4];
+      values.load4(j, c, count, next);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        to[i] += next[i];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      to[i] *= scale;
+    }
+  }
+};
+
+// An operand: `rows` by `depth` values of a source from (first_row, first_column) on, where a row
+// of the source is a row of the operand, or with kTransposed a column of it.
+template <typename A, typename Source, bool kTransposed>
+struct Operand {
+  Source source;
+  int64_t first_row;
+  int64_t first_column;
+  int64_t rows;
+  int64_t depth;
+
+  // values[i][k]: row + i, depth at + k; zeros outside.
+  __device__ __forceinline__ void load(int64_t row, int64_t at, A (&values)[4][4]) const {
+    const int64_t row_count = rows - row, depth_count = depth - at;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      A line[4] = {};
+      if constexpr (kTransposed) {
+        if (i < depth_count && row_count > 0) {
+          source.load4(first_row + at + i, first_column + row,
+                       static_cast<int>(row_count < 4 ? row_count : 4), line);
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          values[j][i] = line[j];
+        }
+      } else {
+        if (i < row_count && depth_count > 0) {
+          source.load4(first_row + row + i, first_column + at,
+                       static_cast<int>(depth_count < 4 ? depth_count : 4), line);
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          values[i][j] = line[j];
+        }
+      }
+    }
+  }
+};
+
+constexpr int kTileSize = kTileRows * kTileColumns;
+
+// put(m, n, value) for the results [row, row + kTileRows) x [column, column + kTileColumns) that
+// the operands have. Every thread of the block must call; what was put can be read by all
+// afterwards. Shared memory: a tile of accumulators a warp.
+template <typename A, typename OperandA, typename OperandB, typename Put>
+__device__ __forceinline__ void multiply_tile(const OperandA& a, const OperandB& b, int64_t row,
+                                              int64_t column, Put put) {
+  constexpr int kColumnsOfThreads = kTileColumns / 4;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  const int m = lane / kColumnsOfThreads * 4, n = lane % kColumnsOfThreads * 4;
+  A sums[4][4] = {};
+  for (int64_t k = warp * 4; k < a.depth; k += warps * 4) {
+    A a_values[4][4], b_values[4][4];
+    a.load(row + m, k, a_values);
+    b.load(column + n, k, b_values);
+#pragma unroll
+    for (int at = 0; at < 4; ++at) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          sums[i][j] = fma(a_values[i][at], b_values[j][at], sums[i][j]);
+        }
+      }
+    }
+  }
+  A* const partial = shared<A>();
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      partial[warp * kTileSize + (m + i) * kTileColumns + n + j] = sums[i][j];
+    }
+  }
+  __syncthreads();
+  for (int at = static_cast<int>(threadIdx.x); at < kTileSize; at += static_cast<int>(blockDim.x)) {
+    A total = 0;
+    for (int w = 0; w < warps; ++w) {
+      total += partial[w * kTileSize + at];
+    }
+    const int64_t result_row = row + at / kTileColumns, result_column = column + at % kTileColumns;
+    if (result_row < a.rows && result_column < b.rows) {
+      put(result_row, result_column, total);
+    }
+  }
+  __syncthreads();
+}
+
+constexpr int64_t product_shared_bytes(int64_t threads, int64_t acc_size) {
+  return threads / kWarp * kTileSize * acc_size;
+}
+
+// Which tile of which group a block has.
+struct Tile {
+  int64_t group, row, column;
+
+  __device__ __forceinline__ Tile(int64_t block, int64_t rows, int64_t columns) {
+    const int64_t row_tiles = (rows + kTileRows - 1) / kTileRows;
+    const int64_t column_tiles = (columns + kTileColumns - 1) / kTileColumns;
+    row = block % row_tiles * kTileRows;
+    column = block / row_tiles % column_tiles * kTileColumns;
+    group = block / row_tiles / column_tiles;
+  }
+};
+
+}  // namespace resnest_fused::cuda

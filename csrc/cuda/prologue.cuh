@@ -1,0 +1,244 @@
+// The prologue, z = relu(bn0(x)) or relu(x), which the pool and recombine compute wherever they
+// load x: its parameters by feature, bn0's batch statistics, and bn0's gradients.
+//
+// bn0 is one multiply-add there, x * scale + shift. Every kernel evaluates this very expression by
+// `preactivation`, or forward and backward would disagree on which elements the ReLU lets through.
+#pragma once
+
+#include "cuda/map.cuh"
+#include "cuda/norm.cuh"
+#include "prologue_sums.h"
+
+namespace resnest_fused::cuda {
+
+// By feature; null for relu(x): the identity. `offset` and `slope` are null where the statistics
+// are frozen; else dx loses offset + slope * (x - mean) = scale * (mean_dz + xhat * mean_dz_xhat)
+// to them, with mean_dz = dbeta / N and mean_dz_xhat = dgamma / N, as in `batch_norm_backward`.
+template <typename A>
+struct Prologue {
+  A* scale;   // (R*C) gamma * invstd
+  A* shift;   // (R*C) beta - mean * scale
+  A* mean;    // (R*C)
+  A* invstd;  // (R*C)
+  A* offset;  // (R*C)
+  A* slope;   // (R*C)
+};
+
+template <typename A>
+__device__ __forceinline__ A preactivation(A x, A scale, A shift) {
+  return fma(x, scale, shift);
+}
+
+template <typename A>
+__device__ __forceinline__ A at_or(const A* values, int64_t i, A otherwise) {
+  return values ? values[i] : otherwise;
+}
+
+template <typename A>
+__device__ __forceinline__ void put_prologue(const Prologue<A>& prologue, int64_t f,
+                                             const NormAt<A>& at) {
+  prologue.scale[f] = at.scale;
+  prologue.shift[f] = fma(-at.mean, at.scale, at.beta);
+  prologue.mean[f] = at.mean;
+  prologue.invstd[f] = at.invstd;
+}
+
+template <typename A>
+__device__ __forceinline__ void put_statistics_gradient(const Prologue<A>& prologue, int64_t f,
+                                                        A mean_dz, A mean_dz_xhat) {
+  prologue.offset[f] = prologue.scale[f] * mean_dz;
+  prologue.slope[f] = prologue.scale[f] * prologue.invstd[f] * mean_dz_xhat;
+}
+
+// What a launch needs before its first phase: the prologue from bn0's running statistics, and
+// counters at zero. A thread a feature and a counter.
+template <typename A>
+struct Prepare {
+  int64_t features;
+  Norm<A> bn0;
+  Prologue<A> prologue;   // scale null: without bn0
+  const A* mean_dz;       // (R*C) or null
+  const A* mean_dz_xhat;  // (R*C) or null
+  unsigned* counters;
+  int64_t counter_count;
+};
+
+template <typename A>
+__global__ void __launch_bounds__(kMapThreads) prepare_kernel(Prepare<A> args) {
+  const int64_t threads = int64_t{gridDim.x} * blockDim.x;
+  const int64_t thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (args.prologue.scale) {
+    for (int64_t f = thread; f < args.features; f += threads) {
+      put_prologue(args.prologue, f, args.bn0.at(f));
+      if (args.mean_dz) {
+        put_statistics_gradient(args.prologue, f, args.mean_dz[f], args.mean_dz_xhat[f]);
+      }
+    }
+  }
+  for (int64_t i = thread; i < args.counter_count; i += threads) {
+    args.counters[i] = 0;
+  }
+}
+
+// Mean and sum of squared deviations of x over the pixels of a block, by feature. Sums and squares
+// are of distances from the block's first pixel, as near to the mean as the pixels are to each
+// other. Reads R units.
+//   Grid: blocks of the map with radix 1; in NHWC the batch counts as one sample, as its pixels lie
+//   one behind the other.
+template <typename T>
+struct StatisticsArgs {
+  MapSizes sizes;  // radix 1: `channels` are all features
+  Tiling tiling;
+  int64_t blocks;
+  const T* x;       // (B, F, H, W)
+  Acc<T>* mean;     // (samples * chunks, F)
+  Acc<T>* squares;  // (samples * chunks, F)
+};
+
+template <typename T, bool kNhwc, int kVector>
+__global__ void __launch_bounds__(kMapThreads) statistics_kernel(StatisticsArgs<T> args) {
+  using A = Acc<T>;
+  constexpr int kBatch = 4;
+  for (int64_t block = blockIdx.x; block < args.blocks; block += gridDim.x) {
+    const Share<kVector, kNhwc> share(args.sizes, args.tiling, block);
+    const int first = share.chunk * args.tiling.chunk_pixels;
+    const int last = min(first + args.tiling.chunk_pixels, args.sizes.pixels);
+    const T* const first_pixel = args.x + share.x + first * share.x_step;
+    const auto origin = PerChannel<A, kVector, kNhwc>::make(
+        [&](int e) { return share.inside ? A(widen(first_pixel[e])) : A(0); });
+    A sums[2][kOwnSums<kVector, kNhwc>] = {};
+    share.template for_each<kBatch>([&](auto width, int position, int step, int end) {
+      constexpr int kWidth = decltype(width)::value;
+      Vector<T, kWidth> values[kBatch];
+      load_batch(args.x, share.x, share.x_step, position, step, end, values);
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        if (position + u * step < end) {
+#pragma unroll
+          for (int e = 0; e < kWidth; ++e) {
+            const A apart = widen(values[u].values[e]) - origin[e];
+            const int own = kNhwc ? e : 0;
+            sums[0][own] += apart;
+            sums[1][own] = fma(apart, apart, sums[1][own]);
+          }
+        }
+      }
+    });
+    sum_over_share(share, args.tiling, args.sizes.channels, sums, [&](int f, A(&totals)[2]) {
+      const A from = kNhwc ? A(widen(first_pixel[f - share.channel])) : origin[0];
+      const A apart = totals[0] / A(last - first);
+      const A from_mean = totals[1] - totals[0] * apart;
+      const int64_t at =
+          (share.sample * args.tiling.chunks + share.chunk) * args.sizes.channels + f;
+      args.mean[at] = from + apart;
+      args.squares[at] = from_mean < A(0) ? A(0) : from_mean;
+    });
+  }
+}
+
+// Mean and biased variance of each column over all elements, from those of parts of them: row j has
+// the mean and the sum of squared deviations of `count` elements, the last row of `last_count`.
+// In two passes over the rows. Zeros over no elements.
+//   Grid: a block for kColumns columns.
+template <typename A>
+struct ColumnStatistics {
+  int64_t rows;
+  int64_t features;
+  const A* mean;     // (rows, F)
+  const A* squares;  // (rows, F), or null where each row is one element
+  double count;
+  double last_count;
+
+  __device__ __forceinline__ void compute(const Column& column, A& of_mean, A& of_var) const {
+    const double total = rows > 0 ? count * static_cast<double>(rows - 1) + last_count : 1;
+    const auto count_of = [&](int64_t row) { return row + 1 == rows ? last_count : count; };
+    double sums[1];
+    sum_over_rows<1>(column, rows, sums, [&](int64_t row, double (&add)[1]) {
+      add[0] += count_of(row) * mean[row * features + column.feature];
+    });
+    const double center = sums[0] / total;
+    sum_over_rows<1>(column, rows, sums, [&](int64_t row, double (&add)[1]) {
+      const int64_t at = row * features + column.feature;
+      const double apart = mean[at] - center;
+      add[0] += count_of(row) * (apart * apart) + (squares ? squares[at] : A(0));
+    });
+    of_mean = static_cast<A>(center);
+    of_var = static_cast<A>(sums[0] / total);
+  }
+};
+
+template <typename A>
+struct CombineArgs {
+  ColumnStatistics<A> partial;
+  Norm<A> bn0;           // its weight, bias and eps
+  A* mean;               // (F)
+  A* var;                // (F)
+  Prologue<A> prologue;  // scale null: not wanted
+};
+
+template <typename A>
+__global__ void __launch_bounds__(kColumnThreads) combine_kernel(CombineArgs<A> args) {
+  const int64_t features = args.partial.features;
+  for (int64_t block = blockIdx.x; block * kColumns < features; block += gridDim.x) {
+    const Column column(block, features);
+    A mean, var;
+    args.partial.compute(column, mean, var);
+    if (column.inside && column.lane == 0) {
+      args.mean[column.feature] = mean;
+      args.var[column.feature] = var;
+      if (args.prologue.scale) {
+        put_prologue(args.prologue, column.feature, args.bn0.with(column.feature, mean, var));
+      }
+    }
+  }
+}
+
+// dgamma and dbeta of bn0 by the formulas of prologue_sums.h, and what dx loses to the batch's
+// statistics.
+//   Grid: a block for kColumns features.
+template <typename A>
+struct PrologueBackwardArgs {
+  int64_t batch;
+  int64_t radix;
+  int64_t channels;
+  double pixels;
+  const A* sums;       // (B, 4, R, C)
+  const A* attention;  // (B, R, C)
+  const A* dgap;       // (B, C)
+  Result dgamma;       // (R*C) or absent
+  Result dbeta;        // (R*C) or absent
+  Prologue<A> prologue;
+};
+
+template <typename A>
+__global__ void __launch_bounds__(kColumnThreads)
+    prologue_backward_kernel(PrologueBackwardArgs<A> args) {
+  const int64_t features = args.radix * args.channels;
+  const double per_pixel = 1.0 / args.pixels;
+  for (int64_t block = blockIdx.x; block * kColumns < features; block += gridDim.x) {
+    const Column column(block, features);
+    const int64_t f = column.feature;
+    double totals[2];
+    sum_over_rows<2>(column, args.batch, totals, [&](int64_t b, double (&add)[2]) {
+      const A* const s = args.sums + b * kPrologueSums * features + f;
+      // Where the ReLU lets nothing through, not even a NaN in attention or dgap counts.
+      if (s[features] != A(0)) {
+        const double a = args.attention[b * features + f];
+        const double d = args.dgap[b * args.channels + f % args.channels] * per_pixel;
+        add[0] += a * s[2 * features] + d * s[3 * features];
+        add[1] += a * s[0] + d * s[features];
+      }
+    });
+    if (column.inside && column.lane == 0) {
+      args.dgamma.put(f, static_cast<A>(totals[0]));
+      args.dbeta.put(f, static_cast<A>(totals[1]));
+      if (args.prologue.offset) {
+        const double elements = static_cast<double>(args.batch) * args.pixels;
+        put_statistics_gradient(args.prologue, f, static_cast<A>(totals[1] / elements),
+                                static_cast<A>(totals[0] / elements));
+      }
+    }
+  }
+}
+
+}  // namespace resnest_fused::cuda

@@ -1,0 +1,202 @@
+// Phase 3, recombine: the second read of x. Forward: the weighted sum over the radix; backward: dx.
+#pragma once
+
+#include "cuda/pool.cuh"
+
+namespace resnest_fused::cuda {
+
+// out[b,c,p] = sum_r attention[b,r,c] z[b,r,c,p]
+//   Grid: blocks of the map; the last come first, so that what the pool read last is met while it
+//   is still in L2. Reads R units, writes 1.
+template <typename T>
+struct RecombineArgs {
+  MapSizes sizes;
+  Tiling tiling;
+  int64_t blocks;
+  const T* x;                 // (B, R*C, H, W)
+  Prologue<Acc<T>> prologue;  // with kPrologue
+  const Acc<T>* attention;    // (B, R, C)
+  T* out;                     // (B, C, H, W)
+};
+
+template <typename T, bool kNhwc, int kRadix, int kVector, bool kPrologue>
+__device__ __forceinline__ void recombine_block(const RecombineArgs<T>& args, int64_t block) {
+  using A = Acc<T>;
+  using Coefficient = PerChannel<A, kVector, kNhwc>;
+  constexpr int kEach = (kNhwc ? kVector : 1) * (kPrologue ? 3 : 1);
+  // With few coefficients all splits' stay in registers, else each split's come from L1.
+  constexpr bool kHeld = kRadix > 0 && kRadix * kEach <= 48;
+  constexpr int kSplits = kHeld ? kRadix : 1;
+  constexpr int kBatch = kHeld ? (kRadix >= 4 ? 1 : 4 / kRadix) : 4;
+  const int radix = kRadix ? kRadix : args.sizes.radix;
+  const Share<kVector, kNhwc> share(args.sizes, args.tiling, block);
+  const A* const attention = args.attention + share.sample * args.sizes.features();
+  Coefficient a[kSplits], scale[kSplits], shift[kSplits];
+  const auto take_coefficients = [&](int first_split) {
+#pragma unroll
+    for (int r = 0; r < kSplits; ++r) {
+      const int64_t f = int64_t{first_split + r} * args.sizes.channels + share.channel;
+      const auto of = [&](const A* values, A otherwise) {
+        return Coefficient::make(
+            [&](int e) { return share.inside ? at_or(values, f + e, otherwise) : A(0); });
+      };
+      a[r] = of(attention, A(0));
+      if constexpr (kPrologue) {
+        scale[r] = of(args.prologue.scale, A(1));
+        shift[r] = of(args.prologue.shift, A(0));
+      }
+    }
+  };
+  if constexpr (kHeld) {
+    take_coefficients(0);
+  }
+  share.template for_each<kBatch>([&](auto width, int position, int step, int end) {
+    constexpr int kWidth = decltype(width)::value;
+    A sums[kBatch][kWidth] = {};
+    for (int first_split = 0; first_split < radix; first_split += kSplits) {
+      Vector<T, kWidth> values[kSplits][kBatch];
+#pragma unroll
+      for (int r = 0; r < kSplits; ++r) {
+        load_batch(args.x, share.x + (first_split + r) * share.split, share.x_step, position, step,
+                   end, values[r]);
+      }
+      if constexpr (!kHeld) {
+        take_coefficients(first_split);
+      }
+#pragma unroll
+      for (int r = 0; r < kSplits; ++r) {
+#pragma unroll
+        for (int u = 0; u < kBatch; ++u) {
+#pragma unroll
+          for (int e = 0; e < kWidth; ++e) {
+            A z = widen(values[r][u].values[e]);
+            if constexpr (kPrologue) {
+              z = relu(preactivation(z, scale[r][e], shift[r][e]));
+            }
+            sums[u][e] = fma(a[r][e], z, sums[u][e]);
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      if (position + u * step < end) {
+        Vector<T, kWidth> result;
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) {
+          result.values[e] = narrow<T>(sums[u][e]);
+        }
+        store(args.out + share.out + (position + u * step) * share.out_step, result);
+      }
+    }
+  });
+}
+
+template <typename T, bool kNhwc, int kRadix, int kVector, bool kPrologue>
+__global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
+    recombine_kernel(RecombineArgs<T> args) {
+  for (int64_t block = blockIdx.x; block < args.blocks; block += gridDim.x) {
+    recombine_block<T, kNhwc, kRadix, kVector, kPrologue>(args, args.blocks - 1 - block);
+  }
+}
+
+// dz_r = attention_r dout + dgap / HW, and
+//   dx = dz                                        plain form: reads 1 unit, writes R
+//   dx = m scale dz - offset - slope (x - mean)    with a prologue, m = [bn0(x) > 0]: reads R more;
+//                                                  offset and slope only with batch statistics
+//   Grid: as in the forward.
+template <typename T>
+struct RecombineBackwardArgs {
+  MapSizes sizes;
+  Tiling tiling;
+  int64_t blocks;
+  const T* dout;  // (B, C, H, W)
+  const T* x;     // (B, R*C, H, W); with kPrologue
+  Prologue<Acc<T>> prologue;
+  const Acc<T>* attention;  // (B, R, C)
+  const Acc<T>* dgap;       // (B, C)
+  Acc<T> per_pixel;         // 1 / HW
+  T* dx;                    // (B, R*C, H, W)
+};
+
+template <typename T, bool kNhwc, int kRadix, int kVector, bool kPrologue>
+__global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
+    recombine_backward_kernel(RecombineBackwardArgs<T> args) {
+  using A = Acc<T>;
+  using Coefficient = PerChannel<A, kVector, kNhwc>;
+  constexpr int kSplits = splits_held(kRadix, (kNhwc ? kVector : 1) * (kPrologue ? 7 : 2));
+  constexpr int kBatch = kSplits >= 4 ? 1 : kSplits == 1 && !kNhwc ? 4 : 2;
+  const int radix = kRadix ? kRadix : args.sizes.radix;
+  for (int64_t index = blockIdx.x; index < args.blocks; index += gridDim.x) {
+    const Share<kVector, kNhwc> share(args.sizes, args.tiling, args.blocks - 1 - index);
+    const auto of = [&](const A* values, int64_t first, A otherwise) {
+      return Coefficient::make(
+          [&](int e) { return share.inside ? at_or(values, first + e, otherwise) : A(0); });
+    };
+    for (int first_split = 0; first_split < radix; first_split += kSplits) {
+      // dx = p dout + q, with bn0's scale in both.
+      Coefficient p[kSplits], q[kSplits];
+      Coefficient scale[kSplits], shift[kSplits], mean[kSplits], offset[kSplits], slope[kSplits];
+#pragma unroll
+      for (int r = 0; r < kSplits; ++r) {
+        const int64_t f = int64_t{first_split + r} * args.sizes.channels + share.channel;
+        p[r] = of(args.attention, share.sample * args.sizes.features() + f, A(0));
+        q[r] = of(args.dgap, share.sample * args.sizes.channels + share.channel, A(0));
+#pragma unroll
+        for (int e = 0; e < Coefficient::kCount; ++e) {
+          q[r].values[e] *= args.per_pixel;
+        }
+        if constexpr (kPrologue) {
+          scale[r] = of(args.prologue.scale, f, A(1));
+          shift[r] = of(args.prologue.shift, f, A(0));
+          mean[r] = of(args.prologue.mean, f, A(0));
+          offset[r] = of(args.prologue.offset, f, A(0));
+          slope[r] = of(args.prologue.slope, f, A(0));
+#pragma unroll
+          for (int e = 0; e < Coefficient::kCount; ++e) {
+            p[r].values[e] *= scale[r].values[e];
+            q[r].values[e] *= scale[r].values[e];
+          }
+        }
+      }
+      const int64_t first = share.x + first_split * share.split;
+      share.template for_each<kBatch>([&](auto width, int position, int step, int end) {
+        constexpr int kWidth = decltype(width)::value;
+        Vector<T, kWidth> g[kBatch], values[kSplits][kBatch];
+        load_batch(args.dout, share.out, share.out_step, position, step, end, g);
+        if constexpr (kPrologue) {
+#pragma unroll
+          for (int r = 0; r < kSplits; ++r) {
+            load_batch(args.x, first + r * share.split, share.x_step, position, step, end,
+                       values[r]);
+          }
+        }
+#pragma unroll
+        for (int u = 0; u < kBatch; ++u) {
+          if (position + u * step < end) {
+#pragma unroll
+            for (int r = 0; r < kSplits; ++r) {
+              Vector<T, kWidth> result;
+#pragma unroll
+              for (int e = 0; e < kWidth; ++e) {
+                A dx = fma(p[r][e], widen(g[u].values[e]), q[r][e]);
+                if constexpr (kPrologue) {
+                  const A x = widen(values[r][u].values[e]);
+                  dx = relu_backward(dx, preactivation(x, scale[r][e], shift[r][e]));
+                  if (args.prologue.offset) {
+                    dx -= fma(x - mean[r][e], slope[r][e], offset[r][e]);
+                  }
+                }
+                result.values[e] = narrow<T>(dx);
+              }
+              store(args.dx + first + r * share.split + (position + u * step) * share.x_step,
+                    result);
+            }
+          }
+        }
+      });
+    }
+  }
+}
+
+}  // namespace resnest_fused::cuda

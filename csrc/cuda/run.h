@@ -1,0 +1,185 @@
+// A call on its way to the kernels: its tensors as pointers, its workspace, and bn0's parameters.
+#pragma once
+
+#include <limits>
+
+#include "cuda/launches.h"
+#include "problem.h"
+
+namespace resnest_fused::cuda {
+
+// Call f(tag) with a value of the element type.
+template <typename F>
+void for_dtype(ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::Half:
+      return f(__half{});
+    case ScalarType::BFloat16:
+      return f(__nv_bfloat16{});
+    default:
+      STD_TORCH_CHECK(false, "expected float32, float64, float16 or bfloat16");
+  }
+}
+
+inline Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat;
+    case ScalarType::Double:
+      return Dtype::kDouble;
+    case ScalarType::Half:
+      return Dtype::kHalf;
+    default:
+      return Dtype::kBFloat16;
+  }
+}
+
+inline Parameter parameter(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? Parameter{tensor->const_data_ptr(), dtype_of(*tensor)} : Parameter{};
+}
+
+inline Result result(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? Result{tensor->mutable_data_ptr(), dtype_of(*tensor)} : Result{};
+}
+
+template <typename T>
+const T* const_data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+template <typename A>
+Norm<A> norm_of(const NormTensors& norm) {
+  return {parameter(norm.weight), parameter(norm.bias), parameter(norm.mean), parameter(norm.var),
+          static_cast<A>(norm.eps)};
+}
+
+inline bool is_aligned(std::initializer_list<const Tensor*> maps) {
+  for (const Tensor* map : maps) {
+    if (reinterpret_cast<uintptr_t>(map->const_data_ptr()) % 16 != 0) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// What the planner is told; `maps` are all that the call reads and writes.
+inline Workload workload_of(const Map& map, Pass pass, std::initializer_list<const Tensor*> maps) {
+  const Problem& p = map.problem;
+  Workload w{};
+  w.pass = pass;
+  w.batch = p.batch;
+  w.radix = p.radix;
+  w.cardinality = p.cardinality;
+  w.channels = p.channels;
+  w.inter = p.inter;
+  w.pixels = p.pixels();
+  w.element_size = static_cast<int64_t>(map.x.element_size());
+  w.channels_last = p.layout == Layout::kNhwc;
+  w.aligned = is_aligned(maps);
+  w.relu = map.prologue.relu;
+  w.bn0 = map.prologue.bn0.present();
+  w.batch_stats = map.prologue.bn0.batch_stats;
+  return w;
+}
+
+// Blocks and pixels are counted in 32 bits in the kernels.
+inline int64_t counted(int64_t count) {
+  STD_TORCH_CHECK(count <= std::numeric_limits<int32_t>::max(),
+                  "x: too many elements for one call; split the batch");
+  return count;
+}
+
+inline MapSizes sizes_of(int64_t radix, int64_t channels, int64_t pixels) {
+  return {static_cast<int32_t>(counted(radix)), static_cast<int32_t>(counted(channels)),
+          static_cast<int32_t>(counted(pixels))};
+}
+
+template <typename T>
+class Run {
+ public:
+  using A = Acc<T>;
+
+  Run(const Context& of_call, const Map& of_map, const Workload& of_work, int64_t workspace_bytes)
+      : context(of_call),
+        map(of_map),
+        work(of_work),
+        sizes(sizes_of(of_work.radix, of_work.channels, of_work.pixels)),
+        tiling(make_tiling(of_call.device, of_work)),
+        form{of_work.channels_last, of_work.relu},
+        space_(empty_on(of_map.x, {workspace_bytes}, ScalarType::Byte)) {}
+
+  // An array of the workspace.
+  template <typename E = A>
+  E* at(int64_t offset) const {
+    return reinterpret_cast<E*>(data<unsigned char>(space_) + offset);
+  }
+
+  int64_t blocks(int64_t samples) const { return counted(samples * tiling.blocks_per_sample()); }
+
+  // Room for bn0's parameters, and for what dx loses to the batch's statistics where it does.
+  Prologue<A> prologue_at(int64_t offset, bool loses) const {
+    if (!work.bn0) {
+      return {};
+    }
+    A* const arrays = at(offset);
+    const int64_t f = work.features();
+    return {arrays,
+            arrays + f,
+            arrays + 2 * f,
+            arrays + 3 * f,
+            loses ? arrays + 4 * f : nullptr,
+            loses ? arrays + 5 * f : nullptr};
+  }
+
+  // bn0's parameters from the statistics it was given, and counters at zero.
+  void prepare(const Prologue<A>& prologue, const A* mean_dz = nullptr,
+               const A* mean_dz_xhat = nullptr, unsigned* counters = nullptr,
+               int64_t counter_count = 0) const {
+    if (prologue.scale || counter_count > 0) {
+      cuda::prepare<A>(context, {work.features(), norm_of<A>(map.prologue.bn0), prologue, mean_dz,
+                                 mean_dz_xhat, counters, counter_count});
+    }
+  }
+
+  // The batch's statistics, and bn0's parameters from them unless prologue is empty.
+  void take_statistics(A* rows, const Prologue<A>& prologue, const Tensor& mean,
+                       const Tensor& var) const {
+    const Workload features = statistics_map(work);
+    const Tiling of_features = statistics_tiling(context.device, work);
+    const int64_t count = features.batch * of_features.chunks;
+    A* const squares = rows + count * work.features();
+    statistics<T>(context, form.nhwc,
+                  {sizes_of(1, features.channels, features.pixels), of_features,
+                   counted(features.batch * of_features.blocks_per_sample()), const_data<T>(map.x),
+                   rows, squares});
+    const int64_t full = of_features.chunk_pixels;
+    const int64_t last = features.pixels - (of_features.chunks - 1) * full;
+    combine<A>(context, {{count, work.features(), rows, squares, static_cast<double>(full),
+                          static_cast<double>(last)},
+                         norm_of<A>(map.prologue.bn0),
+                         data<A>(mean),
+                         data<A>(var),
+                         prologue});
+  }
+
+  const Context& context;
+  const Map& map;
+  const Workload work;
+  const MapSizes sizes;
+  const Tiling tiling;
+  const Form form;
+
+ private:
+  Tensor space_;
+};
+
+}  // namespace resnest_fused::cuda
