@@ -1,14 +1,18 @@
-"""Builds the extension module resnest_fused._C; all else about the package is in pyproject.toml."""
+"""Builds the extension module resnest_fused._C and, where torch has CUDA and nvcc is there, the
+library of CUDA kernels resnest_fused._cuda; all else about the package is in pyproject.toml."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
 import subprocess
 import sysconfig
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.errors import CCompilerError
@@ -30,9 +34,20 @@ CXX_FLAGS = [
     "-Wno-ignored-attributes",
 ]
 
+# Kernels write their multiply-adds out, so that forward and backward agree on each ReLU: nvcc makes
+# none of its own. --threads=0: as many architectures at a time as there are processors.
+NVCC_FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "--fmad=false",
+    "--threads=0",
+    "-Xcompiler=-fvisibility=hidden,-Wall,-Wextra",
+]
+
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the oldest torch that the binary runs under
 
 PURE_PYTHON = "RESNEST_FUSED_SKIP_NATIVE=1 installs the pure-Python package instead"
+WITHOUT_CUDA = "RESNEST_FUSED_CUDA=0 builds without CUDA kernels"
 
 
 def error(sentence: str) -> SystemExit:
@@ -40,19 +55,19 @@ def error(sentence: str) -> SystemExit:
     return SystemExit(f"resnest_fused: {sentence}.")
 
 
-def read_switch(name: str, environ: Mapping[str, str]) -> bool:
-    """An environment variable that is 0 (or unset) or 1."""
-    value = environ.get(name, "0")
-    if value not in ("0", "1"):
+def read_switch(name: str, environ: Mapping[str, str]) -> bool | None:
+    """An environment variable that is 0 or 1, or None if it is unset."""
+    value = environ.get(name)
+    if value not in (None, "0", "1"):
         raise error(f"{name} must be 0 or 1, not {value!r}")
-    return value == "1"
+    return None if value is None else value == "1"
 
 
-def cuda_status(environ: Mapping[str, str]) -> str:
-    """Whether CUDA kernels are built and why, in words."""
-    if read_switch("RESNEST_FUSED_CUDA", environ):
-        raise error("RESNEST_FUSED_CUDA=1 is impossible, this version contains no CUDA kernels")
-    return "not included, this version has CPU kernels only"
+def first_complaint(attempt: subprocess.CompletedProcess[str]) -> str:
+    """What a compiler that failed said first."""
+    lines = [line.strip() for line in attempt.stderr.splitlines() if not line.startswith("#$")]
+    complaints = [line for line in lines if "error" in line or "fatal" in line]
+    return complaints[0] if complaints else f"exit status {attempt.returncode}"
 
 
 def find_compiler(environ: Mapping[str, str]) -> str:
@@ -71,8 +86,7 @@ def find_compiler(environ: Mapping[str, str]) -> str:
     except OSError:
         raise error(f"the C++ compiler `{command}` cannot be run; {remedy}") from None
     if attempt.returncode != 0:
-        complaints = [line.strip() for line in attempt.stderr.splitlines() if "error" in line]
-        reason = complaints[0] if complaints else f"exit status {attempt.returncode}"
+        reason = first_complaint(attempt)
         raise error(f"`{command}` cannot compile a Python module in C++20 ({reason}); {remedy}")
     return version.stdout.partition("\n")[0]
 
@@ -89,26 +103,197 @@ def import_torch() -> Any:
     return torch
 
 
-def native_build(cuda: str) -> dict[str, Any]:
-    """The arguments of setup() that build the extension module."""
+class NoCudaError(Exception):
+    """Why no CUDA kernels can be built, in words."""
+
+
+class Nvcc(NamedTuple):
+    """A CUDA compiler."""
+
+    version: str  # such as 13.0.88
+    capabilities: set[tuple[int, int]]  # that it compiles these kernels for
+    library_dirs: list[str]  # of its toolkit
+
+
+class Arch(NamedTuple):
+    """What is compiled for a compute capability: machine code and, for later GPUs too, PTX."""
+
+    major: int
+    minor: int
+    ptx: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.major}.{self.minor}" + "+PTX" * self.ptx
+
+    def flags(self) -> list[str]:
+        number = f"{self.major}{self.minor}"
+        codes = [f"sm_{number}"] + [f"compute_{number}"] * self.ptx
+        return [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+
+
+class Cuda(NamedTuple):
+    """What is built for CUDA: nothing, without architectures."""
+
+    status: str
+    archs: Sequence[Arch] = ()
+    library_dirs: Sequence[str] = ()
+
+
+OLDEST_CAPABILITY = (7, 5)
+DEFAULT_CAPABILITIES = [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)]
+
+NVCC_PROBE = """
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+static_assert(__cplusplus >= 202002L);
+__global__ void probe(__nv_bfloat16* to) { *to = __float2bfloat16_rn(0.0f); }
+"""
+
+
+def find_nvcc(cuda_home: str | None, torch_cuda: str, environ: Mapping[str, str]) -> Nvcc:
+    """The nvcc of cuda_home, after it has shown that it can do what is needed."""
+    nvcc = Path(cuda_home or "/nonexistent", "bin", "nvcc")
+    if not nvcc.exists():
+        raise NoCudaError("nvcc was not found, neither by CUDA_HOME nor on the PATH")
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([nvcc, *arguments], capture_output=True, text=True)
+
+    try:
+        found = re.search(r"release (\d+)\.\d+, V([\d.]+)", run("--version").stdout)
+    except OSError as reason:
+        raise NoCudaError(f"{nvcc} cannot be run ({reason.strerror})") from None
+    if found is None:
+        raise NoCudaError(f"{nvcc} does not tell its version")
+    major, version = found.groups()
+    if int(major) != int(torch_cuda.partition(".")[0]):
+        raise NoCudaError(
+            f"nvcc {version} and torch's CUDA {torch_cuda} are of different major versions"
+        )
+    # torch passes CC on as nvcc's host compiler; nvcc itself heeds NVCC_CCBIN.
+    host = ["-ccbin", environ["CC"]] if "CC" in environ else []
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "probe.cu").write_text(NVCC_PROBE)
+        files = [f"{folder}/probe.cu", "-o", f"{folder}/probe.o"]
+        attempt = run("-v", "-std=c++20", *host, "-c", *files)
+    if attempt.returncode != 0:
+        raise NoCudaError(f"nvcc {version} cannot compile C++20 ({first_complaint(attempt)})")
+    # nvcc on the PATH may be a script: it knows better than its place where its libraries are.
+    libraries = re.search(r"^#\$ LIBRARIES=(.*)$", attempt.stderr, re.MULTILINE)
+    codes = re.findall(r"sm_(\d+)(\d)\b", run("--list-gpu-code").stdout)
+    capabilities = {(int(major), int(minor)) for major, minor in codes}
+    return Nvcc(
+        version,
+        {capability for capability in capabilities if capability >= OLDEST_CAPABILITY},
+        re.findall(r'"-L(.*?)"', libraries[1]) if libraries else [],
+    )
+
+
+def read_archs(text: str, nvcc: Nvcc) -> list[Arch]:
+    """The architectures that TORCH_CUDA_ARCH_LIST names."""
+    ptx: dict[tuple[int, int], bool] = {}
+    for word in re.split(r"[;,\s]+", text.strip("; ")):
+        # The kernels have nothing that 9.0a, say, would compile and 9.0 would not.
+        found = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", word)
+        if found is None:
+            raise error(f"TORCH_CUDA_ARCH_LIST must be like 8.0;9.0+PTX, {word!r} is not")
+        capability = int(found[1]), int(found[2])
+        if capability not in nvcc.capabilities:
+            known = " ".join(str(Arch(*known)) for known in sorted(nvcc.capabilities))
+            raise error(
+                f"TORCH_CUDA_ARCH_LIST names {found[1]}.{found[2]}, nvcc {nvcc.version} compiles "
+                f"these kernels for {known}; {WITHOUT_CUDA}"
+            )
+        ptx[capability] = found[3] is not None or ptx.get(capability, False)
+    return [Arch(*capability, ptx[capability]) for capability in sorted(ptx)]
+
+
+def choose_archs(
+    environ: Mapping[str, str], gpus: Collection[tuple[int, int]], nvcc: Nvcc
+) -> list[Arch]:
+    """What to compile for: as the user says, or for these GPUs, or for the usual ones."""
+    named = environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if named not in ("", "native"):
+        return read_archs(named, nvcc)
+    # A GPU that is newer than nvcc runs what is compiled for the newest before it.
+    runnable = [[known for known in nvcc.capabilities if known <= gpu] for gpu in gpus]
+    chosen = {max(capabilities) for capabilities in runnable if capabilities}
+    if gpus and not chosen:
+        raise NoCudaError(f"nvcc {nvcc.version} cannot compile these kernels for so old a GPU")
+    chosen = chosen or nvcc.capabilities.intersection(DEFAULT_CAPABILITIES)
+    return [Arch(*capability, ptx=capability == max(chosen)) for capability in sorted(chosen)]
+
+
+def find_cuda(
+    wanted: bool | None, torch: Any, cuda_home: str | None, environ: Mapping[str, str]
+) -> Cuda:
+    """What is built for CUDA, and why: what is possible, unless the user wants it or not."""
+    if wanted is False:
+        return Cuda("not built, as RESNEST_FUSED_CUDA=0 asks")
+    try:
+        if torch.version.cuda is None:
+            raise NoCudaError(f"torch {torch.__version__} has no CUDA")
+        nvcc = find_nvcc(cuda_home, torch.version.cuda, environ)
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        gpus = {torch.cuda.get_device_capability(index) for index in range(count)}
+        archs = choose_archs(environ, gpus, nvcc)
+    except NoCudaError as reason:
+        if wanted:
+            raise error(f"RESNEST_FUSED_CUDA=1 is impossible, {reason}") from None
+        return Cuda(f"not built, {reason}")
+    status = f"built by nvcc {nvcc.version} for {' '.join(map(str, archs))}"
+    return Cuda(status, archs, nvcc.library_dirs)
+
+
+def native_build(wants_cuda: bool | None) -> dict[str, Any]:
+    """The arguments of setup() that build the extension module and the CUDA library."""
     compiler = find_compiler(os.environ)
     torch = import_torch()
     from torch.utils import cpp_extension
 
+    cuda = find_cuda(wants_cuda, torch, cpp_extension.CUDA_HOME, os.environ)
     csrc = Path("csrc")
-    torch_includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
-    extension = Extension(
-        "resnest_fused._C",
-        sources=sorted(map(str, [*csrc.glob("*.cpp"), *csrc.glob("cpu/*.cpp")])),
-        language="c++",
-        include_dirs=[str(csrc.resolve())],  # absolute: ninja runs elsewhere
-        # torch's headers, pybind11 among them, as system ones: warnings are for our code.
-        extra_compile_args=CXX_FLAGS + torch_includes,
-        # The stable ABI is in libtorch_cpu; a link to libtorch_python or libc10 would tie the
-        # binary to one torch release.
-        library_dirs=cpp_extension.library_paths(),
-        libraries=["torch_cpu"],
-    )
+    module_only = csrc / "ops.cpp"
+    shared = set(csrc.glob("*.cpp")) - {module_only}
+    # torch's headers, pybind11 among them, as system ones: warnings are for our code.
+    torch_includes = cpp_extension.include_paths()
+    cxx_flags = CXX_FLAGS + [f"-isystem{path}" for path in torch_includes]
+    # With flags for architectures among ours torch adds none of its own choice.
+    arch_flags = [flag for arch in cuda.archs for flag in arch.flags()]
+    nvcc_flags = NVCC_FLAGS + arch_flags + [f"-isystem={path}" for path in torch_includes]
+    common: dict[str, Any] = {
+        "language": "c++",
+        "include_dirs": [str(csrc.resolve())],  # absolute: ninja runs elsewhere
+        "define_macros": [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
+    }
+    extensions = [
+        Extension(
+            "resnest_fused._C",
+            sources=sorted(map(str, {module_only, *shared, *csrc.glob("cpu/*.cpp")})),
+            extra_compile_args=cxx_flags,
+            # The stable ABI is in libtorch_cpu; a link to libtorch_python or libc10 would tie the
+            # binary to one torch release.
+            library_dirs=cpp_extension.library_paths(),
+            libraries=["torch_cpu"],
+            **common,
+        )
+    ]
+    if cuda.archs:
+        extensions += [
+            # No module, in spite of its suffix: torch.ops.load_library loads it.
+            Extension(
+                "resnest_fused._cuda",
+                sources=sorted(map(str, {*shared, *csrc.glob("cuda/*.cu")})),
+                extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags},
+                library_dirs=[*cpp_extension.library_paths(), *cuda.library_dirs],
+                # The CUDA runtime is linked in, the three after it are what it needs: nvcc's code
+                # calls functions that an older libcudart.so, such as torch may bring, can lack.
+                # Both runtimes use the device's one primary context.
+                libraries=["torch_cuda", "torch_cpu", "cudart_static", "rt", "pthread", "dl"],
+                **common,
+            )
+        ]
 
     class BuildNative(cpp_extension.BuildExtension):
         """Says what is built and against what, tells the binary too, and sums a failure up."""
@@ -118,35 +303,44 @@ def native_build(cuda: str) -> dict[str, Any]:
                 "VERSION": self.distribution.get_version(),
                 "TORCH_VERSION": str(torch.__version__),
                 "CXX_FLAGS": " ".join(CXX_FLAGS),
-                "CUDA_STATUS": cuda,
-                "CUDA_ARCHS": "",
+                "CUDA_STATUS": cuda.status,
+                "CUDA_ARCHS": " ".join(map(str, cuda.archs)),
             }
-            extension.define_macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
-            extension.define_macros += [(f"RESNEST_FUSED_{k}", f'"{v}"') for k, v in facts.items()]
-            print(f"resnest_fused {facts['VERSION']}: building {extension.name}")
-            print(f"  sources: {' '.join(extension.sources)}")
+            literals = {f"RESNEST_FUSED_{name}": json.dumps(fact) for name, fact in facts.items()}
+            extensions[0].define_macros = [*extensions[0].define_macros, *literals.items()]
+            print(f"resnest_fused {facts['VERSION']}: building")
+            for extension in extensions:
+                print(f"  {extension.name}: {' '.join(extension.sources)}")
             print(f"  torch: {torch.__version__} in {Path(torch.__file__).parent}")
             print(f"  compiler: {compiler}")
             print(f"  flags: {facts['CXX_FLAGS']}")
-            print(f"  CUDA: {cuda}", flush=True)
+            if cuda.archs:
+                print(f"  nvcc flags: {' '.join(NVCC_FLAGS)}")
+            print(f"  CUDA: {cuda.status}", flush=True)
+            # What can fail before the first is torch's check of nvcc and its host compiler.
+            self.building = extensions[-1]
             try:
                 super().build_extensions()
             except (RuntimeError, CCompilerError) as reason:
                 raise error(
-                    f"{extension.name} could not be built ({reason}; what the compiler said is "
-                    f"above); {PURE_PYTHON}"
+                    f"{self.building.name} could not be built ({reason}; what the compiler said "
+                    f"is above); {PURE_PYTHON if self.building is extensions[0] else WITHOUT_CUDA}"
                 ) from None
 
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildNative}}
+        def build_extension(self, extension: Extension) -> None:
+            self.building = extension
+            super().build_extension(extension)
+
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildNative}}
 
 
 def main() -> None:
-    cuda = cuda_status(os.environ)
+    wants_cuda = read_switch("RESNEST_FUSED_CUDA", os.environ)
     if read_switch("RESNEST_FUSED_SKIP_NATIVE", os.environ):
         print("resnest_fused: pure Python, as RESNEST_FUSED_SKIP_NATIVE=1 asks", flush=True)
         setup()
     else:
-        setup(**native_build(cuda))
+        setup(**native_build(wants_cuda))
 
 
 if __name__ == "__main__":

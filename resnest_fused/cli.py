@@ -95,9 +95,14 @@ def _info() -> None:
         facts.add_row("compiler", built["compiler"])
         facts.add_row("flags", built["cxx_flags"])
         facts.add_row("instructions", f"{built['cpu_capability']}, chosen for this CPU at run time")
-        facts.add_row("CUDA kernels", built["cuda_status"])
+        facts.add_row("CUDA kernels", native.cuda_status())
     else:
         facts.add_row("native kernels", "none")
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        gpu = torch.cuda.get_device_properties(index)
+        runs = reason is None and native.gpu_unavailable(index) is None
+        kernels = "CUDA kernels run on it" if runs else "no CUDA kernels for it"
+        facts.add_row(f"GPU {index}", f"{gpu.name}, {gpu.major}.{gpu.minor}: {kernels}")
     console.print(facts)
     table = _table("name", "available", "")
     for status in backends():

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cases import Call, Case, draw
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import resnest_fused as rf
 from resnest_fused.backends import choose, native
@@ -93,6 +100,142 @@ def test_a_missing_extension_is_reported(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (status.available, status.reason) == (False, "the compiled extension is not installed")
     with pytest.raises(RuntimeError, match="cannot run this call: the compiled extension"):
         choose("native", torch.empty(1))
+
+
+# CUDA
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tensor]:
+    """An x on a GPU of compute capability 8.9 that is not there, nor remembered afterwards."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 9))
+    native._gpu_unavailable.cache_clear()
+    with FakeTensorMode():
+        x = torch.empty(1, device="cuda")
+    yield x
+    native._gpu_unavailable.cache_clear()
+
+
+def _pretend(monkeypatch: pytest.MonkeyPatch, status: str, archs: str, missing: str | None) -> None:
+    facts = {**native.build_info(), "cuda_status": status, "cuda_archs": archs}
+    monkeypatch.setattr(native, "build_info", lambda: facts)
+    monkeypatch.setattr(native, "_cuda_missing", missing)
+
+
+@pytest.mark.parametrize(
+    ("status", "archs", "missing", "reason"),
+    [
+        ("built for 8.0 9.0", "8.0 9.0", None, None),
+        ("built for 7.5 9.0+PTX", "7.5 9.0+PTX", None, "built for 7.5 9.0+PTX, GPU 0 is 8.9"),
+        ("not built, no nvcc", "", "the library is not there", "not built, no nvcc"),
+        ("built for 8.0", "8.0", "no libx.so", "built for 8.0 but not loaded (no libx.so)"),
+    ],
+)
+def test_cuda_kernels_run_where_loaded_and_built_for_the_gpu(
+    on_gpu: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    status: str,
+    archs: str,
+    missing: str | None,
+    reason: str | None,
+) -> None:
+    _pretend(monkeypatch, status, archs, missing)
+    assert choose("auto", torch.empty(1)) == "native"
+    if reason is None:
+        assert choose("auto", on_gpu) == choose("native", on_gpu) == "native"
+    else:
+        assert choose("auto", on_gpu) == "reference"
+        with pytest.raises(RuntimeError) as error:
+            choose("native", on_gpu)
+        assert str(error.value) == (
+            f"backend 'native' cannot run this call: its CUDA kernels are {reason}"
+        )
+    report = rf.backends()[0]
+    assert report.available
+    assert native.build_info()["cpu_capability"] in report.reason
+    assert f"; CUDA kernels {status}" in report.reason
+
+
+def test_a_gpu_is_asked_for_its_capability_once(
+    on_gpu: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: asked.append(i) or (9, 0))
+    _pretend(monkeypatch, "built for 9.0", "9.0", None)
+    assert choose("auto", on_gpu) == choose("auto", on_gpu) == "native"
+    assert asked == [0]
+
+
+def test_graphs_for_a_gpu_are_traced_without_one(
+    on_gpu: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    _pretend(monkeypatch, "built for 9.0", "9.0", None)
+    assert choose("auto", on_gpu) == "native"
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "expected"),
+    [
+        ("8.0", (8, 0), True),
+        ("8.0", (8, 9), True),
+        ("8.6", (8, 0), False),
+        ("8.0", (9, 0), False),
+        ("8.0+PTX", (9, 0), True),
+        ("8.0+PTX", (7, 5), False),
+        ("7.5 8.0+PTX", (7, 5), True),
+        ("9.0 10.0", (10, 3), True),
+        ("9.0+PTX 10.0", (12, 0), True),
+        ("9.0", (10, 0), False),
+        ("12.0+PTX", (9, 0), False),
+        ("", (9, 0), False),
+    ],
+)
+def test_gpus_that_code_runs_on(archs: str, capability: tuple[int, int], expected: bool) -> None:
+    assert native._covers(archs, capability) is expected
+
+
+def test_the_compiler_takes_what_is_known_of_a_gpu_as_constant() -> None:
+    @torch.compile(fullgraph=True, backend="eager")
+    def call(x: Tensor) -> Tensor:
+        return x if native.gpu_unavailable(0) is None else x + 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(torch.empty(1))
+
+
+@pytest.mark.skipif(not native.build_info()["cuda_archs"], reason="built without CUDA kernels")
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch has no CUDA")
+def test_every_op_has_a_cuda_kernel() -> None:
+    assert native._cuda_missing is None
+    ops = [f"resnest_fused::{name}" for name in torch.ops.resnest_fused]
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    on_cpu = [op for op in ops if has_kernel(op, "CPU")]
+    assert len(on_cpu) >= 9
+    assert [op for op in on_cpu if not has_kernel(op, "CUDA")] == []
+
+
+def test_a_library_that_cannot_be_loaded_leaves_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a copy of the package, as it is loaded on import."""
+    monkeypatch.chdir(tmp_path)
+    package = Path(rf.__file__).parent
+    shutil.copytree(package, tmp_path / "resnest_fused")
+    for library in (tmp_path / "resnest_fused").glob("_cuda*.so"):
+        library.unlink()
+    (tmp_path / "resnest_fused" / f"_cuda{EXTENSION_SUFFIXES[0]}").write_text("no library")
+    code = (
+        "import torch; torch.version.cuda = '13.0'; import resnest_fused as rf; "
+        "from resnest_fused.backends import native; print(rf.__file__, native._cuda_missing); "
+        "rf.use_backend('native').__enter__(); rf.FusedSplitAttention(4)(torch.ones(2, 8, 2, 2))"
+    )
+    run = _python(code, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+    assert run.returncode == 0, run.stderr
+    assert str(tmp_path) in run.stdout
+    assert "file too short" in run.stdout
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -7,6 +7,7 @@ import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sklearn.datasets
@@ -246,6 +247,20 @@ def test_info() -> None:
         assert expected in result.output
     if native.unavailable() is None:
         assert native.build_info()["compiler"] in result.output
+
+
+def test_info_lists_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = SimpleNamespace(name="Old GPU", major=7, minor=0)
+    gpus = [old, SimpleNamespace(name="New GPU", major=9, minor=0)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpus[index])
+    monkeypatch.setattr(native, "gpu_unavailable", lambda index: None if index else "it is old")
+    monkeypatch.setattr(native, "cuda_status", lambda: "built by nvcc 13.0.88 for 9.0")
+    output = run("info").output
+    assert re.search(r"CUDA kernels +built by nvcc 13.0.88 for 9.0\b", output)
+    assert re.search(r"GPU 0 +Old GPU, 7.0: no CUDA kernels for it\b", output)
+    assert re.search(r"GPU 1 +New GPU, 9.0: CUDA kernels run on it\b", output)
 
 
 def test_info_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,23 @@ except ImportError as error:
     _missing = f"the compiled extension is not there ({error})"
 
 
+def _load_cuda() -> str | None:
+    """Load the CUDA kernels; why that is impossible, or None."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA"
+    library = importlib.util.find_spec("resnest_fused._cuda")
+    if library is None or library.origin is None:
+        return "the library is not there"
+    try:
+        torch.ops.load_library(library.origin)
+    except OSError as error:
+        return str(error.__cause__ or error)  # torch's own names the file only
+    return None
+
+
+_cuda_missing = _load_cuda() if _missing is None else _missing
+
+
 def unavailable() -> str | None:
     if _missing is None:
         try:
@@ -29,21 +48,65 @@ def unavailable() -> str | None:
 def can_run(x: Tensor) -> str | None:
     if _missing is not None:
         return _missing
-    if not (x.is_cpu or x.is_meta):  # meta: the ops trace through their fake kernels
-        return f"its kernels are built for cpu, x is on {x.device.type}"
+    if x.is_cuda:
+        reason = gpu_unavailable(x.device.index)
+        if reason is not None:
+            return reason
+    elif not (x.is_cpu or x.is_meta):  # meta: the ops trace through their fake kernels
+        return f"its kernels are built for cpu and cuda, x is on {x.device.type}"
     if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
         return "an ONNX graph has standard ops only"
     return None
 
 
+# Not traced by the compiler, which would warn of the cache and look into what fills it.
+@torch.compiler.assume_constant_result
+def gpu_unavailable(index: int) -> str | None:
+    """Why the CUDA kernels cannot run on this GPU, or None."""
+    return _gpu_unavailable(index)
+
+
+@functools.cache
+def _gpu_unavailable(index: int) -> str | None:
+    status = cuda_status()
+    if _cuda_missing is not None:
+        return f"its CUDA kernels are {status}"
+    if not torch.cuda.is_available():
+        return None  # a fake tensor: a graph is traced on a machine without a GPU
+    major, minor = torch.cuda.get_device_capability(index)
+    if not _covers(build_info()["cuda_archs"], (major, minor)):
+        return f"its CUDA kernels are {status}, GPU {index} is {major}.{minor}"
+    return None
+
+
+def _covers(archs: str, capability: tuple[int, int]) -> bool:
+    """Whether code for ``archs``, such as "8.0 9.0+PTX", runs on a GPU of this capability."""
+    for arch in archs.split():
+        number, _, ptx = arch.partition("+")
+        major, minor = map(int, number.split("."))
+        # Machine code runs on later GPUs of its major version, PTX becomes code for any later GPU.
+        if (major, minor) <= capability and (ptx or major == capability[0]):
+            return True
+    return False
+
+
 def describe() -> str:
     facts = build_info()
-    return f"C++ kernels for cpu, {facts['cpu_capability']}, {facts['compiler']}"
+    cpu = f"C++ kernels for cpu, {facts['cpu_capability']}, {facts['compiler']}"
+    return f"{cpu}; CUDA kernels {cuda_status()}"
 
 
 def build_info() -> dict[str, str]:
     """Compiler, flags, versions and the instruction set chosen on this machine."""
     return dict(_C.build_info())
+
+
+def cuda_status() -> str:
+    """How the CUDA kernels were built or why not, and why they are not loaded."""
+    facts = build_info()
+    if facts["cuda_archs"] and _cuda_missing is not None:
+        return f"{facts['cuda_status']} but not loaded ({_cuda_missing})"
+    return facts["cuda_status"]
 
 
 if _C is not None:
