@@ -1,12 +1,6 @@
 // The library of the ops, with those on the CPU, and the Python module _C with the facts of this
-// build.
+// build and the planner of CUDA launches.
 
-// The pybind11 in torch's headers refuses the stable ABI, which it takes no part in here.
-#pragma push_macro("TORCH_TARGET_VERSION")
-#undef TORCH_TARGET_VERSION
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-#pragma pop_macro("TORCH_TARGET_VERSION")
 #include <torch/csrc/stable/library.h>
 
 #include <map>
@@ -15,6 +9,8 @@
 #include "calls.h"
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
+#include "cuda/plan_python.h"
+#include "pybind.h"
 #include "schemas.h"
 
 STABLE_TORCH_LIBRARY(resnest_fused, m) { resnest_fused::define_ops(m); }
@@ -50,4 +46,5 @@ std::map<std::string, std::string> build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The native ops of resnest_fused (registered on import) and the facts of their build.";
   m.def("build_info", &build_info);
+  resnest_fused::cuda::define_plan(m);
 }

@@ -39,6 +39,9 @@ template <typename A>
 __device__ __forceinline__ void hidden_block(const HiddenArgs<A>& args, int64_t block) {
   const int64_t inputs = args.sizes.group_channels(), outputs = args.sizes.group_inter();
   const Tile tile(block, args.batch, outputs);
+  if (tile.group >= args.sizes.cardinality) {
+    return;  // the persistent launch gives every group of samples the largest one's blocks
+  }
   const Operand<A, Pooled<A>, false> gap{args.gap, 0, tile.group * inputs, args.batch, inputs};
   const Operand<A, Weight<A>, false> weight{
       {args.weight, inputs}, tile.group * outputs, 0, outputs, inputs};
@@ -117,6 +120,9 @@ __device__ __forceinline__ void attention_block(const AttentionArgs<A>& args, in
   const int64_t features = args.sizes.features();
   const int64_t inputs = args.sizes.group_inter(), outputs = args.sizes.group_channels();
   const Tile tile(block, args.batch, outputs);
+  if (tile.group >= args.sizes.cardinality) {
+    return;
+  }
   const Operand<A, Values<A>, false> u{
       {args.u, args.sizes.inter}, 0, tile.group * inputs, args.batch, inputs};
   const int64_t first_channel = tile.group * outputs;
@@ -233,16 +239,16 @@ template <typename A>
 struct GradientsArgs {
   FcSizes sizes;
   int64_t batch;
-  const A* gap;                                             // (B, C)
-  const A* u;                                               // (B, I)
-  const A* dlogits;                                         // (B, K, R, C/K)
-  const A* dhidden;                                         // (B, I)
-  Parameter fc1_weight;                                     // (I, C/K)
-  Result dfc1_weight;                                       // (I, C/K) or absent
-  Result dfc2_weight;                                       // (R*C, I/K) or absent
-  Result dfc2_bias;                                         // (R*C) or absent
-  A* dgap;                                                  // (B, C) or null
-  int64_t fc2_blocks, fc1_blocks, gap_blocks, bias_blocks;  // 0 where not wanted
+  const A* gap;           // (B, C)
+  const A* u;             // (B, I)
+  const A* dlogits;       // (B, K, R, C/K)
+  const A* dhidden;       // (B, I)
+  Parameter fc1_weight;   // (I, C/K)
+  Result dfc1_weight;     // (I, C/K) or absent
+  Result dfc2_weight;     // (R*C, I/K) or absent
+  Result dfc2_bias;       // (R*C) or absent
+  A* dgap;                // (B, C) or null
+  GradientBlocks blocks;  // 0 where not wanted
 };
 
 template <typename A>
@@ -250,7 +256,7 @@ __device__ __forceinline__ void gradients_block(const GradientsArgs<A>& args, in
   const FcSizes& sizes = args.sizes;
   const int64_t group_channels = sizes.group_channels(), group_inter = sizes.group_inter();
   const int64_t features = sizes.features(), outputs = features / sizes.cardinality;
-  if (block < args.fc2_blocks) {
+  if (block < args.blocks.fc2) {
     const Tile tile(block, outputs, group_inter);
     const int64_t first = tile.group * outputs;
     const Operand<A, Values<A>, true> dlogits{
@@ -262,8 +268,8 @@ __device__ __forceinline__ void gradients_block(const GradientsArgs<A>& args, in
     });
     return;
   }
-  block -= args.fc2_blocks;
-  if (block < args.fc1_blocks) {
+  block -= args.blocks.fc2;
+  if (block < args.blocks.fc1) {
     const Tile tile(block, group_inter, group_channels);
     const int64_t first = tile.group * group_inter;
     const Operand<A, Values<A>, true> dhidden{
@@ -275,8 +281,8 @@ __device__ __forceinline__ void gradients_block(const GradientsArgs<A>& args, in
     });
     return;
   }
-  block -= args.fc1_blocks;
-  if (block < args.gap_blocks) {
+  block -= args.blocks.fc1;
+  if (block < args.blocks.gap) {
     const Tile tile(block, args.batch, group_channels);
     const int64_t first = tile.group * group_inter;
     const Operand<A, Values<A>, false> dhidden{
@@ -288,7 +294,7 @@ __device__ __forceinline__ void gradients_block(const GradientsArgs<A>& args, in
     });
     return;
   }
-  block -= args.gap_blocks;
+  block -= args.blocks.gap;
   const Column column(block, features);
   double sums[1];
   sum_over_rows<1>(column, args.batch, sums, [&](int64_t b, double (&add)[1]) {
@@ -301,7 +307,7 @@ __device__ __forceinline__ void gradients_block(const GradientsArgs<A>& args, in
 
 template <typename A>
 __global__ void __launch_bounds__(kProductThreads) gradients_kernel(GradientsArgs<A> args) {
-  const int64_t blocks = args.fc2_blocks + args.fc1_blocks + args.gap_blocks + args.bias_blocks;
+  const int64_t blocks = args.blocks.fc2 + args.blocks.fc1 + args.blocks.gap + args.blocks.bias;
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
     gradients_block(args, block);
   }

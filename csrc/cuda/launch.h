@@ -11,10 +11,10 @@
 
 namespace resnest_fused::cuda {
 
-// Launch as many of `blocks` blocks as a grid may have; kernels that may get fewer walk over them.
+// Launch the kernel as planned, with as many of its blocks as a grid may have.
 template <typename Args>
-void launch(const Context& context, const char* name, void (*kernel)(Args), int64_t blocks,
-            int64_t threads, int64_t shared_bytes, const Args& args) {
+void launch(const Context& context, void (*kernel)(Args), const Launch& planned, const Args& args) {
+  const auto& [name, blocks, threads, shared_bytes] = planned;
   if (blocks == 0) {
     return;
   }

@@ -42,7 +42,7 @@ struct Share {
     const int thread = static_cast<int>(threadIdx.x);
     const unsigned blocks =
         static_cast<unsigned>(tiling.channel_blocks) * static_cast<unsigned>(tiling.chunks);
-    const unsigned index = static_cast<unsigned>(item);  // the host sees to it that it fits
+    const unsigned index = static_cast<unsigned>(item);  // at most kMostBlocks
     sample = index / blocks;
     const int block = static_cast<int>(index % blocks);
     chunk = block / tiling.channel_blocks;
@@ -143,7 +143,7 @@ __device__ __forceinline__ void load_batch(const T* from, int64_t offset, int64_
 
 // The partial sums of `kSums` kinds that a block has of its channels: over the thread's lanes, in
 // fixed order. put(channel, sums) is called once for each channel inside, by one thread.
-// Shared memory: kSums * kVector accumulators a thread (NHWC), kSums a warp (NCHW).
+// Shared memory: share_sums_bytes.
 template <int kSums, int kVector, bool kNhwc, typename A, typename Put>
 __device__ __forceinline__ void sum_over_share(const Share<kVector, kNhwc>& share,
                                                const Tiling& tiling, int channels,
@@ -189,13 +189,6 @@ __device__ __forceinline__ void sum_over_share(const Share<kVector, kNhwc>& shar
       put(share.channel, totals);
     }
   }
-}
-
-// Shared memory of `sum_over_share`, in bytes.
-constexpr int64_t share_sums_bytes(const Tiling& tiling, bool nhwc, int64_t sums,
-                                   int64_t acc_size) {
-  return nhwc ? tiling.threads * tiling.vector * sums * acc_size
-              : ceil_div(tiling.threads, kWarp) * sums * acc_size;
 }
 
 }  // namespace resnest_fused::cuda

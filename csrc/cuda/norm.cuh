@@ -62,7 +62,7 @@ struct Column {
 
 // Sums over rows in float64, as PyTorch's batch normalisation keeps them on the CPU: add(row, sums)
 // adds what a row has; all threads of a column get the totals. Every thread of the block must call.
-// Shared memory: kSums float64 a thread.
+// Shared memory: row_sums_bytes.
 template <int kSums, typename Add>
 __device__ __forceinline__ void sum_over_rows(const Column& column, int64_t rows,
                                               double (&totals)[kSums], Add add) {
@@ -87,7 +87,5 @@ __device__ __forceinline__ void sum_over_rows(const Column& column, int64_t rows
   }
   __syncthreads();
 }
-
-constexpr int64_t row_sums_bytes(int64_t threads, int64_t sums) { return threads * sums * 8; }
 
 }  // namespace resnest_fused::cuda

@@ -10,12 +10,8 @@ void persistent(const Context& context, const Plan& plan, Form form,
   for_map<T>(form, args.pool.sizes, args.pool.tiling,
              [&](auto nhwc, auto radix, auto vector, auto prologue) {
                if constexpr (radix() == kPersistentRadix) {
-                 const int64_t shared =
-                     std::max(share_sums_bytes(args.pool.tiling, nhwc(), 1, sizeof(Acc<T>)),
-                              product_shared_bytes(plan.product_threads, sizeof(Acc<T>)));
-                 launch(context, "persistent",
-                        persistent_kernel<T, nhwc(), radix(), vector(), prologue()>,
-                        plan.persistent_blocks, plan.product_threads, shared, args);
+                 launch(context, persistent_kernel<T, nhwc(), radix(), vector(), prologue()>,
+                        persistent_launch(plan, nhwc(), sizeof(Acc<T>)), args);
                } else {
                  STD_TORCH_CHECK(false, "resnest_fused: no persistent kernel for this call");
                }

@@ -1,4 +1,4 @@
-// The launch planner: from a device and a problem to tiles, grids, strategy and workspace.
+// The launch planner: from a device and a problem to tiles, strategy, workspace and launches.
 //
 // Pure arithmetic for the host, which needs neither CUDA nor a GPU. What decides the order of a sum
 // (`Tiling` without its counts, `kProductThreads`) depends on the device and on the shape of a
@@ -7,8 +7,12 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
 #include <string>
+#include <vector>
+
+#include "prologue_sums.h"
 
 namespace resnest_fused::cuda {
 
@@ -24,7 +28,7 @@ constexpr int64_t power_of_two_at_least(int64_t n) {
 
 struct Device {
   int64_t multiprocessors;
-  int64_t threads_per_block;
+  int64_t threads_per_block;  // at least a warp
   int64_t threads_per_multiprocessor;
   int64_t registers_per_multiprocessor;
   int64_t shared_per_block;  // bytes, without opting in to more
@@ -51,6 +55,7 @@ struct Workload {
   bool relu;         // with the prologue
   bool bn0;          // and with bn0 in it
   bool batch_stats;  // bn0 takes the batch's own statistics
+  bool bn1_batch_stats;
 
   int64_t features() const { return radix * channels; }
   int64_t acc_size() const { return element_size == 8 ? 8 : 4; }
@@ -91,6 +96,7 @@ constexpr int64_t kColumns = 8;
 // The tile of a matrix product that a block takes.
 constexpr int64_t kTileRows = 32;
 constexpr int64_t kTileColumns = 16;
+constexpr int kTileSize = kTileRows * kTileColumns;
 // Pixel chunks of a sample in NHWC: enough blocks for a single sample, few partial sums to add.
 constexpr int64_t kMaxChunks = 8;
 constexpr int64_t kMinChunkPixels = 32;
@@ -104,6 +110,11 @@ constexpr double kUsableL2 = 0.6;
 // tickets left.
 constexpr int64_t kPersistentBlocks = 4;
 constexpr int64_t kWarp = 32;
+// Kernels count in 32 bits the blocks of a map, its channels, and the pixels of a sample, of which
+// their loops step a little beyond the last.
+constexpr int64_t kMostBlocks = std::numeric_limits<int32_t>::max();
+constexpr int64_t kMostPixels = int64_t{1} << 30;
+constexpr int64_t kMostChannels = int64_t{1} << 30;
 // Groups of samples between whose pool and recombine the persistent kernel runs: x of one more than
 // this many must stay in L2.
 constexpr int64_t kGroupsBetween = 2;
@@ -114,14 +125,22 @@ struct Plan {
   int64_t product_threads;
   int64_t column_threads;
   int64_t group;              // samples that go through the phases together
-  int64_t persistent_blocks;  // the persistent launch's grid
+  int64_t persistent_blocks;  // the persistent launch's grid; else 0
   int64_t workspace_bytes;
-  int64_t launches;         // of the whole call
+  int64_t launches;         // of the whole call, if its batch is not empty
   int64_t predicted_bytes;  // read from and written to device memory
   double predicted_microseconds;
 
   int64_t groups(int64_t batch) const { return ceil_div(batch, group); }
 };
+
+// `count` in 32 bits, unless it is more than the kernels can count.
+inline int32_t counted(int64_t count, int64_t most) {
+  if (count > most) {
+    throw std::invalid_argument("x: too many elements for one call; split the batch");
+  }
+  return static_cast<int32_t>(count);
+}
 
 inline int64_t map_threads(const Device& device) {
   int64_t threads = kMapThreads;
@@ -131,7 +150,15 @@ inline int64_t map_threads(const Device& device) {
   return threads;
 }
 
+// Chunks of the same size, but for the last; none of them is empty.
+inline void set_chunks(Tiling& t, int64_t pixels, int64_t at_most) {
+  counted(pixels, kMostPixels);
+  t.chunk_pixels = static_cast<int32_t>(std::max<int64_t>(ceil_div(pixels, at_most), 1));
+  t.chunks = static_cast<int32_t>(ceil_div(pixels, t.chunk_pixels));
+}
+
 inline Tiling make_tiling(const Device& device, const Workload& w) {
+  counted(w.channels, kMostChannels);
   const int64_t threads = map_threads(device);
   const int64_t whole = 16 / w.element_size;
   // float64 takes one simple path.
@@ -145,15 +172,13 @@ inline Tiling make_tiling(const Device& device, const Workload& w) {
     t.channel_blocks = static_cast<int32_t>(ceil_div(needed, kWarp));
     t.lanes = static_cast<int32_t>(ceil_div(needed, t.channel_blocks));
     const int64_t chunks = std::clamp<int64_t>(w.pixels / kMinChunkPixels, 1, kMaxChunks);
-    t.chunk_pixels = static_cast<int32_t>(ceil_div(w.pixels, chunks));
-    t.chunks = static_cast<int32_t>(ceil_div(w.pixels, t.chunk_pixels));
+    set_chunks(t, w.pixels, chunks);
   } else {
     // About four vectors of each split for a thread.
     const int64_t lanes = power_of_two_at_least(ceil_div(w.pixels * w.element_size, 4 * 16));
     t.lanes = static_cast<int32_t>(std::clamp<int64_t>(lanes, 8, threads));
     t.channel_blocks = static_cast<int32_t>(ceil_div(w.channels, threads / t.lanes));
-    t.chunk_pixels = static_cast<int32_t>(w.pixels);
-    t.chunks = 1;
+    set_chunks(t, w.pixels, 1);
   }
   return t;
 }
@@ -177,12 +202,17 @@ inline Tiling statistics_tiling(const Device& device, const Workload& w) {
   if (map.channels_last) {
     const int64_t wanted = ceil_div(4 * device.multiprocessors, t.channel_blocks);
     const int64_t chunks = std::clamp<int64_t>(map.pixels / kMinChunkPixels, 1, wanted);
-    t.chunk_pixels = static_cast<int32_t>(std::max<int64_t>(ceil_div(map.pixels, chunks), 1));
-    t.chunks = static_cast<int32_t>(ceil_div(map.pixels, t.chunk_pixels));
+    set_chunks(t, map.pixels, chunks);
   }
   return t;
 }
 
+// Blocks of a map of so many samples.
+inline int64_t map_blocks(const Tiling& t, int64_t samples) {
+  return counted(samples * t.blocks_per_sample(), kMostBlocks);
+}
+
+// Blocks of `groups` matrix products.
 inline int64_t product_blocks(int64_t rows, int64_t columns, int64_t groups) {
   return ceil_div(rows, kTileRows) * ceil_div(columns, kTileColumns) * groups;
 }
@@ -191,6 +221,112 @@ inline int64_t hidden_blocks(const Workload& w, int64_t samples) {
 }
 inline int64_t attention_blocks(const Workload& w, int64_t samples) {
   return product_blocks(samples, w.channels / w.cardinality, w.cardinality);
+}
+
+// Blocks of the launch of the weights' gradients, by what they compute.
+struct GradientBlocks {
+  int64_t fc2, fc1, gap, bias;
+
+  int64_t all() const { return fc2 + fc1 + gap + bias; }
+};
+inline GradientBlocks gradient_blocks(int64_t batch, int64_t radix, int64_t cardinality,
+                                      int64_t channels, int64_t inter) {
+  const int64_t outputs = radix * channels / cardinality;
+  const int64_t group_channels = channels / cardinality, group_inter = inter / cardinality;
+  return {product_blocks(outputs, group_inter, cardinality),
+          product_blocks(group_inter, group_channels, cardinality),
+          product_blocks(batch, group_channels, cardinality), ceil_div(radix * channels, kColumns)};
+}
+
+// Shared memory in bytes of `sum_over_share`,
+constexpr int64_t share_sums_bytes(const Tiling& t, bool nhwc, int64_t sums, int64_t acc_size) {
+  return (nhwc ? t.threads * t.vector : ceil_div(t.threads, kWarp)) * sums * acc_size;
+}
+// of `sum_over_rows`,
+constexpr int64_t row_sums_bytes(int64_t threads, int64_t sums) {
+  return threads * sums * static_cast<int64_t>(sizeof(double));
+}
+// and of `multiply_tile`.
+constexpr int64_t product_bytes(int64_t threads, int64_t acc_size) {
+  return threads / kWarp * kTileSize * acc_size;
+}
+
+// A kernel's launch. The grid may have fewer blocks: kernels walk over them.
+struct Launch {
+  const char* name;
+  int64_t blocks;
+  int64_t threads;
+  int64_t shared_bytes;
+};
+
+// Every kernel's launch; `blocks` are those of the map or of the products.
+inline Launch prepare_launch(const Device& device, int64_t features, int64_t counters) {
+  const int64_t threads = map_threads(device);
+  return {"prepare", ceil_div(std::max(features, counters), threads), threads, 0};
+}
+inline Launch statistics_launch(const Tiling& t, int64_t blocks, bool nhwc, int64_t acc_size) {
+  return {"statistics", blocks, t.threads, share_sums_bytes(t, nhwc, 2, acc_size)};
+}
+inline Launch combine_launch(const Device& device, int64_t features) {
+  const int64_t threads = map_threads(device);
+  return {"combine", ceil_div(features, kColumns), threads, row_sums_bytes(threads, 1)};
+}
+inline Launch pool_launch(const Tiling& t, int64_t blocks, bool nhwc, int64_t acc_size) {
+  return {"pool", blocks, t.threads, share_sums_bytes(t, nhwc, 1, acc_size)};
+}
+inline Launch pool_finish_launch(const Device& device, int64_t batch, int64_t channels) {
+  const int64_t threads = map_threads(device);
+  return {"pool_finish", ceil_div(batch * channels, threads), threads, 0};
+}
+inline Launch hidden_launch(const Plan& plan, int64_t blocks, int64_t acc_size) {
+  const int64_t threads = plan.product_threads;
+  return {"hidden", blocks, threads, product_bytes(threads, acc_size)};
+}
+inline Launch batch_norm_launch(const Plan& plan, int64_t inter) {
+  const int64_t threads = plan.column_threads;
+  return {"batch_norm", ceil_div(inter, kColumns), threads, row_sums_bytes(threads, 1)};
+}
+inline Launch attention_launch(const Plan& plan, int64_t blocks, int64_t acc_size) {
+  const int64_t threads = plan.product_threads;
+  return {"attention", blocks, threads, product_bytes(threads, acc_size)};
+}
+inline Launch recombine_launch(const Tiling& t, int64_t blocks) {
+  return {"recombine", blocks, t.threads, 0};
+}
+inline Launch persistent_launch(const Plan& plan, bool nhwc, int64_t acc_size) {
+  const int64_t threads = plan.product_threads;
+  return {
+      "persistent", plan.persistent_blocks, threads,
+      std::max(share_sums_bytes(plan.tiling, nhwc, 1, acc_size), product_bytes(threads, acc_size))};
+}
+inline Launch pool_backward_launch(const Tiling& t, int64_t blocks, bool nhwc, bool prologue,
+                                   int64_t acc_size) {
+  return {"pool_backward", blocks, t.threads,
+          share_sums_bytes(t, nhwc, prologue ? kPrologueSums : 1, acc_size)};
+}
+inline Launch pool_backward_finish_launch(const Device& device, int64_t batch, int64_t channels) {
+  const int64_t threads = map_threads(device);
+  return {"pool_backward_finish", ceil_div(batch * channels, threads), threads, 0};
+}
+inline Launch hidden_gradient_launch(const Plan& plan, int64_t blocks, int64_t acc_size) {
+  const int64_t threads = plan.product_threads;
+  return {"hidden_gradient", blocks, threads, product_bytes(threads, acc_size)};
+}
+inline Launch batch_norm_backward_launch(const Plan& plan, int64_t inter) {
+  const int64_t threads = plan.column_threads;
+  return {"batch_norm_backward", ceil_div(inter, kColumns), threads, row_sums_bytes(threads, 2)};
+}
+inline Launch gradients_launch(const Plan& plan, const GradientBlocks& blocks, int64_t acc_size) {
+  const int64_t threads = plan.product_threads;
+  return {"gradients", blocks.all(), threads,
+          std::max(product_bytes(threads, acc_size), row_sums_bytes(threads, 1))};
+}
+inline Launch prologue_backward_launch(const Device& device, int64_t features) {
+  const int64_t threads = map_threads(device);
+  return {"prologue_backward", ceil_div(features, kColumns), threads, row_sums_bytes(threads, 2)};
+}
+inline Launch recombine_backward_launch(const Tiling& t, int64_t blocks) {
+  return {"recombine_backward", blocks, t.threads, 0};
 }
 
 // What a call needs beside its arguments and results: offsets in bytes into one allocation.
@@ -265,6 +401,14 @@ inline bool has_persistent_kernel(const Tiling& t, const Workload& w) {
   return t.vector > 1 && w.radix == kPersistentRadix;
 }
 
+// Its pieces of all phases, of which those of groups before the first and behind the last are
+// empty.
+inline int64_t persistent_tickets(const Workload& w, const Plan& plan) {
+  const int64_t of_group = 2 * map_blocks(plan.tiling, plan.group) +
+                           attention_blocks(w, plan.group) + hidden_blocks(w, plan.group);
+  return of_group * (plan.groups(w.batch) + kGroupsBetween);
+}
+
 // The strategies that a caller may ask for; kFastest lets the planner choose.
 enum class Choice : int32_t { kFastest, kLaunches, kPersistent };
 
@@ -275,7 +419,7 @@ inline Plan make_plan(const Device& device, const Workload& w, Choice choice = C
   plan.strategy = Strategy::kLaunches;
   plan.tiling = make_tiling(device, w);
   plan.product_threads = plan.column_threads = plan.tiling.threads;
-  plan.persistent_blocks = device.multiprocessors * kPersistentBlocks;
+  map_blocks(plan.tiling, w.batch);  // can be counted
   const int64_t batch = std::max<int64_t>(w.batch, 1);
   const int64_t unit = w.batch * w.channels * w.pixels * w.element_size;
   const int64_t x_of_sample = w.features() * w.pixels * w.element_size;
@@ -296,10 +440,12 @@ inline Plan make_plan(const Device& device, const Workload& w, Choice choice = C
     return plan;
   }
   if (w.pass == Pass::kTrain) {
-    // pool and its finish, hidden, bn1, attention, recombine; bn0's parameters, its statistics.
+    // pool and its finish, hidden, attention, recombine; bn0's parameters; bn0's and bn1's
+    // statistics.
     const int64_t finish = plan.tiling.chunks > 1 ? 1 : 0;
-    plan = with(plan, batch, 5 + finish + prologue + (w.batch_stats ? 1 : 0),
-                (w.batch_stats ? 3 : 2) * w.radix + 1);
+    const int64_t of_batch = (w.batch_stats ? 1 : 0) + (w.bn1_batch_stats ? 1 : 0);
+    plan =
+        with(plan, batch, 4 + finish + prologue + of_batch, (w.batch_stats ? 3 : 2) * w.radix + 1);
     plan.workspace_bytes = ForwardWorkspace(device, w, plan).bytes;
     return plan;
   }
@@ -310,9 +456,10 @@ inline Plan make_plan(const Device& device, const Workload& w, Choice choice = C
   const auto units = [&](int64_t resident) {
     return (resident * x_of_sample <= l2 ? 1 : 2) * w.radix + 1;
   };
-  const int64_t chunk = balanced(l2 / x_of_sample);
-  const Plan at_once = with(plan, batch, 4 + prologue, units(batch));
-  const Plan in_chunks = with(plan, chunk, 4 * ceil_div(batch, chunk) + prologue, units(chunk));
+  const auto in_groups = [&](int64_t group) {
+    return with(plan, group, 4 * ceil_div(w.batch, group) + prologue, units(group));
+  };
+  const Plan at_once = in_groups(batch), in_chunks = in_groups(balanced(l2 / x_of_sample));
   const Plan by_launches =
       in_chunks.predicted_microseconds < at_once.predicted_microseconds ? in_chunks : at_once;
 
@@ -320,9 +467,15 @@ inline Plan make_plan(const Device& device, const Workload& w, Choice choice = C
   Plan persistent = with(plan, group, 2, units(std::min(batch, (kGroupsBetween + 1) * group)));
   persistent.strategy = Strategy::kPersistent;
   persistent.predicted_microseconds += 3 * kHandoverMicroseconds;
-  const bool possible = has_persistent_kernel(plan.tiling, w);
+  const int64_t tickets = persistent_tickets(w, persistent);
+  persistent.persistent_blocks = std::min(device.multiprocessors * kPersistentBlocks, tickets);
+  // Each block takes a ticket beyond the last.
+  const bool countable =
+      tickets + persistent.persistent_blocks <= std::numeric_limits<uint32_t>::max();
+  const bool possible = has_persistent_kernel(plan.tiling, w) && countable;
   if (choice == Choice::kPersistent && !possible) {
-    throw std::invalid_argument("the persistent launch takes radix 2 in vectors of 16 bytes only");
+    throw std::invalid_argument(
+        "the persistent launch takes radix 2 in vectors of 16 bytes, and less than 2^32 pieces");
   }
   const bool faster = persistent.predicted_microseconds < by_launches.predicted_microseconds;
   const bool chosen =
@@ -330,6 +483,68 @@ inline Plan make_plan(const Device& device, const Workload& w, Choice choice = C
   plan = chosen ? persistent : by_launches;
   plan.workspace_bytes = ForwardWorkspace(device, w, plan).bytes;
   return plan;
+}
+
+// The launches of a call in their order, those without blocks left out; of a backward that gives
+// every gradient.
+inline std::vector<Launch> launches_of(const Device& device, const Workload& w, const Plan& plan) {
+  const Tiling& t = plan.tiling;
+  const bool nhwc = w.channels_last;
+  const int64_t acc = w.acc_size(), features = w.features();
+  std::vector<Launch> launches;
+  const auto add = [&](const Launch& launch) {
+    if (launch.blocks > 0) {
+      launches.push_back(launch);
+    }
+  };
+  const auto prepare = [&](int64_t counters) {
+    add(prepare_launch(device, w.bn0 ? features : 0, counters));
+  };
+  const auto forward = [&](int64_t samples) {
+    const int64_t blocks = map_blocks(t, samples);
+    add(pool_launch(t, blocks, nhwc, acc));
+    if (w.pass == Pass::kTrain && t.chunks > 1) {
+      add(pool_finish_launch(device, samples, w.channels));
+    }
+    add(hidden_launch(plan, hidden_blocks(w, samples), acc));
+    if (w.bn1_batch_stats) {
+      add(batch_norm_launch(plan, w.inter));
+    }
+    add(attention_launch(plan, attention_blocks(w, samples), acc));
+    add(recombine_launch(t, blocks));
+  };
+
+  if (w.pass == Pass::kBackward) {
+    const int64_t blocks = map_blocks(t, w.batch);
+    prepare(0);
+    add(pool_backward_launch(t, blocks, nhwc, w.relu, acc));
+    add(pool_backward_finish_launch(device, w.batch, w.channels));
+    add(hidden_gradient_launch(plan, hidden_blocks(w, w.batch), acc));
+    add(batch_norm_backward_launch(plan, w.inter));
+    add(gradients_launch(
+        plan, gradient_blocks(w.batch, w.radix, w.cardinality, w.channels, w.inter), acc));
+    if (w.bn0) {
+      add(prologue_backward_launch(device, features));
+    }
+    add(recombine_backward_launch(t, blocks));
+    return launches;
+  }
+  if (w.batch_stats) {
+    const Tiling of_features = statistics_tiling(device, w);
+    const int64_t blocks = map_blocks(of_features, statistics_map(w).batch);
+    add(statistics_launch(of_features, blocks, nhwc, acc));
+    add(combine_launch(device, features));
+  } else {
+    prepare(ForwardWorkspace(device, w, plan).counter_count);
+  }
+  if (plan.strategy == Strategy::kPersistent) {
+    add(persistent_launch(plan, nhwc, acc));
+    return launches;
+  }
+  for (int64_t first = 0; first < std::max<int64_t>(w.batch, 1); first += plan.group) {
+    forward(std::min(plan.group, w.batch - first));
+  }
+  return launches;
 }
 
 }  // namespace resnest_fused::cuda

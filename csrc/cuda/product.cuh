@@ -128,11 +128,9 @@ struct Operand {
   }
 };
 
-constexpr int kTileSize = kTileRows * kTileColumns;
-
 // put(m, n, value) for the results [row, row + kTileRows) x [column, column + kTileColumns) that
 // the operands have. Every thread of the block must call; what was put can be read by all
-// afterwards. Shared memory: a tile of accumulators a warp.
+// afterwards. Shared memory: product_bytes.
 template <typename A, typename OperandA, typename OperandB, typename Put>
 __device__ __forceinline__ void multiply_tile(const OperandA& a, const OperandB& b, int64_t row,
                                               int64_t column, Put put) {
@@ -177,10 +175,6 @@ __device__ __forceinline__ void multiply_tile(const OperandA& a, const OperandB&
     }
   }
   __syncthreads();
-}
-
-constexpr int64_t product_shared_bytes(int64_t threads, int64_t acc_size) {
-  return threads / kWarp * kTileSize * acc_size;
 }
 
 // Which tile of which group a block has.

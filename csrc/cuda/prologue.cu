@@ -3,39 +3,32 @@
 #include "cuda/launch.h"
 
 namespace resnest_fused::cuda {
-namespace {
-
-int64_t column_threads(const Context& context) { return map_threads(context.device); }
-
-}  // namespace
 
 template <typename A>
 void prepare(const Context& context, const Prepare<A>& args) {
-  const int64_t threads = map_threads(context.device);
-  launch(context, "prepare", prepare_kernel<A>,
-         ceil_div(std::max(args.prologue.scale ? args.features : 0, args.counter_count), threads),
-         threads, 0, args);
+  launch(
+      context, prepare_kernel<A>,
+      prepare_launch(context.device, args.prologue.scale ? args.features : 0, args.counter_count),
+      args);
 }
 
 template <typename T>
 void statistics(const Context& context, bool nhwc, const StatisticsArgs<T>& args) {
   for_layout<T>(nhwc, args.tiling, [&](auto is_nhwc, auto vector) {
-    launch(context, "statistics", statistics_kernel<T, is_nhwc(), vector()>, args.blocks,
-           args.tiling.threads, share_sums_bytes(args.tiling, is_nhwc(), 2, sizeof(Acc<T>)), args);
+    launch(context, statistics_kernel<T, is_nhwc(), vector()>,
+           statistics_launch(args.tiling, args.blocks, is_nhwc(), sizeof(Acc<T>)), args);
   });
 }
 
 template <typename A>
 void combine(const Context& context, const CombineArgs<A>& args) {
-  launch(context, "combine", combine_kernel<A>, ceil_div(args.partial.features, kColumns),
-         column_threads(context), row_sums_bytes(column_threads(context), 1), args);
+  launch(context, combine_kernel<A>, combine_launch(context.device, args.partial.features), args);
 }
 
 template <typename A>
 void prologue_backward(const Context& context, const PrologueBackwardArgs<A>& args) {
-  launch(context, "prologue_backward", prologue_backward_kernel<A>,
-         ceil_div(args.radix * args.channels, kColumns), column_threads(context),
-         row_sums_bytes(column_threads(context), 2), args);
+  launch(context, prologue_backward_kernel<A>,
+         prologue_backward_launch(context.device, args.radix * args.channels), args);
 }
 
 #define RF_INSTANTIATE(T) \

@@ -7,17 +7,16 @@ namespace resnest_fused::cuda {
 template <typename T>
 void recombine(const Context& context, Form form, const RecombineArgs<T>& args) {
   for_map<T>(form, args.sizes, args.tiling, [&](auto nhwc, auto radix, auto vector, auto prologue) {
-    launch(context, "recombine", recombine_kernel<T, nhwc(), radix(), vector(), prologue()>,
-           args.blocks, args.tiling.threads, 0, args);
+    launch(context, recombine_kernel<T, nhwc(), radix(), vector(), prologue()>,
+           recombine_launch(args.tiling, args.blocks), args);
   });
 }
 
 template <typename T>
 void recombine_backward(const Context& context, Form form, const RecombineBackwardArgs<T>& args) {
   for_map<T>(form, args.sizes, args.tiling, [&](auto nhwc, auto radix, auto vector, auto prologue) {
-    launch(context, "recombine_backward",
-           recombine_backward_kernel<T, nhwc(), radix(), vector(), prologue()>, args.blocks,
-           args.tiling.threads, 0, args);
+    launch(context, recombine_backward_kernel<T, nhwc(), radix(), vector(), prologue()>,
+           recombine_backward_launch(args.tiling, args.blocks), args);
   });
 }
 

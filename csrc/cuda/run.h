@@ -1,8 +1,6 @@
 // A call on its way to the kernels: its tensors as pointers, its workspace, and bn0's parameters.
 #pragma once
 
-#include <limits>
-
 #include "cuda/launches.h"
 #include "problem.h"
 
@@ -91,16 +89,9 @@ inline Workload workload_of(const Map& map, Pass pass, std::initializer_list<con
   return w;
 }
 
-// Blocks and pixels are counted in 32 bits in the kernels.
-inline int64_t counted(int64_t count) {
-  STD_TORCH_CHECK(count <= std::numeric_limits<int32_t>::max(),
-                  "x: too many elements for one call; split the batch");
-  return count;
-}
-
 inline MapSizes sizes_of(int64_t radix, int64_t channels, int64_t pixels) {
-  return {static_cast<int32_t>(counted(radix)), static_cast<int32_t>(counted(channels)),
-          static_cast<int32_t>(counted(pixels))};
+  return {counted(radix, kMostChannels), counted(channels, kMostChannels),
+          counted(pixels, kMostPixels)};
 }
 
 template <typename T>
@@ -123,7 +114,7 @@ class Run {
     return reinterpret_cast<E*>(data<unsigned char>(space_) + offset);
   }
 
-  int64_t blocks(int64_t samples) const { return counted(samples * tiling.blocks_per_sample()); }
+  int64_t blocks(int64_t samples) const { return map_blocks(tiling, samples); }
 
   // Room for bn0's parameters, and for what dx loses to the batch's statistics where it does.
   Prologue<A> prologue_at(int64_t offset, bool loses) const {
@@ -159,8 +150,7 @@ class Run {
     A* const squares = rows + count * work.features();
     statistics<T>(context, form.nhwc,
                   {sizes_of(1, features.channels, features.pixels), of_features,
-                   counted(features.batch * of_features.blocks_per_sample()), const_data<T>(map.x),
-                   rows, squares});
+                   map_blocks(of_features, features.batch), const_data<T>(map.x), rows, squares});
     const int64_t full = of_features.chunk_pixels;
     const int64_t last = features.pixels - (of_features.chunks - 1) * full;
     combine<A>(context, {{count, work.features(), rows, squares, static_cast<double>(full),

@@ -106,7 +106,8 @@ template <typename T>
 void forward(const Context& context, const Map& map, const AttentionTensors& tensors,
              const Tensor& out, const Crumbs* crumbs) {
   using A = Acc<T>;
-  const Workload w = workload_of(map, crumbs ? Pass::kTrain : Pass::kEval, {&map.x, &out});
+  Workload w = workload_of(map, crumbs ? Pass::kTrain : Pass::kEval, {&map.x, &out});
+  w.bn1_batch_stats = tensors.bn1.batch_stats;
   const Plan plan = make_plan(context.device, w, context.choice);
   const ForwardWorkspace space(context.device, w, plan);
   const Run<T> run(context, map, w, space.bytes);

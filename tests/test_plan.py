@@ -1,0 +1,821 @@
+"""The launch planner of the CUDA kernels, for real GPUs' properties and every published model:
+limits kept, every element covered once, workspace and predictions as they should be."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from resnest_fused import _C, models
+from resnest_fused.reference import SplitAttentionConv2d, default_inter_channels
+
+LIMITS = _C.plan_limits()
+WARP = 32
+KB, MB = 2**10, 2**20
+
+
+def device(
+    multiprocessors: int, threads: int, shared: int, l2: int, gigabytes_per_second: int
+) -> dict[str, int]:
+    return {
+        "multiprocessors": multiprocessors,
+        "threads_per_block": 1024,
+        "threads_per_multiprocessor": threads,
+        "registers_per_multiprocessor": 65536,
+        "shared_per_block": 48 * KB,
+        "shared_per_multiprocessor": shared,
+        "grid_blocks": 2**31 - 1,
+        "l2_bytes": l2,
+        "bytes_per_microsecond": 1000 * gigabytes_per_second,
+    }
+
+
+DEVICES = {
+    "T4": device(40, 1024, 64 * KB, 4 * MB, 320),
+    "A100": device(108, 2048, 164 * KB, 40 * MB, 1555),
+    "H100": device(132, 2048, 228 * KB, 50 * MB, 3350),
+    "H200": device(132, 2048, 228 * KB, 60 * MB, 4800),
+    "B200": device(148, 2048, 228 * KB, 126 * MB, 8000),
+    "tiny": {**device(1, 64, 16 * KB, 64 * KB, 1), "threads_per_block": 64, "grid_blocks": 3},
+}
+H200 = DEVICES["H200"]
+
+
+class Shape(NamedTuple):
+    """What of a split attention does not depend on the call."""
+
+    radix: int
+    cardinality: int
+    channels: int
+    pixels: int
+    inter: int
+
+    @property
+    def features(self) -> int:
+        return self.radix * self.channels
+
+
+def shape(radix: int, cardinality: int, channels: int, pixels: int) -> Shape:
+    return Shape(
+        radix, cardinality, channels, pixels, default_inter_channels(channels, radix, reduction=4)
+    )
+
+
+# Models by their resolution. Radix 2, cardinality 1, and in strided blocks the pooling behind the
+# attention, which so works at the resolution of the stage before.
+RESOLUTIONS = {
+    **dict.fromkeys(("resnest14", "resnest26", "resnest50"), 224),
+    "resnest101": 256,
+    "resnest200": 320,
+    "resnest269": 416,
+}
+# The fast variants of ResNeSt-50 by radix, cardinality, width; they pool before the attention.
+FAST = {
+    "1s1x64d": (1, 1, 64),
+    "2s1x64d": (2, 1, 64),
+    "4s1x64d": (4, 1, 64),
+    "1s2x40d": (1, 2, 40),
+    "2s2x40d": (2, 2, 40),
+    "4s2x40d": (4, 2, 40),
+    "1s4x24d": (1, 4, 24),
+}
+
+
+def shapes_at(resolution: int) -> set[Shape]:
+    shapes = set()
+    for stage in range(4):
+        own = resolution // (4 << stage)
+        for size in {own, own if stage == 0 else 2 * own}:
+            shapes.add(shape(2, 1, 64 << stage, size * size))
+    return shapes
+
+
+def fast_shapes(radix: int, cardinality: int, width: int) -> set[Shape]:
+    return {
+        shape(radix, cardinality, (width << stage) * cardinality, (56 >> stage) ** 2)
+        for stage in range(4)
+    }
+
+
+FAMILY = sorted(
+    set().union(*map(shapes_at, RESOLUTIONS.values()), *(fast_shapes(*v) for v in FAST.values()))
+)
+
+
+class Mode(NamedTuple):
+    """What a call does: its pass and whose statistics the norms have."""
+
+    name: str  # of the pass
+    relu: bool = False
+    bn0: bool = False
+    batch_stats: bool = False
+    bn1_batch_stats: bool = False
+
+
+PROLOGUES = ((False, False), (True, False), (True, True))
+MODES = [
+    *(Mode("eval", *prologue) for prologue in PROLOGUES),
+    *(Mode("train", *prologue, bn1_batch_stats=True) for prologue in PROLOGUES),
+    Mode("train", True, True, True, True),
+    Mode("train"),
+    *(Mode("backward", *prologue, bn1_batch_stats=True) for prologue in PROLOGUES),
+    Mode("backward", True, True, True, True),
+]
+EVAL = MODES[0]
+
+
+class Call(NamedTuple):
+    shape: Shape
+    mode: Mode
+    batch: int
+    element_size: int
+    channels_last: bool
+    aligned: bool = True
+
+    def workload(self) -> dict[str, Any]:
+        mode = self.mode
+        return {
+            "pass": mode.name,
+            "batch": self.batch,
+            **self.shape._asdict(),
+            "element_size": self.element_size,
+            "channels_last": self.channels_last,
+            "aligned": self.aligned,
+            "relu": mode.relu,
+            "bn0": mode.bn0,
+            "batch_stats": mode.batch_stats,
+            "bn1_batch_stats": mode.bn1_batch_stats,
+        }
+
+    @property
+    def acc_size(self) -> int:
+        return 8 if self.element_size == 8 else 4
+
+    @property
+    def x_of_sample(self) -> int:
+        return self.shape.features * self.shape.pixels * self.element_size
+
+
+def plan(gpu: dict[str, int], call: Call, strategy: str = "fastest") -> dict[str, Any]:
+    return _C.plan(gpu, call.workload(), strategy)
+
+
+# --- what holds for every plan
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def check_tiling(
+    tiling: dict[str, int], gpu: dict[str, int], call: Call, channels: int, pixels: int
+) -> None:
+    """Every channel and pixel belongs to exactly one block and none of the blocks is empty."""
+    threads, lanes, vector = tiling["threads"], tiling["lanes"], tiling["vector"]
+    assert threads % WARP == 0
+    assert threads <= min(gpu["threads_per_block"], LIMITS["map_threads"])
+    assert 1 <= lanes <= threads
+    assert vector in (1, 16 // call.element_size)
+    if vector > 1:
+        # Every sample, and in NHWC every pixel, starts at a vector's address.
+        assert call.aligned and call.element_size < 8
+        assert (channels if call.channels_last else channels * pixels) % vector == 0
+    chunks, chunk = tiling["chunks"], tiling["chunk_pixels"]
+    assert (chunks - 1) * chunk < pixels <= chunks * chunk
+    if call.channels_last:
+        assert lanes <= WARP  # so that threads of a warp are side by side, and rows are left
+        of_block = lanes * vector
+    else:
+        assert chunks == 1
+        assert lanes & (lanes - 1) == 0  # what `sum_over_lanes` needs
+        of_block = threads // lanes
+    assert (tiling["channel_blocks"] - 1) * of_block < channels
+    assert channels <= tiling["channel_blocks"] * of_block
+
+
+def tiles(rows: int, columns: int, groups: int) -> int:
+    return ceil_div(rows, LIMITS["tile_rows"]) * ceil_div(columns, LIMITS["tile_columns"]) * groups
+
+
+def expected_launches(call: Call, result: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """The name and the blocks of each launch."""
+    (radix, cardinality, channels, _, inter), mode, batch = call.shape, call.mode, call.batch
+    threads, columns, features = result["tiling"]["threads"], LIMITS["columns"], radix * channels
+    of_sample = result["tiling"]["channel_blocks"] * result["tiling"]["chunks"]
+    outputs, inputs = channels // cardinality, inter // cardinality
+    persistent = result["strategy"] == "persistent"
+    if mode.batch_stats and mode.name == "train":
+        tiling = result["statistics_tiling"]
+        samples = 1 if call.channels_last else batch
+        yield "statistics", tiling["channel_blocks"] * tiling["chunks"] * samples
+        yield "combine", ceil_div(features, columns)
+    elif mode.bn0 or persistent:
+        counters = 1 + 3 * result["groups"] if persistent else 0
+        yield "prepare", ceil_div(max(features if mode.bn0 else 0, counters), threads)
+    if persistent:
+        yield "persistent", result["persistent_blocks"]
+    elif mode.name == "backward":
+        yield "pool_backward", batch * of_sample
+        yield "pool_backward_finish", ceil_div(batch * channels, threads)
+        yield "hidden_gradient", tiles(batch, inputs, cardinality)
+        yield "batch_norm_backward", ceil_div(inter, columns)
+        weights = tiles(radix * outputs, inputs, cardinality) + tiles(inputs, outputs, cardinality)
+        dgap, bias = tiles(batch, outputs, cardinality), ceil_div(features, columns)
+        yield "gradients", weights + dgap + bias
+        if mode.bn0:
+            yield "prologue_backward", ceil_div(features, columns)
+        yield "recombine_backward", batch * of_sample
+    else:
+        for first in range(0, max(batch, 1), result["group"]):
+            samples = min(result["group"], batch - first)
+            yield "pool", samples * of_sample
+            if mode.name == "train" and result["tiling"]["chunks"] > 1:
+                yield "pool_finish", ceil_div(samples * channels, threads)
+            yield "hidden", tiles(samples, inputs, cardinality)
+            if mode.bn1_batch_stats:
+                yield "batch_norm", ceil_div(inter, columns)
+            yield "attention", tiles(samples, outputs, cardinality)
+            yield "recombine", samples * of_sample
+
+
+def shared_bytes(name: str, call: Call, result: dict[str, Any]) -> int:
+    """The least that a kernel needs."""
+    tiling = result["statistics_tiling" if name == "statistics" else "tiling"]
+    threads, acc = tiling["threads"], call.acc_size
+
+    def of_map(sums: int) -> int:
+        each = threads * tiling["vector"] if call.channels_last else ceil_div(threads, WARP)
+        return each * sums * acc
+
+    product = threads // WARP * LIMITS["tile_rows"] * LIMITS["tile_columns"] * acc
+    match name:
+        case "statistics":
+            return of_map(2)
+        case "pool":
+            return of_map(1)
+        case "pool_backward":
+            return of_map(4 if call.mode.relu else 1)
+        case "persistent":
+            return max(of_map(1), product)
+        case "hidden" | "attention" | "hidden_gradient" | "gradients":
+            return product
+        case "combine" | "batch_norm":
+            return threads * 8
+        case "batch_norm_backward" | "prologue_backward":
+            return 2 * threads * 8
+        case _:
+            return 0
+
+
+def check_launches(gpu: dict[str, int], call: Call, result: dict[str, Any]) -> None:
+    limit = min(48 * KB, gpu["shared_per_block"])
+    resident = LIMITS["blocks_per_multiprocessor"]
+    for launch in result["launches"]:
+        name, threads, shared = launch["name"], launch["threads"], launch["shared_bytes"]
+        assert launch["blocks"] >= 1
+        assert threads == result["tiling"]["threads"]  # all within their kernels' launch bounds
+        assert shared == shared_bytes(name, call, result) <= limit, name
+        assert resident * shared <= gpu["shared_per_multiprocessor"], name
+    assert result["product_threads"] == result["column_threads"] == result["tiling"]["threads"]
+    assert (
+        resident * result["tiling"]["threads"] * LIMITS["registers"]
+        <= gpu["registers_per_multiprocessor"]
+    )
+    listed = [(launch["name"], launch["blocks"]) for launch in result["launches"]]
+    assert listed == [launch for launch in expected_launches(call, result) if launch[1] > 0]
+    if call.batch > 0:
+        assert result["predicted_launches"] == len(listed)
+
+
+def expected_workspace(call: Call, result: dict[str, Any]) -> int:
+    shape, mode, batch = call.shape, call.mode, call.batch
+    features, channels, chunks = shape.features, shape.channels, result["tiling"]["chunks"]
+    counts = [6 * features if mode.bn0 else 0]  # the prologue's arrays
+    counters = 0
+    if mode.name == "backward":
+        counts += [chunks * (4 if mode.relu else 1) * batch * features]  # partial sums
+        counts += [4 * batch * features if mode.relu else 0]  # sums
+        counts += 2 * [batch * features]  # of attention and of logits
+        counts += 2 * [batch * shape.inter] + [batch * channels]
+    else:
+        evaluates = mode.name == "eval"
+        in_groups = evaluates and result["strategy"] == "launches"
+        samples = result["group"] if in_groups else batch
+        if mode.batch_stats:
+            rows = (1 if call.channels_last else batch) * result["statistics_tiling"]["chunks"]
+            counts += [2 * rows * features]
+        if evaluates or chunks > 1:
+            counts += [samples * chunks * channels]
+        counts += [samples * shape.inter, samples * features if evaluates else 0]
+        counters = 1 + 3 * result["groups"] if result["strategy"] == "persistent" else 0
+    sizes = [count * call.acc_size for count in counts] + [4 * counters]
+    return sum(ceil_div(size, 16) * 16 for size in sizes)
+
+
+def expected_units(gpu: dict[str, int], call: Call, result: dict[str, Any]) -> int:
+    """Bytes in units of the output's."""
+    radix, mode = call.shape.radix, call.mode
+    if mode.name == "backward":
+        return (3 if mode.relu else 2) * radix + 2
+    if mode.name == "train":
+        return (3 if mode.batch_stats else 2) * radix + 1
+    groups = LIMITS["groups_between"] + 1 if result["strategy"] == "persistent" else 1
+    resident = min(groups * result["group"], call.batch) * call.x_of_sample
+    return (1 if resident <= int(LIMITS["usable_l2"] * gpu["l2_bytes"]) else 2) * radix + 1
+
+
+def check(gpu: dict[str, int], call: Call, strategy: str = "fastest") -> dict[str, Any]:
+    result = plan(gpu, call, strategy)
+    shape, batch, group, groups = call.shape, call.batch, result["group"], result["groups"]
+    check_tiling(result["tiling"], gpu, call, shape.channels, shape.pixels)
+    if call.mode.batch_stats and (batch > 0 or not call.channels_last):
+        pixels = shape.pixels * (batch if call.channels_last else 1)
+        check_tiling(result["statistics_tiling"], gpu, call, shape.features, pixels)
+    check_launches(gpu, call, result)
+    assert group >= 1
+    assert (groups - 1) * group < batch <= groups * group or batch == groups == 0
+    if group < batch:
+        # The fewest that fit L2, of the same size as far as possible.
+        together = LIMITS["groups_between"] + 1 if result["strategy"] == "persistent" else 1
+        fit = int(LIMITS["usable_l2"] * gpu["l2_bytes"]) // together // call.x_of_sample
+        assert groups == ceil_div(batch, max(fit, 1))
+        assert group == ceil_div(batch, groups)
+    assert result["workspace_bytes"] == expected_workspace(call, result)
+    unit = batch * shape.channels * shape.pixels * call.element_size
+    assert result["predicted_bytes"] == expected_units(gpu, call, result) * unit
+    if result["strategy"] == "persistent":
+        assert call.mode.name == "eval"
+        assert shape.radix == LIMITS["persistent_radix"] and result["tiling"]["vector"] > 1
+        most = LIMITS["persistent_blocks"] * gpu["multiprocessors"]
+        assert 1 <= result["persistent_blocks"] <= most
+        steps = LIMITS["groups_between"] * LIMITS["handover_microseconds"]
+        assert result["predicted_microseconds"] > steps
+    else:
+        assert result["persistent_blocks"] == 0
+    return result
+
+
+# --- the published models
+
+
+@pytest.mark.parametrize("name", sorted(set(models.list_models()) & set(RESOLUTIONS)))
+def test_family_is_that_of_the_models(name: str) -> None:
+    seen = set()
+
+    def note(module: SplitAttentionConv2d, args: Any, out: torch.Tensor) -> None:
+        pixels = out.shape[2:].numel()
+        fcs = (module.cardinality, module.channels, pixels, module.inter_channels)
+        seen.add(Shape(module.radix, *fcs))
+
+    with torch.device("meta"):
+        model = models.create(name, fused=False).eval()
+        for module in model.modules():
+            if isinstance(module, SplitAttentionConv2d):
+                module.register_forward_hook(note)
+        model(torch.empty(1, 3, RESOLUTIONS[name], RESOLUTIONS[name]))
+    assert seen == shapes_at(RESOLUTIONS[name])
+
+
+def test_family_has_every_radix_and_cardinality() -> None:
+    assert {(shape.radix, shape.cardinality) for shape in FAMILY} == {
+        *itertools.product((1, 2, 4), (1, 2)),
+        (1, 4),
+    }
+
+
+# Bytes of workspace by those of x, at most. A half-precision map of 7 x 7 has 98 bytes a channel,
+# each of its sums 4; of a single sample the parameters count, too.
+WORKSPACE = {"eval": 0.35, "train": 0.36, "backward": 0.72}
+WORKSPACE_OF_LARGE_MAPS = {"eval": 0.04, "train": 0.16, "backward": 0.12}  # from 28 x 28 on
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_family(name: str) -> None:
+    """Every shape in every mode; which batches each has goes around through 1 to 512."""
+    gpu = DEVICES[name]
+    ends, between = itertools.cycle((1, 512, 512, 1)), itertools.cycle(range(2, 512))
+    tilings: dict[Any, Any] = {}
+    for shape, mode, size, nhwc in itertools.product(FAMILY, MODES, (2, 4, 8), (False, True)):
+        for batch in (next(ends), next(between)):
+            call = Call(shape, mode, batch, size, nhwc)
+            result = check(gpu, call)
+            bound = (WORKSPACE_OF_LARGE_MAPS if shape.pixels >= 784 else WORKSPACE)[mode.name]
+            assert result["workspace_bytes"] <= bound * batch * call.x_of_sample, call
+            # The order of a sample's sums: one for all batches, and for all passes too.
+            order = (result["tiling"], result["product_threads"])
+            assert tilings.setdefault((shape, size, nhwc), order) == order
+
+
+@pytest.mark.parametrize("nhwc", [False, True])
+@pytest.mark.parametrize(
+    "shape", [shape(2, 1, 64, 3136), shape(2, 1, 512, 49), shape(4, 2, 320, 196)]
+)
+def test_every_batch_is_summed_in_one_order(shape: Shape, nhwc: bool) -> None:
+    orders, strategies = set(), set()
+    for batch in range(1, 513):
+        result = check(H200, Call(shape, EVAL, batch, 2, nhwc))
+        strategies.add(result["strategy"])
+        orders.add((*result["tiling"].values(), result["product_threads"]))
+    assert len(orders) == 1
+    assert strategies == {"persistent" if shape.radix == 2 else "launches"}
+
+
+# --- strategies
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_the_fastest_is_chosen(name: str) -> None:
+    gpu = DEVICES[name]
+    for shape, batch, nhwc in itertools.product(FAMILY, (1, 7, 64, 512), (False, True)):
+        call = Call(shape, EVAL, batch, 2, nhwc)
+        ways = [check(gpu, call, "launches")]
+        if shape.radix == 2:
+            ways.append(check(gpu, call, "persistent"))
+            assert [way["strategy"] for way in ways] == ["launches", "persistent"]
+        times = [way["predicted_microseconds"] for way in ways]
+        best = ways[times.index(min(times))]
+        assert plan(gpu, call) == best
+        # One launch a phase for all samples at once is a way as well.
+        at_once = 4 * LIMITS["launch_microseconds"]
+        at_once += (
+            (2 * shape.radix + 1)
+            / shape.radix
+            * batch
+            * call.x_of_sample
+            / (gpu["bytes_per_microsecond"])
+        )
+        assert times[0] <= at_once * (1 + 1e-9)
+
+
+def test_predicted_time() -> None:
+    call = Call(shape(2, 1, 64, 3136), Mode("train", bn1_batch_stats=True), 32, 2, False)
+    result = check(H200, call)
+    expected = 5 * LIMITS["launch_microseconds"] + 5 * 32 * 64 * 3136 * 2 / 4_800_000
+    assert math.isclose(result["predicted_microseconds"], expected)
+    waits = 2 * LIMITS["launch_microseconds"] + 3 * LIMITS["handover_microseconds"]
+    expected = waits + 3 * 32 * 64 * 3136 * 2 / 4_800_000
+    result = check(H200, call._replace(mode=EVAL), "persistent")
+    assert math.isclose(result["predicted_microseconds"], expected)
+
+
+@pytest.mark.parametrize(
+    ("radix", "train", "train_batch", "backward", "backward_bn0", "evaluated"),
+    [(1, 3, 4, 4, 5, 2), (2, 5, 7, 6, 8, 3), (4, 9, 13, 10, 14, 5)],
+)
+def test_bytes_are_the_least_possible(
+    radix: int, train: int, train_batch: int, backward: int, backward_bn0: int, evaluated: int
+) -> None:
+    """The least bytes of each pass, in units of the output's, as numbers."""
+    of_mode = {
+        EVAL: evaluated,
+        Mode("train"): train,
+        Mode("train", True, True, True, True): train_batch,
+        Mode("backward"): backward,
+        Mode("backward", True, True, True, True): backward_bn0,
+    }
+    for mode, units in of_mode.items():
+        call = Call(shape(radix, 1, 64, 3136), mode, 16, 2, False)
+        assert plan(H200, call)["predicted_bytes"] == units * 16 * 64 * 3136 * 2
+
+
+def test_x_that_does_not_fit_is_read_twice() -> None:
+    """A sample larger than L2, and a group no larger than one sample."""
+    call = Call(shape(2, 1, 64, 640 * 640), EVAL, 3, 4, False)
+    for strategy in ("launches", "persistent"):
+        result = check(H200, call, strategy)
+        assert result["predicted_bytes"] == 5 * 3 * 64 * 640 * 640 * 4
+    assert result["group"] == 1
+
+
+def test_launches_in_groups_that_fit_l2() -> None:
+    gpu = DEVICES["A100"]
+    call = Call(shape(4, 1, 64, 3136), EVAL, 256, 4, False)
+    result = check(gpu, call)
+    assert result["strategy"] == "launches" and result["groups"] > 1
+    assert result["group"] * call.x_of_sample <= LIMITS["usable_l2"] * gpu["l2_bytes"]
+    assert len(result["launches"]) == 4 * result["groups"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        Call(shape(1, 1, 64, 3136), EVAL, 4, 2, False),
+        Call(shape(4, 1, 64, 3136), EVAL, 4, 2, False),
+        Call(shape(2, 1, 64, 3136), EVAL, 4, 8, False),
+        Call(shape(2, 1, 64, 3136), EVAL, 4, 2, False, aligned=False),
+        Call(shape(2, 1, 3, 49), EVAL, 4, 2, False),
+        Call(shape(2, 1, 36, 64), EVAL, 4, 2, True),
+    ],
+)
+def test_persistent_only_where_compiled(call: Call) -> None:
+    assert check(H200, call)["strategy"] == "launches"
+    with pytest.raises(ValueError, match="persistent launch takes radix 2 in vectors"):
+        plan(H200, call, "persistent")
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode.name != "eval"])
+def test_training_has_one_way(mode: Mode) -> None:
+    call = Call(shape(2, 1, 64, 3136), mode, 4, 2, False)
+    assert plan(H200, call, "persistent") == plan(H200, call)
+
+
+# --- which elements each thread has
+
+
+def covered(
+    tiling: dict[str, int], samples: int, channels: int, pixels: int, nhwc: bool
+) -> np.ndarray:
+    """How often (sample, channel, pixel) is visited, from what plan.h says of `Tiling` and map.cuh
+    of vectors: those of NCHW start at multiples of their size in memory."""
+    count = np.zeros((samples, channels, pixels), np.int64)
+    threads, lanes, vector = tiling["threads"], tiling["lanes"], tiling["vector"]
+    per_sample = tiling["channel_blocks"] * tiling["chunks"]
+    for block, thread in itertools.product(range(samples * per_sample), range(threads)):
+        sample, in_sample = divmod(block, per_sample)
+        chunk, channel_block = divmod(in_sample, tiling["channel_blocks"])
+        row, lane = divmod(thread, lanes)
+        rows = threads // lanes
+        if nhwc:
+            channel = (channel_block * lanes + lane) * vector
+            if channel >= channels or row >= rows:
+                continue
+            first = chunk * tiling["chunk_pixels"]
+            last = min(first + tiling["chunk_pixels"], pixels)
+            assert channel + vector <= channels and channel % vector == 0
+            count[sample, channel : channel + vector, first + row : last : rows] += 1
+        else:
+            channel = channel_block * rows + row
+            if channel >= channels:
+                continue
+            head = min(-(channel * pixels) % vector, pixels)
+            vectors = (pixels - head) // vector
+            tail = head + vectors * vector
+            for index in range(lane, vectors, lanes):
+                first = head + index * vector
+                assert ((sample * channels + channel) * pixels + first) % vector == 0
+                count[sample, channel, first : first + vector] += 1
+            singles = [*range(head), *range(tail, pixels)]
+            count[sample, channel, singles[lane::lanes]] += 1
+    return count
+
+
+@pytest.mark.parametrize("nhwc", [False, True])
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize(
+    ("channels", "pixels"),
+    [(1, 1), (1, 65), (3, 8), (8, 1), (8, 7), (16, 49), (24, 13), (72, 4), (5, 196), (40, 20)],
+)
+def test_every_element_is_covered_once(channels: int, pixels: int, size: int, nhwc: bool) -> None:
+    for gpu, aligned in itertools.product((H200, DEVICES["tiny"]), (False, True)):
+        mode = Mode("train", True, True, True, True)
+        call = Call(Shape(2, 1, channels, pixels, 32), mode, 2, size, nhwc, aligned)
+        result = check(gpu, call)
+        assert (covered(result["tiling"], 2, channels, pixels, nhwc) == 1).all()
+        # The statistics take all features as one split, in NHWC all samples as one.
+        samples, pixels_of = (1, 2 * pixels) if nhwc else (2, pixels)
+        statistics = covered(result["statistics_tiling"], samples, 2 * channels, pixels_of, nhwc)
+        assert (statistics == 1).all()
+
+
+def test_vectors_have_heads_and_tails() -> None:
+    """The test above meets channels that start between two vectors, and vectors wherever there may
+    be any."""
+    for channels, pixels, nhwc, size, vector in [
+        (8, 7, False, 2, 8),
+        (16, 49, False, 2, 8),
+        (16, 49, True, 2, 8),
+        (24, 13, False, 4, 4),
+        (5, 196, False, 4, 4),
+        (5, 196, False, 2, 1),
+        (5, 196, True, 4, 1),
+        (16, 49, False, 8, 1),
+    ]:
+        call = Call(Shape(2, 1, channels, pixels, 32), EVAL, 2, size, nhwc)
+        assert check(H200, call)["tiling"]["vector"] == vector
+        assert check(H200, call._replace(aligned=False))["tiling"]["vector"] == 1
+
+
+def test_statistics_occupy_the_device() -> None:
+    """In NHWC, where a few samples of a few channels would be a few blocks."""
+    call = Call(shape(2, 1, 64, 3136), Mode("train", True, True, True, True), 32, 2, True)
+    [launch] = [a for a in check(H200, call)["launches"] if a["name"] == "statistics"]
+    assert launch["blocks"] >= 3 * H200["multiprocessors"]
+
+
+# --- far from the models
+
+
+@st.composite
+def calls(draw: st.DrawFn, largest: int) -> Call:
+    cardinality = draw(st.integers(1, 6))
+    count = st.integers(0, largest.bit_length() - 1).flatmap(lambda n: st.integers(1, 2**n))
+    shape = Shape(
+        draw(st.sampled_from((1, 2, 2, 3, 4, 5))),
+        cardinality,
+        cardinality * draw(count),
+        draw(count),
+        cardinality * draw(st.integers(1, 600)),
+    )
+    batch = draw(st.one_of(st.just(0), count))
+    aligned, nhwc = draw(st.booleans()), draw(st.booleans())
+    return Call(
+        shape, draw(st.sampled_from(MODES)), batch, draw(st.sampled_from((2, 4, 8))), nhwc, aligned
+    )
+
+
+gpus = st.one_of(
+    st.sampled_from(list(DEVICES.values())),
+    st.fixed_dictionaries(
+        {
+            "multiprocessors": st.integers(1, 300),
+            "threads_per_block": st.integers(32, 1024),
+            "threads_per_multiprocessor": st.just(2048),
+            "registers_per_multiprocessor": st.just(65536),
+            "shared_per_block": st.just(48 * KB),
+            "shared_per_multiprocessor": st.just(100 * KB),
+            "grid_blocks": st.integers(1, 2**31 - 1),
+            "l2_bytes": st.integers(0, 2**28),
+            "bytes_per_microsecond": st.integers(1, 10**7),
+        }
+    ),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(gpu=gpus, call=calls(2**13), strategy=st.sampled_from(("fastest", "launches")))
+def test_any_call(gpu: dict[str, int], call: Call, strategy: str) -> None:
+    # Forced or on slow devices, groups can be as many as samples: a launch each is not the point.
+    assume(call.mode.name != "eval" or call.batch <= 512)
+    check(gpu, call, strategy)
+
+
+@settings(max_examples=150, deadline=None)
+@given(gpu=gpus, call=calls(2**31 - 1))
+def test_no_call_is_too_large(gpu: dict[str, int], call: Call) -> None:
+    """It has a plan in the kernels' integers or is refused."""
+    strategy = "fastest"
+    if call.mode.name == "eval":
+        assume(call.shape.radix == 2 and call.batch > 0)
+        strategy = "persistent"  # whose list of launches is short for any batch
+    try:
+        result = check(gpu, call, strategy)
+    except ValueError as error:
+        assert any(
+            reason in str(error)
+            for reason in ("too many elements", "2^50 elements", "persistent launch", "from 1 to")
+        )
+        return
+    for tiling in (result["tiling"], result.get("statistics_tiling", result["tiling"])):
+        assert max(tiling.values()) <= LIMITS["most_pixels"] < 2**31
+        assert call.shape.channels <= LIMITS["most_channels"]
+    for launch in result["launches"]:
+        if launch["name"] in ("pool", "recombine", "statistics", "pool_backward"):
+            assert launch["blocks"] <= LIMITS["most_blocks"] < 2**31
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("nhwc", [False, True])
+def test_empty_batch(mode: Mode, nhwc: bool) -> None:
+    """What is left are the launches over parameters."""
+    result = check(H200, Call(shape(2, 1, 64, 3136), mode, 0, 2, nhwc))
+    assert result["strategy"] == "launches"
+    assert {launch["name"] for launch in result["launches"]} <= {
+        *("prepare", "combine", "batch_norm", "batch_norm_backward", "gradients"),
+        "prologue_backward",
+    }
+
+
+MOST = LIMITS["most_pixels"]
+
+
+@pytest.mark.parametrize(
+    ("change", "nhwc", "fits"),
+    [
+        ({"pixels": MOST}, False, True),
+        ({"pixels": MOST + 1}, False, False),
+        ({"pixels": MOST}, True, True),
+        ({"pixels": MOST + 1}, True, False),
+        ({"pixels": 2**31 - 1}, True, False),
+        ({"channels": MOST}, False, True),
+        ({"channels": MOST + 1}, False, False),
+        ({"channels": MOST + 1}, True, False),
+    ],
+)
+def test_largest_sample(change: dict[str, int], nhwc: bool, fits: bool) -> None:
+    call = Call(Shape(1, 1, 1, 1, 32)._replace(**change), EVAL, 1, 2, nhwc)
+    if fits:
+        check(H200, call)
+    else:
+        with pytest.raises(ValueError, match="x: too many elements"):
+            plan(H200, call)
+
+
+def test_largest_batch() -> None:
+    """Blocks are counted in 31 bits, the persistent launch's pieces in 32, statistics' pixels in
+    30."""
+    call = Call(Shape(2, 1, 64, 1, 32), Mode("train"), 2**30 - 1, 2, False)
+    result = check(H200, call)
+    assert result["launches"][0]["blocks"] == 2 * call.batch
+    with pytest.raises(ValueError, match="x: too many elements"):
+        plan(H200, call._replace(batch=2**30))
+    with pytest.raises(ValueError, match=r"less than 2\^32 pieces"):
+        plan(H200, call._replace(mode=EVAL), "persistent")
+    check(H200, call._replace(mode=EVAL, batch=2**29 - 2**25), "persistent")
+    with_statistics = call._replace(
+        mode=Mode("train", True, True, True), batch=2**25, shape=Shape(2, 1, 8, 32, 32)
+    )
+    with_statistics = with_statistics._replace(channels_last=True)
+    check(H200, with_statistics)
+    with pytest.raises(ValueError, match="x: too many elements"):
+        plan(H200, with_statistics._replace(batch=2**25 + 1))
+
+
+# --- what is refused
+
+
+WORKLOAD = Call(shape(2, 1, 64, 3136), EVAL, 4, 2, False).workload()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pass": "forward"}, "pass: expected eval, train or backward, got 'forward'"),
+        ({"pass": 1}, "pass: expected a string, got 1"),
+        ({"batch": -1}, "batch: expected an integer from 0 to 2147483647, got -1"),
+        ({"batch": 2**31}, "batch: expected an integer from 0 to 2147483647, got 2147483648"),
+        ({"batch": 2**70}, "batch: expected an integer"),
+        ({"batch": 1.0}, r"batch: expected an integer .*, got 1\.0"),
+        ({"batch": True}, "batch: expected an integer .*, got True"),
+        ({"batch": None}, "batch: expected an integer .*, got None"),
+        ({"radix": 0}, "radix: expected an integer from 1"),
+        ({"cardinality": 0}, "cardinality: expected an integer from 1"),
+        ({"channels": 0}, "channels: expected an integer from 1"),
+        ({"inter": 0}, "inter: expected an integer from 1"),
+        ({"pixels": 0}, "pixels: expected an integer from 1"),
+        ({"element_size": 3}, "element_size: expected 2, 4 or 8, got 3"),
+        ({"element_size": 16}, "element_size: expected an integer from 2 to 8, got 16"),
+        ({"cardinality": 3, "inter": 33}, "channels: expected a multiple of cardinality, got 64"),
+        ({"cardinality": 64}, "inter: expected a multiple of cardinality, got 32"),
+        ({"channels_last": 1}, "channels_last: expected True or False, got 1"),
+        ({"aligned": "yes"}, "aligned: expected True or False, got 'yes'"),
+        ({"bn0": True}, "relu: expected True behind bn0, got False"),
+        ({"pass": "train", "batch_stats": True}, "batch_stats: expected False without bn0"),
+        (
+            {"relu": True, "bn0": True, "batch_stats": True},
+            "batch_stats: expected False in evaluation, got True",
+        ),
+        ({"bn1_batch_stats": True}, "bn1_batch_stats: expected False in evaluation, got True"),
+        ({"batch": 2**31 - 1, "pixels": 2**20}, r"batch: expected at most 2\^50 elements"),
+        ({"batch": 2**31 - 1, "inter": 2**20}, r"batch: expected at most 2\^50 elements"),
+        ({"widht": 7}, "unknown field 'widht'"),
+        ({7: 7}, "unknown field 7"),
+    ],
+)
+def test_workload_is_refused(change: dict[Any, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^workload: {message}"):
+        _C.plan(H200, {**WORKLOAD, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"multiprocessors": 0}, "multiprocessors: expected an integer from 1"),
+        ({"threads_per_block": 31}, "threads_per_block: expected an integer from 32"),
+        ({"grid_blocks": 0}, "grid_blocks: expected an integer from 1"),
+        ({"l2_bytes": -1}, "l2_bytes: expected an integer from 0"),
+        ({"bytes_per_microsecond": 0}, "bytes_per_microsecond: expected an integer from 1"),
+        ({"name": "H200"}, "unknown field 'name'"),
+    ],
+)
+def test_device_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^device: {message}"):
+        _C.plan({**H200, **change}, WORKLOAD)
+
+
+@pytest.mark.parametrize("field", WORKLOAD)
+def test_workload_lacks_a_field(field: str) -> None:
+    without = {name: value for name, value in WORKLOAD.items() if name != field}
+    with pytest.raises(ValueError, match=f"^workload: missing field {field}$"):
+        _C.plan(H200, without)
+
+
+@pytest.mark.parametrize("field", H200)
+def test_device_lacks_a_field(field: str) -> None:
+    without = {name: value for name, value in H200.items() if name != field}
+    with pytest.raises(ValueError, match=f"^device: missing field {field}$"):
+        _C.plan(without, WORKLOAD)
+
+
+def test_strategy_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"^strategy: expected fastest, launches or .*, got 'clusters'"
+    ):
+        _C.plan(H200, WORKLOAD, "clusters")
