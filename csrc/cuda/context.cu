@@ -2,7 +2,6 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include <algorithm>
 #include <cstdlib>
 #include <mutex>
 #include <string>
@@ -38,7 +37,8 @@ Device read_device(int index) {
   // Kilohertz and bits, at two transfers a clock.
   const int64_t clock = attribute(cudaDevAttrMemoryClockRate, index);
   const int64_t bits = attribute(cudaDevAttrGlobalMemoryBusWidth, index);
-  device.bytes_per_microsecond = std::max<int64_t>(2 * clock * (bits / 8) / 1000, 100'000);
+  const int64_t rate = 2 * clock * (bits / 8) / 1000;
+  device.bytes_per_microsecond = rate > 0 ? rate : 1'000'000;  // some devices do not tell
   return device;
 }
 

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "cuda/plan.h"
@@ -35,20 +36,49 @@ __device__ __forceinline__ T narrow(A value) {
   }
 }
 
-// Elements that one instruction loads or stores.
+// Elements that one instruction loads or stores. The compiler would take copies of the struct apart
+// into its elements, so loads and stores are of words of the same size. A store names its
+// instruction, as nvcc 13.0 splits even those of words in the loops over a run-time radix: the one
+// that leaves L2 to what is read again, as maps that are written are not.
 template <typename T, int kCount>
 struct alignas(sizeof(T) * kCount) Vector {
   T values[kCount];
 };
 
+template <size_t kBytes>
+struct WordOf;
+template <>
+struct WordOf<2> {
+  using Type = unsigned short;
+};
+template <>
+struct WordOf<4> {
+  using Type = unsigned;
+};
+template <>
+struct WordOf<8> {
+  using Type = uint2;
+};
+template <>
+struct WordOf<16> {
+  using Type = uint4;
+};
+
 template <int kCount, typename T>
 __device__ __forceinline__ Vector<T, kCount> load(const T* from) {
-  return *reinterpret_cast<const Vector<T, kCount>*>(from);
+  using Word = typename WordOf<sizeof(T) * kCount>::Type;
+  const Word word = *reinterpret_cast<const Word*>(from);
+  Vector<T, kCount> vector;
+  memcpy(&vector, &word, sizeof(word));
+  return vector;
 }
 
 template <int kCount, typename T>
 __device__ __forceinline__ void store(T* to, const Vector<T, kCount>& vector) {
-  *reinterpret_cast<Vector<T, kCount>*>(to) = vector;
+  using Word = typename WordOf<sizeof(T) * kCount>::Type;
+  Word word;
+  memcpy(&word, &vector, sizeof(word));
+  __stcs(reinterpret_cast<Word*>(to), word);
 }
 
 #if defined(__CUDACC__)

@@ -107,13 +107,21 @@ struct PerChannel {
   static constexpr int kCount = kNhwc ? kVector : 1;
   A values[kCount];
 
-  // values[e] = of(e) for channels e of the vector
-  template <typename Of>
-  static __device__ __forceinline__ PerChannel make(Of of) {
+  // Those of an array by feature from `first` on, aligned as the map is; `otherwise` without one.
+  static __device__ __forceinline__ PerChannel of(const A* array, int64_t first, A otherwise,
+                                                  bool inside) {
     PerChannel result;
+    constexpr int kTogether = kCount * sizeof(A) >= 16 ? static_cast<int>(16 / sizeof(A)) : 1;
 #pragma unroll
-    for (int e = 0; e < kCount; ++e) {
-      result.values[e] = of(e);
+    for (int e = 0; e < kCount; e += kTogether) {
+      Vector<A, kTogether> part;
+      if (array && inside) {
+        part = load<kTogether>(array + first + e);
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        result.values[e + i] = array && inside ? part.values[i] : otherwise;
+      }
     }
     return result;
   }

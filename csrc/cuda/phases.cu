@@ -46,7 +46,7 @@ void Kernels::recombine(const Map& map, const Tensor& attention, const Tensor& o
   for_dtype(map.problem.dtype, [&](auto tag) {
     using T = decltype(tag);
     using A = Acc<T>;
-    const Workload w = workload_of(map, Pass::kTrain, {&map.x, &out});
+    const Workload w = workload_of(map, Pass::kTrain, {&map.x, &attention, &out});
     const Run<T> run(context, map, w, kPrologueArrays * w.features() * w.acc_size());
     const Prologue<A> prologue = run.prologue_at(0, false);
     run.prepare(prologue);
@@ -107,7 +107,7 @@ void Kernels::recombine_backward(const Map& map, const Tensor& dout, const Tenso
   for_dtype(map.problem.dtype, [&](auto tag) {
     using T = decltype(tag);
     using A = Acc<T>;
-    const Workload w = workload_of(map, Pass::kBackward, {&map.x, &dout, &dx});
+    const Workload w = workload_of(map, Pass::kBackward, {&map.x, &dout, &attention, &dgap, &dx});
     const Run<T> run(context, map, w, kPrologueArrays * w.features() * w.acc_size());
     const bool loses = mean_dz.has_value();
     const Prologue<A> prologue = run.prologue_at(0, loses);

@@ -44,12 +44,8 @@ __device__ __forceinline__ void pool_block(const PoolArgs<T>& args, int64_t bloc
 #pragma unroll
       for (int r = 0; r < kSplits; ++r) {
         const int64_t f = int64_t{first_split + r} * args.sizes.channels + share.channel;
-        const auto of = [&](const A* values, A otherwise) {
-          return Coefficient::make(
-              [&](int e) { return share.inside ? at_or(values, f + e, otherwise) : A(0); });
-        };
-        scale[r] = of(args.prologue.scale, A(1));
-        shift[r] = of(args.prologue.shift, A(0));
+        scale[r] = Coefficient::of(args.prologue.scale, f, A(1), share.inside);
+        shift[r] = Coefficient::of(args.prologue.shift, f, A(0), share.inside);
       }
     }
     const T* const x = args.x + share.x + first_split * share.split;
@@ -141,7 +137,7 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
   constexpr int kOwn = kOwnSums<kVector, kNhwc>;
   constexpr int kSplits =
       splits_held(kRadix, kNhwc ? kVector * (kPrologue ? 2 * kSums : 1) : kSums);
-  constexpr int kBatch = positions_held(kSplits + 1);
+  constexpr int kBatch = kNhwc && kPrologue ? 2 : positions_held(kSplits + 1);
   const int radix = kRadix ? kRadix : args.sizes.radix;
   const int64_t features = args.sizes.features();
   for (int64_t block = blockIdx.x; block < args.blocks; block += gridDim.x) {
@@ -152,13 +148,9 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
 #pragma unroll
         for (int r = 0; r < kSplits; ++r) {
           const int64_t f = int64_t{first_split + r} * args.sizes.channels + share.channel;
-          const auto of = [&](const A* values, A otherwise) {
-            return Coefficient::make(
-                [&](int e) { return share.inside ? at_or(values, f + e, otherwise) : A(0); });
-          };
-          scale[r] = of(args.prologue.scale, A(1));
-          shift[r] = of(args.prologue.shift, A(0));
-          mean[r] = of(args.prologue.mean, A(0));
+          scale[r] = Coefficient::of(args.prologue.scale, f, A(1), share.inside);
+          shift[r] = Coefficient::of(args.prologue.shift, f, A(0), share.inside);
+          mean[r] = Coefficient::of(args.prologue.mean, f, A(0), share.inside);
         }
       }
       A sums[kSplits][kSums][kOwn] = {};

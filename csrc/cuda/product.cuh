@@ -18,17 +18,19 @@ struct Values {
 
   __device__ __forceinline__ void load4(int64_t row, int64_t column, int count, A (&to)[4]) const {
     const A* const from = data + row * stride + column;
-    if (sizeof(A) == 4 && count >= 4 && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
-      const auto vector = load<4>(from);
+    if constexpr (sizeof(A) == 4) {
+      if (count >= 4 && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+        const auto vector = load<4>(from);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        to[i] = vector.values[i];
+        for (int i = 0; i < 4; ++i) {
+          to[i] = vector.values[i];
+        }
+        return;
       }
-    } else {
+    }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        to[i] = i < count ? from[i] : A(0);
-      }
+    for (int i = 0; i < 4; ++i) {
+      to[i] = i < count ? from[i] : A(0);
     }
   }
 };

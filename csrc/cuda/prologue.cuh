@@ -12,8 +12,8 @@
 namespace resnest_fused::cuda {
 
 // By feature; null for relu(x): the identity. `offset` and `slope` are null where the statistics
-// are frozen; else dx loses offset + slope * (x - mean) = scale * (mean_dz + xhat * mean_dz_xhat)
-// to them, with mean_dz = dbeta / N and mean_dz_xhat = dgamma / N, as in `batch_norm_backward`.
+// are frozen; else dx loses offset + slope * x = scale * (mean_dz + xhat * mean_dz_xhat) to them,
+// with mean_dz = dbeta / N and mean_dz_xhat = dgamma / N, as in `batch_norm_backward`.
 template <typename A>
 struct Prologue {
   A* scale;   // (R*C) gamma * invstd
@@ -46,8 +46,9 @@ __device__ __forceinline__ void put_prologue(const Prologue<A>& prologue, int64_
 template <typename A>
 __device__ __forceinline__ void put_statistics_gradient(const Prologue<A>& prologue, int64_t f,
                                                         A mean_dz, A mean_dz_xhat) {
-  prologue.offset[f] = prologue.scale[f] * mean_dz;
-  prologue.slope[f] = prologue.scale[f] * prologue.invstd[f] * mean_dz_xhat;
+  const A slope = prologue.scale[f] * prologue.invstd[f] * mean_dz_xhat;
+  prologue.slope[f] = slope;
+  prologue.offset[f] = fma(-prologue.mean[f], slope, prologue.scale[f] * mean_dz);
 }
 
 // What a launch needs before its first phase: the prologue from bn0's running statistics, and
@@ -104,9 +105,17 @@ __global__ void __launch_bounds__(kMapThreads) statistics_kernel(StatisticsArgs<
     const int first = share.chunk * args.tiling.chunk_pixels;
     const int last = min(first + args.tiling.chunk_pixels, args.sizes.pixels);
     const T* const first_pixel = args.x + share.x + first * share.x_step;
-    const auto origin = PerChannel<A, kVector, kNhwc>::make(
-        [&](int e) { return share.inside ? A(widen(first_pixel[e])) : A(0); });
-    A sums[2][kOwnSums<kVector, kNhwc>] = {};
+    // Each channel's; in NHWC the vector's.
+    constexpr int kOwn = kOwnSums<kVector, kNhwc>;
+    A origin[kOwn] = {};
+    if (share.inside) {
+      const Vector<T, kOwn> pixel = load<kOwn>(first_pixel);
+#pragma unroll
+      for (int e = 0; e < kOwn; ++e) {
+        origin[e] = widen(pixel.values[e]);
+      }
+    }
+    A sums[2][kOwn] = {};
     share.template for_each<kBatch>([&](auto width, int position, int step, int end) {
       constexpr int kWidth = decltype(width)::value;
       Vector<T, kWidth> values[kBatch];
@@ -116,8 +125,8 @@ __global__ void __launch_bounds__(kMapThreads) statistics_kernel(StatisticsArgs<
         if (position + u * step < end) {
 #pragma unroll
           for (int e = 0; e < kWidth; ++e) {
-            const A apart = widen(values[u].values[e]) - origin[e];
             const int own = kNhwc ? e : 0;
+            const A apart = widen(values[u].values[e]) - origin[own];
             sums[0][own] += apart;
             sums[1][own] = fma(apart, apart, sums[1][own]);
           }

@@ -69,7 +69,7 @@ inline bool is_aligned(std::initializer_list<const Tensor*> maps) {
   return true;
 }
 
-// What the planner is told; `maps` are all that the call reads and writes.
+// What the planner is told; `maps` are all that the call reads and writes in vectors.
 inline Workload workload_of(const Map& map, Pass pass, std::initializer_list<const Tensor*> maps) {
   const Problem& p = map.problem;
   Workload w{};

@@ -136,7 +136,7 @@ void backward(const Context& context, const Map& map, const AttentionTensors& te
               const Gradients& grads) {
   using A = Acc<T>;
   const Tensor& dx = grads.x.has_value() ? *grads.x : dout;
-  const Workload w = workload_of(map, Pass::kBackward, {&map.x, &dout, &dx});
+  const Workload w = workload_of(map, Pass::kBackward, {&map.x, &dout, &dx, &attention});
   const Plan plan = make_plan(context.device, w);
   const BackwardWorkspace space(w, plan);
   const Run<T> run(context, map, w, space.bytes);
