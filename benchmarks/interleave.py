@@ -92,6 +92,27 @@ def _burst(step: Callable[[], object], calls: int) -> float:
 
 
 def _contenders(case: Case, backend: str, compiler: str | None) -> dict[str, Step]:
+    x, dout = random_maps(case)
+    given = x.clone()
+    eager, fused = make_module(case, fused=False), make_module(case, fused=True)
+    fused.load_state_dict(eager.state_dict())
+    fused.backend = backend
+    check(case, make_step(fused, x, dout)(), exact_step(eager, x, dout)())
+
+    steps = {"eager": make_step(eager, x, dout)}
+    if compiler is not None:
+        compiled = torch.compile(copy.deepcopy(eager), backend=compiler)
+        steps["compile"] = make_step(compiled, x, dout)
+    steps["fused"] = make_step(fused, x, dout)
+    steps["copy"] = _copy(case)
+    for step in steps.values():
+        step()  # compiles
+    assert torch.equal(x, given), f"{case}: a contender changes its input"
+    return steps
+
+
+def random_maps(case: Case) -> tuple[Tensor, Tensor]:
+    """x and the gradient of out."""
     dtype, layout = DTYPES[case.dtype], LAYOUTS[case.layout]
     features = case.radix * case.channels
 
@@ -107,25 +128,10 @@ def _contenders(case: Case, backend: str, compiler: str | None) -> dict[str, Ste
     else:
         x += torch.randn(features, 1, 1, dtype=dtype)
     x *= 2 * torch.rand(case.batch, features, 1, 1, dtype=dtype)
-    given = x.clone()
-    dout = random(case.channels)
-    eager, fused = _module(case, fused=False), _module(case, fused=True)
-    fused.load_state_dict(eager.state_dict())
-    fused.backend = backend
-    _check(case, _step(fused, x, dout)(), _step(copy.deepcopy(eager).float(), x.float(), dout)())
-
-    steps = {"eager": _step(eager, x, dout)}
-    if compiler is not None:
-        steps["compile"] = _step(torch.compile(copy.deepcopy(eager), backend=compiler), x, dout)
-    steps["fused"] = _step(fused, x, dout)
-    steps["copy"] = _copy(case)
-    for step in steps.values():
-        step()  # compiles
-    assert torch.equal(x, given), f"{case}: a contender changes its input"
-    return steps
+    return x, random(case.channels)
 
 
-def _module(case: Case, fused: bool) -> nn.Module:
+def make_module(case: Case, fused: bool) -> nn.Module:
     """The case's module, which takes a map as a ReLU leaves it or, after conv, as a convolution."""
     module: nn.Module
     if case.form == "attention":
@@ -138,7 +144,7 @@ def _module(case: Case, fused: bool) -> nn.Module:
     return module.to(DTYPES[case.dtype]).train(case.train)
 
 
-def _step(module: nn.Module, x: Tensor, dout: Tensor) -> Step:
+def make_step(module: nn.Module, x: Tensor, dout: Tensor) -> Step:
     """A call of ``module`` and, in train mode, of its backward."""
     if not module.training:
         return lambda: (module(x),)
@@ -153,6 +159,11 @@ def _step(module: nn.Module, x: Tensor, dout: Tensor) -> Step:
     return train
 
 
+def exact_step(eager: nn.Module, x: Tensor, dout: Tensor) -> Step:
+    """The step to compare with: eager in float32."""
+    return make_step(copy.deepcopy(eager).float(), x.float(), dout)
+
+
 def _copy(case: Case) -> Step:
     """The floor: reads half of the floor's units and writes as many."""
     source = torch.ones(case.floor_units * case.unit // 2, dtype=DTYPES[case.dtype])
@@ -161,7 +172,7 @@ def _copy(case: Case) -> Step:
 
 
 @torch.no_grad()
-def _check(case: Case, results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+def check(case: Case, results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
     """Compare the fused module with eager in float32: in half precision eager is the worse one.
 
     The parameters' gradients count as one vector, because in front of a batch normalisation that of

@@ -208,11 +208,12 @@ def _mend_x(call: Call) -> bool:
     size = np.abs(before)
     # Wide enough for finite differences and for the rounding of statistics; where 16-bit numbers
     # are rounded before the ReLU, that changes no sign.
-    moved = torch.from_numpy(size < 1e-4 * size.max(axis=(0, 2))[:, None]).view(call.x.shape)
+    near = size < 1e-4 * size.max(axis=(0, 2))[:, None]
+    moved = torch.as_tensor(near, device=call.x.device).view(call.x.shape)
     # More than half of the distance between neighbouring bfloat16 numbers below 8.
     others = call.x + 1 / 32
     if case.prologue == "batch" and (flat := _small(bn0.var)).any():
-        moved = moved | torch.from_numpy(flat)[:, None, None]
+        moved = moved | torch.as_tensor(flat, device=call.x.device)[:, None, None]
         others = draw_any(case).x
     call.x = LAYOUTS[case.layout](torch.where(moved, others, call.x))
     return bool(moved.any())
@@ -226,7 +227,7 @@ def _mend_hidden(call: Call) -> bool:
     bad = ((size < 2e-5 * size.max()) & (size > 0)).any(axis=0)
     if call.case.norm == "batch":
         bad |= _small(truth.bn1.var)
-    units = torch.from_numpy(bad)
+    units = torch.as_tensor(bad, device=call.x.device)
     fresh = draw_any(call.case).params if bad.any() else {}
     for name in ("fc1_weight", "bn1_bias"):
         if name in fresh:

@@ -1,24 +1,68 @@
-"""What holds for every test: the native backend runs, and random numbers are the test's own."""
+"""What holds for every test: the native backend runs on the device asked for, and random numbers
+are the test's own."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
-import resnest_fused as rf
 from resnest_fused.backends import choose
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where the tests make their tensors (default: %(default)s)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Without the option where pytest found this file too late to add it.
+    if config.getoption("--device", "cpu") == "cuda":
+        # Here, so that it holds for what test modules make when they are imported, too.
+        torch.set_default_device("cuda")
+        # Results are compared with eager PyTorch's, to the bit where it is compared with itself.
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
 
 
 @pytest.fixture(scope="session", autouse=True)
 def native_backend() -> None:
     """Without it the tests would compare the reference with itself."""
-    native = next(status for status in rf.backends() if status.name == "native")
-    assert native.available, native.reason
-    assert choose("auto", torch.empty(1)) == "native", "another backend is made the default"
+    x = torch.empty(1)
+    choose("native", x)  # raises and says why it cannot run on this device
+    assert choose("auto", x) == "native", "another backend is made the default"
+
+
+@pytest.fixture(autouse=True)
+def gpu_errors(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A kernel's error, which comes late, belongs to the test that launched it.
+
+    After it no call of the process succeeds, so the process ends here. pytest-xdist puts another
+    one in its place and names the test.
+    """
+    yield
+    if torch.get_default_device().type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        reason = f"{request.node.nodeid}: {error}"
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            pytest.exit(reason, returncode=1)
+        capture = request.config.pluginmanager.getplugin("capturemanager")
+        with capture.global_and_fixture_disabled():
+            print(reason, file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ Array = np.ndarray
 
 def wide(tensor: torch.Tensor) -> Array:
     """The tensor's values, exactly, in extended precision."""
-    return tensor.detach().double().numpy().astype(np.longdouble)
+    return tensor.detach().double().cpu().numpy().astype(np.longdouble)
 
 
 class BatchNorm:

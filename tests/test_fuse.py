@@ -23,9 +23,13 @@ from resnest_fused import (
 from resnest_fused.models import resnest50
 
 
+def generator_with(seed: int) -> torch.Generator:
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give every parameter and statistic a value of its own, with attention far from uniform."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_with(seed)
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             fan_in = module.weight[0].numel()
@@ -46,7 +50,7 @@ def step(model: nn.Module, x: Tensor, training: bool) -> dict[str, Tensor]:
     model.train(training).zero_grad()
     x = x.detach().to(next(model.parameters()).dtype).requires_grad_()
     out = model(x)
-    generator = torch.Generator().manual_seed(1)
+    generator = generator_with(1)
     dout = torch.randn(out.shape, generator=generator, dtype=torch.float64)
     out.backward(dout.to(out.dtype))
     results = {"out": out.detach(), "x": x.grad}
@@ -57,7 +61,7 @@ def step(model: nn.Module, x: Tensor, training: bool) -> dict[str, Tensor]:
 
 def features(*shape: int, seed: int = 0) -> Tensor:
     """A random feature map whose samples differ in their means, as bn1 divides by their spread."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_with(seed)
     x = torch.randn(shape, generator=generator)
     return x + torch.randn(*shape[:2], 1, 1, generator=generator)
 

@@ -669,7 +669,9 @@ def test_conv_module(memory_format: torch.memory_format, radix: int, training: b
     for _ in range(2):
         x = _randn(4, 24, 9, 7).contiguous(memory_format=memory_format)
         _assert_same_step(fused, eager, x)
-    assert fused(x).is_contiguous(memory_format=memory_format)
+    assert fused(x).stride() == eager(x).stride()
+    if x.is_cpu:  # cuDNN's convolutions in float64 are contiguous
+        assert fused(x).is_contiguous(memory_format=memory_format)
 
 
 def test_state_dict_goes_both_ways() -> None:
@@ -757,7 +759,7 @@ def test_autocast(norm_layer: NormLayer, norm1: NormLayer, training: bool) -> No
     eager, fused = (module.float().train(training) for module in pair)
 
     def run(module: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16):
             return _step(module, x.float())
 
     _assert_as_exact(fused, eager, run)

@@ -15,7 +15,7 @@ from resnest_fused import reference
 def assert_equals_truth(ours: torch.Tensor, truth: np.ndarray, name: str) -> None:
     assert tuple(ours.shape) == truth.shape, name
     np.testing.assert_allclose(
-        ours.numpy(), truth.astype(np.float64), rtol=1e-10, atol=1e-12, err_msg=name
+        ours.cpu().numpy(), truth.astype(np.float64), rtol=1e-10, atol=1e-12, err_msg=name
     )
 
 
@@ -50,7 +50,7 @@ def test_optional_parameters(prologue: str, norm: str, bias: bool, affine: bool)
 def test_the_oracle_s_gradients_are_those_of_its_forward(prologue: str) -> None:
     """By central differences, independent of any derived formula."""
     call = draw(Case(3, 4, 2, 2, 2, 2, 4, torch.float64, norm="batch", prologue=prologue))
-    truth, dout = call.truth, call.dout.numpy()
+    truth, dout = call.truth, call.dout.cpu().numpy()
     step = 1e-6
     for name in call.differentiable():
         values = call.tensor(name).view(-1)
@@ -95,7 +95,7 @@ def test_batch_statistics_enter_the_running_ones(backend: str) -> None:
         assert truth is not None
         for statistic, of_batch in (("mean", truth.mean), ("var", truth.unbiased_var)):
             updated = getattr(norms[name], f"running_{statistic}")
-            old = p[f"{name}_running_{statistic}"].numpy()
+            old = p[f"{name}_running_{statistic}"].cpu().numpy()
             assert_equals_truth(updated, 0.7 * old + 0.3 * of_batch, f"{name} {statistic}")
 
 

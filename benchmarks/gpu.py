@@ -1,0 +1,449 @@
+"""Times the kernels on a GPU beside device copies, eager PyTorch and torch.compile.
+
+    python benchmarks/gpu.py --seconds 120 --out gpu.json
+
+``tests/gpu.sh`` builds the package and runs this. The most important comes first; what the time
+does not suffice for is named. ``--device cpu --quick`` goes through all of it on a machine without
+a GPU, in small sizes and without graphs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import datetime
+import gc
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gpu_summary
+import torch
+from grid import STAGES, Case
+from interleave import check, exact_step, make_module, make_step, random_maps
+from stopwatch import prepare, take_turns
+from torch import Tensor, nn
+
+import resnest_fused as rf
+from resnest_fused import compare
+
+ops = torch.ops.resnest_fused
+STRATEGY = "RESNEST_FUSED_CUDA_STRATEGY"
+STRATEGIES = {"fused": "fastest", "launches": "launches", "persistent": "persistent"}
+EVAL = ("fused", "launches", "persistent", "eager")
+TRAIN = ("fused", "eager")
+LAYOUTS = ("channels_last", "NCHW")
+# Below this many bytes a call's kernels may take less than its way through Python: it is replayed.
+GRAPH_BYTES = 2e9
+MAX_SETS = 128
+ROUNDS = 15
+NETWORK_ROUNDS = 7
+# Bound on the relative difference of logits in bfloat16, there to notice a wrong network.
+NETWORK_TOLERANCE = 0.2
+
+Step = Callable[[], object]
+
+
+class Bench:
+    """Measures, and keeps what it measured."""
+
+    def __init__(self, device: torch.device, quick: bool) -> None:
+        self.device, self.quick = device, quick
+        self.rows: list[dict[str, Any]] = []
+        self.copy_bytes_per_s = math.nan
+        self.l2_bytes = 1 << 20
+        if device.type == "cuda":
+            self.l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+
+    def time(
+        self,
+        what: str,
+        case: object,
+        contenders: Mapping[str, Sequence[Step]],
+        *,
+        floor_bytes: Mapping[str, int],
+        graph: bool = False,
+        rounds: int = ROUNDS,
+        facts: Mapping[str, object],
+    ) -> None:
+        """A row for each contender, whose steps are calls with different inputs."""
+        works = {}
+        for name, steps in contenders.items():
+            try:
+                works[name] = prepare(steps, self.device, graph)
+            except RuntimeError as error:
+                if name == "persistent" and "persistent launch takes" in str(error):
+                    continue
+                if not graph:
+                    raise
+                print(f"  {name} cannot be captured: {error}".partition("\n")[0], flush=True)
+                works[name] = prepare(steps, self.device, graph=False)
+        timings = take_turns(works, 2 if self.quick else rounds)
+        for name, timing in timings.items():
+            moved = floor_bytes.get(name)
+            rate = moved / timing.median if moved else None
+            self.rows.append(
+                {
+                    "what": what,
+                    "case": str(case),
+                    "contender": name,
+                    "how": works[name].how,
+                    "input_sets": works[name].calls,
+                    "median_us": timing.median * 1e6,
+                    "p20_us": timing.low * 1e6,
+                    "p80_us": timing.high * 1e6,
+                    "floor_bytes": moved,
+                    "of_copy": rate / self.copy_bytes_per_s if rate else None,
+                    **facts,
+                }
+            )
+
+    def sets_for(self, moved: int) -> int:
+        """Input sets of a call that moves so many bytes: together they are too large for L2."""
+        return min(max(math.ceil(2.5 * self.l2_bytes / moved), 1), 2 if self.quick else MAX_SETS)
+
+    def copies(self) -> None:
+        """``tensor.copy_``, bytes read and written; the largest is what all is compared with."""
+        for megabytes in (1, 2) if self.quick else (16, 64, 256, 1024, 2048):
+            source = torch.rand(megabytes << 18, device=self.device)
+            target = torch.empty_like(source)
+            moved = 2 * source.nbytes
+            steps = {"copy": [lambda to=target, source=source: to.copy_(source)]}
+            floors = {"copy": moved}
+            self.time("copy", f"{2 * megabytes} MiB moved", steps, floor_bytes=floors, facts={})
+            self.copy_bytes_per_s = moved / self.rows[-1]["median_us"] * 1e6
+        for row in self.rows:
+            row["of_copy"] = row["floor_bytes"] / row["median_us"] * 1e6 / self.copy_bytes_per_s
+
+    def case(self, case: Case, names: Sequence[str], what: str | None = None) -> None:
+        """The contenders of a case; checks the fused module first."""
+        torch.manual_seed(0)
+        torch.compiler.reset()
+        graph = case.floor_bytes < GRAPH_BYTES
+        with torch.set_grad_enabled(case.train):
+            eager, fused, sets = self._modules_and_maps(case)
+            x, dout = sets[0]
+            check(case, make_step(fused, x, dout)(), exact_step(eager, x, dout)())
+            modules = {"eager": eager} | dict.fromkeys(STRATEGIES, fused)
+            if "compile" in names:
+                modules["compile"] = torch.compile(copy.deepcopy(eager), dynamic=False)
+            contenders = {
+                name: [_by(name, make_step(modules[name], *maps)) for maps in sets]
+                for name in names
+            }
+            self.time(
+                what or ("train" if case.train else "eval"),
+                case,
+                contenders,
+                floor_bytes=dict.fromkeys(names, case.floor_bytes),
+                graph=graph,
+                facts=_facts(case),
+            )
+
+    def _modules_and_maps(
+        self, case: Case
+    ) -> tuple[nn.Module, nn.Module, list[tuple[Tensor, Tensor]]]:
+        count = self.sets_for((case.radix + 1) * case.floor_bytes // case.floor_units)
+        with self.device:
+            eager, fused = make_module(case, fused=False), make_module(case, fused=True)
+            fused.load_state_dict(eager.state_dict())
+            fused.backend = "native"
+            return eager, fused, [random_maps(case) for _ in range(count)]
+
+    def compile(self, case: Case) -> None:
+        """Only compiles, to fill the compiler's cache on disk."""
+        torch.compiler.reset()
+        with torch.set_grad_enabled(case.train), self.device:
+            x, dout = random_maps(case)
+            compiled = torch.compile(make_module(case, fused=False), dynamic=False)
+        make_step(compiled, x, dout)()
+
+    @torch.no_grad()
+    def phases(self, case: Case) -> None:
+        """Each op alone, at the bytes that it must move."""
+        torch.manual_seed(0)
+        _, module, sets = self._modules_and_maps(case)
+        calls = [_phases(case, module, *maps) for maps in sets]
+        unit = case.floor_bytes // case.floor_units
+        contenders = {name: [steps[name][1] for steps in calls] for name in calls[0]}
+        floors = {name: units * unit for name, (units, _) in calls[0].items()}
+        graph = case.floor_bytes < GRAPH_BYTES
+        self.time("op", case, contenders, floor_bytes=floors, graph=graph, facts=_facts(case))
+
+    def network(self, batch: int, train: bool, layout: str) -> None:
+        """ResNeSt-50 in bfloat16: its parameters in inference, under autocast in training."""
+        torch.manual_seed(0)
+        side = 64 if self.quick else 224
+        memory_format = (
+            torch.channels_last if layout == "channels_last" else torch.contiguous_format
+        )
+        dtype = torch.float32 if train else torch.bfloat16
+        with self.device:
+            eager = rf.models.create("resnest50", fused=False)
+            eager = eager.to(dtype=dtype, memory_format=memory_format).train(train)
+            x = torch.randn(batch, 3, side, side, dtype=dtype)
+            x = x.contiguous(memory_format=memory_format)
+            target = torch.randint(1000, (batch,))
+        networks = {"eager": eager}
+        for name in ("fused",) if train else ("fused", "folded"):
+            networks[name] = copy.deepcopy(eager)
+            rf.fuse(networks[name], backend="native", fold=name == "folded")
+
+        def step(network: nn.Module) -> object:
+            if not train:
+                return network(x)
+            with torch.autocast(self.device.type, torch.bfloat16):
+                return compare.step(network, x, target)
+
+        steps = {
+            name: [lambda network=network: step(network)] for name, network in networks.items()
+        }
+        with torch.set_grad_enabled(train):
+            results = {name: calls[0]() for name, calls in steps.items()}
+            for name, result in results.items():
+                error = compare.relative_error(result, results["eager"], order=2)
+                assert error <= NETWORK_TOLERANCE, f"{name} differs from eager by {error:.1e}"
+            mode = "train step" if train else "inference"
+            self.time(
+                "network",
+                f"ResNeSt-50 {mode} bf16 {layout} B={batch}",
+                steps,
+                floor_bytes={},
+                graph=batch == 1,
+                rounds=NETWORK_ROUNDS,
+                facts={"train": train, "batch": batch},
+            )
+
+
+def _by(contender: str, step: Step) -> Step:
+    """``step`` with the strategy that a contender stands for."""
+    strategy = STRATEGIES.get(contender, "fastest")
+
+    def run() -> object:
+        os.environ[STRATEGY] = strategy  # read at each call
+        return step()
+
+    return run
+
+
+def _facts(case: Case) -> dict[str, object]:
+    return {
+        "shape": case.shape,
+        "form": case.form,
+        "train": case.train,
+        "dtype": case.dtype,
+        "layout": case.layout,
+        "radix": case.radix,
+        "batch": case.batch,
+    }
+
+
+def _phases(case: Case, module: nn.Module, x: Tensor, dout: Tensor) -> dict[str, tuple[int, Step]]:
+    """Each op of the case with the units of out that it must move, reading each map once."""
+    radix, bn0, bn1 = case.radix, case.form == "after conv", module.bn1
+    affine0 = (module.bn0.weight, module.bn0.bias) if bn0 else (None, None)
+    eps0 = module.bn0.eps if bn0 else 0.0
+    fc1, fc2 = module.fc1, module.fc2
+    fcs = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+    affine1, running1 = (bn1.weight, bn1.bias), (bn1.running_mean, bn1.running_var)
+
+    def train() -> tuple[Tensor, ...]:
+        norm0 = (*affine0, None, None, eps0, bn0)
+        norm1 = (*affine1, None, None, bn1.eps, True)
+        return ops.split_attention_train(x, bn0, *norm0, *fcs, *norm1, radix, 1)
+
+    _, gap, hidden, attention, mean0, var0, mean1, var1 = train()
+    norm0 = (*affine0, mean0, var0, eps0) if bn0 else (None, None, None, None, 0.0)
+    dgap = torch.randn_like(gap)
+    means = [torch.randn_like(mean0) if bn0 else None for _ in range(2)]
+    needed = [True, bn0, bn0, *[True] * 6]
+
+    def backward() -> tuple[Tensor, ...]:
+        norm1 = (*affine1, mean1, var1, bn1.eps, True)
+        crumbs = (gap, hidden, attention)
+        weights = (fc1.weight, fc2.weight)
+        return ops.split_attention_backward(
+            dout, x, bn0, *norm0, bn0, *weights, *norm1, *crumbs, radix, 1, needed
+        )
+
+    def eval_by_launches() -> Tensor:
+        norm1 = (*affine1, *running1, bn1.eps)
+        return ops.split_attention(x, bn0, *norm0, *fcs, *norm1, radix, 1)
+
+    phases: dict[str, tuple[int, Step]] = {
+        "pool": (radix, lambda: ops.pool(x, bn0, *norm0, radix)),
+        "recombine": (radix + 1, lambda: ops.recombine(x, bn0, *norm0, attention)),
+        "eval by launches": (radix + 1, _by("launches", eval_by_launches)),
+        "pool_backward": (radix + 1, lambda: ops.pool_backward(dout, x, bn0, *norm0, radix)),
+        "recombine_backward": (
+            # Without a bn0 dx is made of dout alone.
+            2 * radix + 1 if bn0 else radix + 1,
+            lambda: ops.recombine_backward(dout, x, bn0, *norm0, attention, dgap, *means),
+        ),
+        "train": ((3 if bn0 else 2) * radix + 1, train),
+        "backward": ((3 if bn0 else 2) * radix + 2, backward),
+    }
+    if bn0:
+        phases["batch_statistics"] = (radix, lambda: ops.batch_statistics(x))
+    return phases
+
+
+def cases(quick: bool) -> tuple[list[Case], list[Case]]:
+    """All after a convolution in bfloat16 at a large batch: in eval, and in training."""
+    stages = ((8, 6), (16, 3)) if quick else STAGES
+    batch = 3 if quick else 256
+    evals = [
+        Case(*stage, batch, False, "bf16", layout, form="after conv")
+        for layout in LAYOUTS
+        for stage in stages
+    ]
+    return evals, [replace(case, train=True) for case in evals]
+
+
+def compiled_cases(quick: bool) -> list[Case]:
+    """The few that torch.compile takes part in, as each takes it seconds."""
+    evals, trains = cases(quick)
+    half = len(evals) // 2  # where NCHW begins
+    picked = [evals[0], trains[0], evals[half], trains[half], evals[half - 1], trains[half - 1]]
+    return [*picked, replace(evals[0], form="attention")]
+
+
+def plan(quick: bool) -> Iterator[tuple[str, Callable[[Bench], None]]]:
+    """What to measure, the most important first."""
+    evals, trains = cases(quick)
+    small, middle = (1, 2) if quick else (1, 32)
+    large = evals[0].batch
+
+    def of(case: Case, names: Sequence[str], what: str | None = None) -> Any:
+        return str(case), lambda bench: bench.case(case, names, what)
+
+    def network(batch: int, train: bool, layout: str) -> Any:
+        label = f"ResNeSt-50 {'train' if train else 'inference'} {layout} B={batch}"
+        return label, lambda bench: bench.network(2 if quick else batch, train, layout)
+
+    yield "copies", lambda bench: bench.copies()
+    yield from (of(case, EVAL) for case in evals)
+    yield from (of(case, TRAIN) for case in trains)
+    yield from (of(replace(case, batch=small), EVAL) for case in evals)
+    for case in trains:
+        yield f"ops of {case}", lambda bench, case=case: bench.phases(case)
+    yield network(128, False, "channels_last")
+    yield network(64, True, "channels_last")
+    yield network(1, False, "channels_last")
+    for case in compiled_cases(quick):
+        label, run = of(case, ("fused", "compile"), "compile")
+        yield f"torch.compile of {label}", run
+    plain = [replace(case, form="attention") for case in evals]
+    yield from (of(case, EVAL) for case in plain)
+    yield from (of(replace(case, train=True), TRAIN) for case in plain)
+    for radix in (4, 1):
+        for case in (evals[0], plain[0]):
+            other = replace(case, radix=radix)
+            yield from (of(other, EVAL), of(replace(other, train=True), TRAIN))
+    yield from (of(replace(case, batch=middle), EVAL) for case in evals)
+    yield from (of(replace(case, batch=middle), TRAIN) for case in trains)
+    plain_step = replace(plain[0], train=True)
+    yield f"ops of {plain_step}", lambda bench: bench.phases(plain_step)
+    for batch in (large, small, middle):
+        yield from (of(replace(case, batch=batch, dtype="fp32"), EVAL) for case in evals)
+    yield from (of(replace(case, dtype="fp32"), TRAIN) for case in trains)
+    yield network(128, True, "channels_last")
+    yield network(128, False, "NCHW")
+    yield network(64, True, "NCHW")
+
+
+def _first_line(*command: str) -> str:
+    """Of what a command prints; "unknown" where it cannot tell."""
+    if shutil.which(command[0]) is None:
+        return "unknown"
+    run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    lines = run.stdout.splitlines() if run.returncode == 0 else []
+    return lines[0].strip() if lines else "unknown"
+
+
+def _machine(device: torch.device) -> dict[str, object]:
+    gpu = device.type == "cuda"
+    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(device) if gpu else platform.processor() or "CPU",
+        "driver": _first_line(*query) if gpu else None,
+        "cuda": torch.version.cuda,
+        "torch": str(torch.__version__),
+        "resnest_fused": rf.__version__,
+        "backend": next(status.reason for status in rf.backends() if status.name == "native"),
+        "commit": _first_line("git", "rev-parse", "HEAD"),
+        "settings": "TF32 off, cudnn.benchmark on; torch.compile(dynamic=False)",
+    }
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument(
+        "--seconds", type=float, default=120, help="time after which no more starts"
+    )
+    parser.add_argument("--out", type=Path, help="file for all numbers, as JSON")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
+    parser.add_argument(
+        "--compile-only", action="store_true", help="fill torch.compile's cache and measure nothing"
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = _options()
+    end = time.monotonic() + options.seconds
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True
+    bench = Bench(torch.device(options.device), options.quick)
+    if options.compile_only:
+        for case in compiled_cases(options.quick):
+            bench.compile(case)
+        return 0
+    # Each capture of a graph collects garbage; what is imported by now is none.
+    torch.compiler.reset()
+    gc.freeze()
+    failed: dict[str, str] = {}
+    skipped: list[str] = []
+    for label, measure in plan(options.quick):
+        if time.monotonic() > end:
+            skipped.append(label)
+            continue
+        start = time.monotonic()
+        try:
+            measure(bench)
+        except KeyboardInterrupt:  # the time is over: what was measured is to be shown
+            end = -math.inf
+            skipped.append(label)
+        except Exception as error:
+            failed[label] = f"{type(error).__name__}: {error}".partition("\n")[0]
+        print(f"{time.monotonic() - start:6.1f} s  {label}  {failed.get(label, '')}", flush=True)
+        if bench.device.type == "cuda":
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.empty_cache()
+    results = {
+        **_machine(bench.device),
+        "copy_bytes_per_s": bench.copy_bytes_per_s,
+        "rows": bench.rows,
+        "failed": failed,
+        "skipped": skipped,
+    }
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+    print(*gpu_summary.lines(results), sep="\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+#!/usr/bin/env bash
+# Builds for the GPUs of this machine, tests and checks the kernels on one, and measures them: one
+# command, no network, about eight minutes. A failure stops nothing; a short table comes last, and
+# the exit status is 1 if anything failed.
+#
+#   STEPS    what to do, of "build tests sanitize time" (all); a build stays, in build/gpu
+#   OUT      the folder for logs, summary.txt and gpu.json (benchmarks/results)
+#   MINUTES  what it may take; timings get what the others leave (8)
+#
+# It needs a python3 with torch for CUDA, setuptools, ninja, numpy, hypothesis, pytest and
+# pytest-timeout, and nvcc; with pytest-xdist the tests run side by side.
+set -uo pipefail
+shopt -s inherit_errexit
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+steps=" ${STEPS:-build tests sanitize time} "
+out=${OUT:-$root/benchmarks/results}
+end=$((${MINUTES:-8} * 60))
+site=$root/build/gpu
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+unset RESNEST_FUSED_BACKEND RESNEST_FUSED_SKIP_NATIVE RESNEST_FUSED_CUDA_STRATEGY
+given_path=${PYTHONPATH:-}
+# What is built, and not the checkout, which has no compiled module: all commands run in $work.
+export PYTHONPATH=$site${given_path:+:$given_path}
+export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+export TORCHINDUCTOR_CACHE_DIR=$root/build/inductor
+tests=(cuda op autograd cpu_kernels modules compile fuse models memory errors reference)
+pytest=(python3 -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider)
+pytest+=(--device cuda -m "not peers and not cpu" --timeout 120 --timeout-method thread)
+pytest+=(-q --tb short --durations 8)
+sanitizer=(compute-sanitizer --target-processes all --kernel-regex kns=resnest_fused)
+sanitizer+=(--error-exitcode 9)
+
+report=()
+failed=0
+wanted() { [[ $steps == *" $1 "* ]]; }
+
+# A line of the table: what, the verdict, its seconds, and a word on it.
+note() {
+    report+=("$(printf '%-11s %-10s %4s s  %s' "$1" "$2" "$3" "$4")")
+    echo "${report[-1]}"
+}
+
+# verdict STATUS: in a word.
+verdict() {
+    case $1 in
+        0) echo passed ;;
+        124 | 137) echo "TIMED OUT" ;;
+        *) echo FAILED ;;
+    esac
+}
+
+# limited SECONDS LOG COMMAND...
+limited() {
+    local seconds=$1 log=$2
+    shift 2
+    (cd "$work" && exec timeout -s INT -k 15 "$seconds" "$@") >"$log" 2>&1
+}
+
+# judge NAME STATUS SECONDS WORD
+judge() {
+    note "$1" "$(verdict "$2")" "$3" "$4"
+    [[ $2 == 0 ]] || failed=1
+}
+
+nvidia-smi || { echo "tests/gpu.sh: no GPU that nvidia-smi can see" >&2; exit 1; }
+python3 -c 'import sys, torch; print("Python", sys.version.split()[0], "torch", torch.__version__)'
+nvcc --version | tail -n 2
+capabilities=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | sort -u | paste -sd ';')
+
+if wanted build; then
+    started=$SECONDS
+    if wanted time; then # what torch.compile needs of the reference is ready when it is timed
+        PYTHONPATH=$root${given_path:+:$given_path} limited 200 "$work/compile.log" \
+            python3 "$root/benchmarks/gpu.py" --compile-only &
+    fi
+    rm -rf "$site"
+    RESNEST_FUSED_CUDA=1 TORCH_CUDA_ARCH_LIST=$capabilities MAX_JOBS=$(nproc) \
+        limited 180 "$out/build.log" python3 -m pip install -v --no-build-isolation --no-deps \
+        --target "$site" "$root"
+    status=$?
+    judge build $status $((SECONDS - started)) "for $capabilities"
+    if ((status != 0)); then
+        grep -E "error|resnest_fused:" "$out/build.log" | tail -n 15
+        echo "Nothing was built to go on with; all of it is in $out/build.log"
+        exit 1
+    fi
+fi
+
+if wanted tests; then
+    started=$SECONDS
+    if python3 -c 'import xdist' 2>/dev/null; then
+        workers=$(nproc)
+        pytest+=(-n $((workers < 12 ? workers : 12)) --dist worksteal)
+        # Many processes of one thread each.
+        export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
+    fi
+    limited 160 "$out/tests.log" "${pytest[@]}" "${tests[@]/#/$root/tests/test_}"
+    status=$?
+    unset OMP_NUM_THREADS TORCHINDUCTOR_COMPILE_THREADS
+    judge tests $status $((SECONDS - started)) "$(tail -n 1 "$out/tests.log")"
+    mapfile -t lines < <(grep -E "^(FAILED|ERROR) " "$out/tests.log" | cut -c 1-160)
+    report+=("${lines[@]:0:10}")
+    ((${#lines[@]} > 10)) && report+=("  and $((${#lines[@]} - 10)) more, in tests.log")
+fi
+
+if wanted sanitize; then
+    : >"$out/sanitize.log"
+    if command -v compute-sanitizer >/dev/null; then
+        started=$SECONDS
+        declare -A watched
+        for tool in memcheck racecheck synccheck; do
+            # Each tensor in an allocation of its own, so that what is beyond it is nobody's.
+            PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited 75 "$work/$tool.log" \
+                "${sanitizer[@]}" --tool $tool python3 "$root/tests/every_kernel.py" &
+            watched[$tool]=$!
+        done
+        for tool in memcheck racecheck synccheck; do
+            wait "${watched[$tool]}"
+            status=$?
+            cat "$work/$tool.log" >>"$out/sanitize.log"
+            judge $tool $status $((SECONDS - started)) "$(tail -n 1 "$work/$tool.log")"
+        done
+    else
+        note sanitize "NOT RUN" 0 "compute-sanitizer is not on this machine"
+    fi
+fi
+
+if wanted time; then
+    wait # for torch.compile
+    started=$SECONDS
+    left=$((end - SECONDS))
+    left=$((left > 60 ? left : 60))
+    limited $((left + 20)) "$out/time.log" \
+        python3 "$root/benchmarks/gpu.py" --seconds $((left - 15)) --out "$out/gpu.json"
+    status=$?
+    judge "time" $status $((SECONDS - started)) ""
+    [[ -f $work/compile.log ]] && cat "$work/compile.log" >>"$out/build.log"
+    # The table begins where the progress ends.
+    mapfile -t lines < <(sed -n '/^=== /,$p' "$out/time.log")
+    report+=("${lines[@]}")
+fi
+
+find "$out" -name '*.log' -size +15M -exec truncate -s 15M {} +
+printf '\n%s\n' "================ $SECONDS s"
+printf '%s\n' "${report[@]}" | tee "$out/summary.txt"
+exit $failed
