@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-PLAN = Path(__file__).parents[1] / "csrc" / "cuda" / "plan.h"
+from resnest_fused import _C
 
 
 class Kernel(NamedTuple):
@@ -31,11 +31,6 @@ class Kernel(NamedTuple):
         if self.registers > most_registers:
             return f"{self.registers} registers, {most_registers} are planned for"
         return None
-
-
-def planned_registers() -> int:
-    """The most registers a thread with which as many blocks are resident as is planned for."""
-    return int(re.findall(r"\bkRegisters = (\d+);", PLAN.read_text())[0])
 
 
 def read(log: str) -> list[Kernel]:
@@ -77,7 +72,7 @@ def main(log: str, wanted: str) -> int:
         print(f"expected the same kernels for every architecture, found {counts}")
         return 1
     print(table(kernels, archs))
-    most = planned_registers()
+    most = _C.plan_limits()["registers"]
     faults = [f"{k.name} for {k.arch}: {k.fault(most)}" for k in kernels if k.fault(most)]
     print("\n".join(faults or [f"none spills, none takes more than {most} registers"]))
     return int(bool(faults))

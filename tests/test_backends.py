@@ -108,11 +108,11 @@ def test_a_missing_extension_is_reported(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tensor]:
     """An x on a GPU of compute capability 8.9 that is not there, nor remembered afterwards."""
+    with FakeTensorMode():
+        x = torch.empty(1, device="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 9))
     native._gpu_unavailable.cache_clear()
-    with FakeTensorMode():
-        x = torch.empty(1, device="cuda")
     yield x
     native._gpu_unavailable.cache_clear()
 
