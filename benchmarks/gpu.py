@@ -81,7 +81,7 @@ class Bench:
         for name, steps in contenders.items():
             try:
                 works[name] = prepare(steps, self.device, graph)
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:
                 if name == "persistent" and "persistent launch takes" in str(error):
                     continue
                 if not graph:

@@ -27,7 +27,8 @@ given_path=${PYTHONPATH:-}
 export PYTHONPATH=$site${given_path:+:$given_path}
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 export TORCHINDUCTOR_CACHE_DIR=$root/build/inductor
-tests=(cuda op autograd cpu_kernels modules compile fuse models memory errors reference)
+tests=("$root"/tests/test_{cuda,op,autograd,cpu_kernels,modules,compile,fuse,models,memory}.py)
+tests+=("$root"/tests/test_{errors,reference}.py)
 pytest=(python3 -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider)
 pytest+=(--device cuda -m "not peers and not cpu" --timeout 120 --timeout-method thread)
 pytest+=(-q --tb short --durations 8)
@@ -98,10 +99,10 @@ if wanted tests; then
         # Many processes of one thread each.
         export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
     fi
-    limited 160 "$out/tests.log" "${pytest[@]}" "${tests[@]/#/$root/tests/test_}"
+    limited 160 "$out/tests.log" "${pytest[@]}" "${tests[@]}"
     status=$?
     unset OMP_NUM_THREADS TORCHINDUCTOR_COMPILE_THREADS
-    judge tests $status $((SECONDS - started)) "$(tail -n 1 "$out/tests.log")"
+    judge tests $status $((SECONDS - started)) "$(grep . "$out/tests.log" | tail -n 1)"
     mapfile -t lines < <(grep -E "^(FAILED|ERROR) " "$out/tests.log" | cut -c 1-160)
     report+=("${lines[@]:0:10}")
     ((${#lines[@]} > 10)) && report+=("  and $((${#lines[@]} - 10)) more, in tests.log")
@@ -122,7 +123,7 @@ if wanted sanitize; then
             wait "${watched[$tool]}"
             status=$?
             cat "$work/$tool.log" >>"$out/sanitize.log"
-            judge $tool $status $((SECONDS - started)) "$(tail -n 1 "$work/$tool.log")"
+            judge $tool $status $((SECONDS - started)) "$(grep . "$work/$tool.log" | tail -n 1)"
         done
     else
         note sanitize "NOT RUN" 0 "compute-sanitizer is not on this machine"

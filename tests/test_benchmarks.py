@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import gpu_summary
 import pytest
 from grid import DTYPES, FORMS, GRIDS, LAYOUTS, STAGES, Case
 from interleave import interleave, take_turns
@@ -176,3 +177,38 @@ def test_network_info() -> None:
     info = network_info(Workload(1, train=False), INFERENCE, "folded")
     assert info["speedup_over_eager"] == pytest.approx(2.5)
     assert "saved_for_backward_bytes" not in info
+
+
+def _gpu_row(contender: str, median_us: float, **facts: object) -> dict[str, object]:
+    row = {"what": "eval", "case": "a", "contender": contender, "how": "graph", "of_copy": 0.9}
+    row |= {"floor_bytes": 3e8, "p20_us": median_us, "p80_us": median_us, "median_us": median_us}
+    row |= {"form": "after conv", "dtype": "bf16", "layout": "channels_last", "radix": 2}
+    return row | {"batch": 256, "train": False} | facts
+
+
+def test_gpu_targets_pass_miss_or_are_not_measured() -> None:
+    rows = [
+        _gpu_row("fused", 100.0),
+        _gpu_row("eager", 500.0),
+        _gpu_row("fused", 100.0, what="compile"),
+        _gpu_row("compile", 120.0, what="compile"),
+        _gpu_row("fused", 9.0, case="b", batch=1, floor_bytes=1e6),
+    ]
+    lines = [target.line({"rows": rows}).split() for target in gpu_summary.TARGETS]
+    reached = ["0.90", None, "1.20", None, "5.00", None, "9.00", None, None]
+    verdicts = ["pass", None, "MISS", None, "pass", None, "MISS", None, None]
+    for words, number, verdict in zip(lines, reached, verdicts, strict=True):
+        if number is None:
+            assert words[-2:] == ["not", "measured"]
+        else:
+            assert number in words and words[-1] == verdict
+
+
+def test_gpu_summary_says_what_failed_and_what_was_skipped() -> None:
+    machine = dict.fromkeys(("device", "driver", "cuda", "torch", "date", "settings"), "?")
+    results = {**machine, "commit": "0" * 40, "copy_bytes_per_s": 4e12}
+    results |= {"rows": [_gpu_row("fused", 1.0)], "failed": {"x": "y"}, "skipped": ["z"] * 5}
+    text = "\n".join(gpu_summary.lines(results))
+    assert "FAILED: 1\n  x: y" in text
+    assert "skipped, as the time was over: 5" in text and "and 2 more, in the JSON" in text
+    assert "eval, us" in text and "train step, us: not measured" in text

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.gpu
 
 ops = torch.ops.resnest_fused
 STRATEGY = "RESNEST_FUSED_CUDA_STRATEGY"
+STRATEGIES = ("launches", "persistent")
 FORMATS = ("nchw", "channels_last")
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 # bn0's and bn1's running statistics, and neither norm.
@@ -46,7 +47,14 @@ def on_gpu() -> None:
     assert torch.get_default_device().type == "cuda", "to be run with --device cuda"
 
 
-@pytest.fixture(params=["launches", "persistent"])
+@pytest.fixture(autouse=True)
+def memory_given_back() -> Iterator[None]:
+    """Other processes may test on the same GPU."""
+    yield
+    torch.cuda.empty_cache()
+
+
+@pytest.fixture(params=STRATEGIES)
 def strategy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv(STRATEGY, request.param)
     return request.param
@@ -99,7 +107,7 @@ def test_strategies_agree_and_repeat(
 ) -> None:
     call = call_of(batch, channels, side, dtype, layout, prologue, norm)
     expected = call.forward()
-    for strategy in ("launches", "persistent", "fastest"):
+    for strategy in (*STRATEGIES, "fastest"):
         monkeypatch.setenv(STRATEGY, strategy)
         for _ in range(5):
             assert torch.equal(call.forward(), expected), strategy
@@ -213,7 +221,7 @@ def test_stages_in_eval(model: str, batch: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("prologue", "norm"), TRAIN_FORMS)
-@pytest.mark.parametrize("batch", [2, 32, 256])
+@pytest.mark.parametrize("batch", [8, 32, 128])
 def test_stages_in_training(batch: int, prologue: str, norm: str, dtype: torch.dtype) -> None:
     """By relative errors of all elements together, as rounding decides over some ReLUs.
 
@@ -249,7 +257,7 @@ def large_map(layout: str, *shape: int) -> Tensor:
 
 
 @by_layout
-def test_more_elements_than_32_bits_count(layout: str, strategy: str) -> None:
+def test_more_elements_than_32_bits_count(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples at both ends, and around the element that 32 bits no longer reach."""
     channels, side = 64, 56
     of_sample = 2 * channels * side**2
@@ -259,13 +267,17 @@ def test_more_elements_than_32_bits_count(layout: str, strategy: str) -> None:
     dout = large_map(layout, batch, channels, side, side)
     assert x.numel() > 2**31
     call = Call(small.case, x, small.params, dout)
-    out = call.forward()
-    _, grads = call.gradients(names=["x"])
     border = 2**31 // of_sample
-    for start in (0, border // 2, border - 1, batch - 3):
-        part = call.samples(start, start + 3)
-        assert torch.equal(part.forward(), out[start : start + 3])
-        _, part_grads = part.gradients(names=["x"])
+    starts = (0, border // 2, border - 1, batch - 3)
+    for strategy in STRATEGIES:
+        monkeypatch.setenv(STRATEGY, strategy)
+        out = call.forward()
+        for start in starts:
+            part = call.samples(start, start + 3).forward()
+            assert torch.equal(part, out[start : start + 3]), strategy
+    _, grads = call.gradients(names=["x"])
+    for start in starts:
+        _, part_grads = call.samples(start, start + 3).gradients(names=["x"])
         torch.testing.assert_close(part_grads["x"], grads["x"][start : start + 3])
     mean, var = ops.batch_statistics(x)
     for feature in (0, 1, 2 * channels - 1):
@@ -276,16 +288,17 @@ def test_more_elements_than_32_bits_count(layout: str, strategy: str) -> None:
 
 
 @by_layout
-def test_a_sample_of_more_elements_than_32_bits_count(layout: str, strategy: str) -> None:
+def test_a_sample_of_more_elements_than_32_bits_count(
+    layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its first and last rows of pixels, by the formulas."""
     channels, side = 256, 2052
     small = call_of(1, channels, 4, layout=layout, prologue="none")
     x = large_map(layout, 1, 2 * channels, side, side)
     assert x.numel() > 2**31
     call = Call(small.case, x, small.params, small.dout)
-    out = call.forward()
     p = {name: tensor.double() for name, tensor in call.params.items()}
-    sums = x.sum(dim=(2, 3), dtype=torch.float64).view(1, 2, channels).sum(dim=1)
+    sums = x.sum(dim=(2, 3), dtype=torch.float32).view(1, 2, channels).sum(dim=1).double()
     bn1 = rf.BatchNormArgs(
         *(p[f"bn1_{name}"] for name in ("weight", "bias", "running_mean", "running_var")), eps=EPS
     )
@@ -293,10 +306,13 @@ def test_a_sample_of_more_elements_than_32_bits_count(layout: str, strategy: str
     mlp = reference.plain_mlp(*(p[name] for name in names), bn1, cardinality=1, training=False)
     logits = mlp((sums / side**2)[..., None, None])
     attention = reference.r_softmax(logits, 2, 1)
-    for rows in (slice(0, 2), slice(side // 2, side // 2 + 2), slice(side - 2, side)):
-        splits = reference.as_splits(x[:, :, rows].double(), 2)
-        truth = reference.recombine(splits, attention)
-        torch.testing.assert_close(out[:, :, rows].double(), truth, rtol=8e-3, atol=1e-3)
+    for strategy in STRATEGIES:
+        monkeypatch.setenv(STRATEGY, strategy)
+        out = call.forward()
+        for rows in (slice(0, 2), slice(side // 2, side // 2 + 2), slice(side - 2, side)):
+            splits = reference.as_splits(x[:, :, rows].double(), 2)
+            truth = reference.recombine(splits, attention)
+            torch.testing.assert_close(out[:, :, rows].double(), truth, rtol=8e-3, atol=1e-3)
 
 
 # --- graphs, the compiler, streams
@@ -522,7 +538,7 @@ def test_what_the_persistent_launch_cannot_do_is_said(
     options = {"batch": 2, "channels": 6, "side": 4, "dtype": torch.float32} | impossible
     call = call_of(**options)
     monkeypatch.setenv(STRATEGY, "persistent")
-    with pytest.raises(RuntimeError, match="persistent launch takes radix 2"):
+    with pytest.raises((RuntimeError, ValueError), match="persistent launch takes radix 2"):
         call.forward()
     monkeypatch.setenv(STRATEGY, "launches")
     expected = call.forward()
