@@ -265,7 +265,7 @@ inline Launch prepare_launch(const Device& device, int64_t features, int64_t cou
   return {"prepare", ceil_div(std::max(features, counters), threads), threads, 0};
 }
 inline Launch statistics_launch(const Tiling& t, int64_t blocks, bool nhwc, int64_t acc_size) {
-  return {"statistics", blocks, t.threads, share_sums_bytes(t, nhwc, 2, acc_size)};
+  return {"statistics", blocks, t.threads, share_sums_bytes(t, nhwc, 1, acc_size)};
 }
 inline Launch combine_launch(const Device& device, int64_t features) {
   const int64_t threads = map_threads(device);

@@ -12,8 +12,8 @@
 namespace resnest_fused::cuda {
 
 // By feature; null for relu(x): the identity. `offset` and `slope` are null where the statistics
-// are frozen; else dx loses offset + slope * x = scale * (mean_dz + xhat * mean_dz_xhat) to them,
-// with mean_dz = dbeta / N and mean_dz_xhat = dgamma / N, as in `batch_norm_backward`.
+// are frozen; else dx loses offset + slope * (x - mean) = scale * (mean_dz + xhat * mean_dz_xhat)
+// to them, with mean_dz = dbeta / N and mean_dz_xhat = dgamma / N, as in `batch_norm_backward`.
 template <typename A>
 struct Prologue {
   A* scale;   // (R*C) gamma * invstd
@@ -46,9 +46,8 @@ __device__ __forceinline__ void put_prologue(const Prologue<A>& prologue, int64_
 template <typename A>
 __device__ __forceinline__ void put_statistics_gradient(const Prologue<A>& prologue, int64_t f,
                                                         A mean_dz, A mean_dz_xhat) {
-  const A slope = prologue.scale[f] * prologue.invstd[f] * mean_dz_xhat;
-  prologue.slope[f] = slope;
-  prologue.offset[f] = fma(-prologue.mean[f], slope, prologue.scale[f] * mean_dz);
+  prologue.offset[f] = prologue.scale[f] * mean_dz;
+  prologue.slope[f] = prologue.scale[f] * prologue.invstd[f] * mean_dz_xhat;
 }
 
 // What a launch needs before its first phase: the prologue from bn0's running statistics, and
@@ -81,9 +80,10 @@ __global__ void __launch_bounds__(kMapThreads) prepare_kernel(Prepare<A> args) {
   }
 }
 
-// Mean and sum of squared deviations of x over the pixels of a block, by feature. Sums and squares
-// are of distances from the block's first pixel, as near to the mean as the pixels are to each
-// other. Reads R units.
+// Mean and sum of squared deviations of x over the pixels of a block, by feature. A thread takes
+// both of a few elements at a time and joins them to those before by the rule of Chan, Golub and
+// LeVeque (1979); then threads are joined, first their means. So no sum cancels, whichever values
+// come first. Reads R units.
 //   Grid: blocks of the map with radix 1; in NHWC the batch counts as one sample, as its pixels lie
 //   one behind the other.
 template <typename T>
@@ -115,32 +115,68 @@ __global__ void __launch_bounds__(kMapThreads) statistics_kernel(StatisticsArgs<
         origin[e] = widen(pixel.values[e]);
       }
     }
-    A sums[2][kOwn] = {};
+    // Of the thread's elements, all as distances from the origin.
+    A count = 0, mean[kOwn] = {}, squares[kOwn] = {};
     share.template for_each<kBatch>([&](auto width, int position, int step, int end) {
       constexpr int kWidth = decltype(width)::value;
       Vector<T, kWidth> values[kBatch];
       load_batch(args.x, share.x, share.x_step, position, step, end, values);
+      A apart[kBatch][kWidth], sums[kOwn] = {};
+      int positions = 0;
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
         if (position + u * step < end) {
+          ++positions;
 #pragma unroll
           for (int e = 0; e < kWidth; ++e) {
             const int own = kNhwc ? e : 0;
-            const A apart = widen(values[u].values[e]) - origin[own];
-            sums[0][own] += apart;
-            sums[1][own] = fma(apart, apart, sums[1][own]);
+            apart[u][e] = widen(values[u].values[e]) - origin[own];
+            sums[own] += apart[u][e];
           }
         }
       }
+      const A fresh = A(kNhwc ? positions : positions * kWidth);
+      const A all = count + fresh, part = fresh / all, per_fresh = A(1) / fresh;
+#pragma unroll
+      for (int own = 0; own < kOwn; ++own) {
+        const A fresh_mean = sums[own] * per_fresh;
+        A fresh_squares = 0;
+#pragma unroll
+        for (int u = 0; u < kBatch; ++u) {
+          if (position + u * step < end) {
+#pragma unroll
+            for (int e = 0; e < (kNhwc ? 1 : kWidth); ++e) {
+              const A centered = apart[u][kNhwc ? own : e] - fresh_mean;
+              fresh_squares = fma(centered, centered, fresh_squares);
+            }
+          }
+        }
+        const A between = fresh_mean - mean[own];
+        mean[own] = fma(between, part, mean[own]);
+        squares[own] += fma(between * between, count * part, fresh_squares);
+      }
+      count = all;
     });
-    sum_over_share(share, args.tiling, args.sizes.channels, sums, [&](int f, A(&totals)[2]) {
+    const int64_t row = (share.sample * args.tiling.chunks + share.chunk) * args.sizes.channels;
+    A sums[1][kOwn];
+#pragma unroll
+    for (int own = 0; own < kOwn; ++own) {
+      sums[0][own] = count * mean[own];
+    }
+    sum_over_share(share, args.tiling, args.sizes.channels, sums,
+                   [&](int f, A(&totals)[1]) { args.mean[row + f] = totals[0] / A(last - first); });
+    __syncthreads();
+#pragma unroll
+    for (int own = 0; own < kOwn; ++own) {
+      const A of_block = share.inside ? args.mean[row + share.channel + own] : A(0);
+      const A between = mean[own] - of_block;
+      sums[0][own] = fma(between * between, count, squares[own]);
+    }
+    __syncthreads();
+    sum_over_share(share, args.tiling, args.sizes.channels, sums, [&](int f, A(&totals)[1]) {
       const A from = kNhwc ? A(widen(first_pixel[f - share.channel])) : origin[0];
-      const A apart = totals[0] / A(last - first);
-      const A from_mean = totals[1] - totals[0] * apart;
-      const int64_t at =
-          (share.sample * args.tiling.chunks + share.chunk) * args.sizes.channels + f;
-      args.mean[at] = from + apart;
-      args.squares[at] = from_mean < A(0) ? A(0) : from_mean;
+      args.squares[row + f] = totals[0];
+      args.mean[row + f] += from;
     });
   }
 }

@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
 
 // dz_r = attention_r dout + dgap / HW, and
 //   dx = dz                                        plain form: reads 1 unit, writes R
-//   dx = m scale dz - offset - slope x    with a prologue, m = [bn0(x) > 0]: reads R more;
+//   dx = m scale dz - offset - slope (x - mean)    with a prologue, m = [bn0(x) > 0]: reads R more;
 //                                                  offset and slope only with batch statistics
 //   Grid: as in the forward.
 template <typename T>
@@ -120,7 +120,9 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
     recombine_backward_kernel(RecombineBackwardArgs<T> args) {
   using A = Acc<T>;
   using Coefficient = PerChannel<A, kVector, kNhwc>;
-  constexpr int kSplits = splits_held(kRadix, (kNhwc ? kVector : 1) * (kPrologue ? 6 : 2));
+  // x of 16 bits has fewer digits than a mean far from zero costs: there it goes into the offset.
+  constexpr bool kFolded = sizeof(T) < 4;
+  constexpr int kSplits = splits_held(kRadix, (kNhwc ? kVector : 1) * (kPrologue ? 7 : 2));
   constexpr int kBatch = kSplits >= 4 ? 1 : kSplits == 1 && !kNhwc ? 4 : 2;
   const int radix = kRadix ? kRadix : args.sizes.radix;
   for (int64_t index = blockIdx.x; index < args.blocks; index += gridDim.x) {
@@ -131,7 +133,7 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
     for (int first_split = 0; first_split < radix; first_split += kSplits) {
       // dx = p dout + q, with bn0's scale in both.
       Coefficient p[kSplits], q[kSplits];
-      Coefficient scale[kSplits], shift[kSplits], offset[kSplits], slope[kSplits];
+      Coefficient scale[kSplits], shift[kSplits], mean[kSplits], offset[kSplits], slope[kSplits];
 #pragma unroll
       for (int r = 0; r < kSplits; ++r) {
         const int64_t f = int64_t{first_split + r} * args.sizes.channels + share.channel;
@@ -144,12 +146,17 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
         if constexpr (kPrologue) {
           scale[r] = of(args.prologue.scale, f, A(1));
           shift[r] = of(args.prologue.shift, f, A(0));
+          mean[r] = of(args.prologue.mean, f, A(0));
           offset[r] = of(args.prologue.offset, f, A(0));
           slope[r] = of(args.prologue.slope, f, A(0));
 #pragma unroll
           for (int e = 0; e < Coefficient::kCount; ++e) {
             p[r].values[e] *= scale[r].values[e];
             q[r].values[e] *= scale[r].values[e];
+            if constexpr (kFolded) {
+              offset[r].values[e] =
+                  fma(-mean[r].values[e], slope[r].values[e], offset[r].values[e]);
+            }
           }
         }
       }
@@ -178,7 +185,7 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
                   const A x = widen(values[r][u].values[e]);
                   dx = relu_backward(dx, preactivation(x, scale[r][e], shift[r][e]));
                   if (args.prologue.offset) {
-                    dx -= fma(x, slope[r][e], offset[r][e]);
+                    dx -= fma(kFolded ? x : x - mean[r][e], slope[r][e], offset[r][e]);
                   }
                 }
                 result.values[e] = narrow<T>(dx);
