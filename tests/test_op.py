@@ -314,6 +314,40 @@ def test_batch_statistics_of_a_large_mean(dtype: torch.dtype, layout: str) -> No
     assert ((var - true_var).abs() <= 4 * ulp * std).all()
 
 
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_batch_statistics_of_a_pixel_unlike_the_others(layout: str) -> None:
+    """As padding makes corners: no sum starts from it and cancels."""
+    x = 3 + 0.01 * torch.randn(2, 8, 56, 56)
+    x[:, :, 0, 0] = 0
+    mean, var = ops.batch_statistics(LAYOUTS[layout](x))
+    true_var, true_mean = torch.var_mean(x.double(), dim=(0, 2, 3), correction=0)
+    torch.testing.assert_close(mean.double(), true_mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(var.double(), true_var, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("mean", [0.0, 30.0, 1000.0])
+def test_dx_of_a_mean_far_from_zero(mean: float, layout: str) -> None:
+    """What it loses to the batch's statistics cancels no digits."""
+    call = draw_any(Case(4, 8, 14, 14, layout=layout, prologue="running"))
+    x = LAYOUTS[layout](call.x + mean)
+    center, var = ops.batch_statistics(x)
+    weight, bias = torch.ones_like(var), torch.full_like(var, 3.0)
+    between = _between(call, "attention", "dgap", "mean_dz", "mean_dz_xhat")
+    bn0 = (weight, bias, center, var, EPS)
+    dx = ops.recombine_backward(call.dout, x, True, *bn0, **between)
+
+    of = {name: tensor.double() for name, tensor in between.items()}
+    scale = (var.double() + EPS).rsqrt()[:, None, None]
+    xhat = (x.double() - center.double()[:, None, None]) * scale
+    dz = of["attention"].reshape(4, 16, 1, 1) * call.dout.double().repeat(1, 2, 1, 1)
+    dz = dz + of["dgap"].repeat(1, 2)[..., None, None] / 14**2
+    lost = of["mean_dz"][:, None, None] + xhat * of["mean_dz_xhat"][:, None, None]
+    truth = scale * (torch.where(xhat + 3 > 0, dz, 0) - lost)
+    far_from_the_edge = (xhat + 3).abs() > 0.01
+    assert ((dx - truth).abs() * far_from_the_edge).max() <= 5e-6
+
+
 # --- the C++ checks: memory safety does not depend on the Python ones
 
 BN0 = ("bn0_weight", "bn0_bias", "bn0_mean", "bn0_var")
