@@ -103,9 +103,11 @@ if wanted tests; then
     status=$?
     unset OMP_NUM_THREADS TORCHINDUCTOR_COMPILE_THREADS
     judge tests $status $((SECONDS - started)) "$(grep . "$out/tests.log" | tail -n 1)"
-    mapfile -t lines < <(grep -E "^(FAILED|ERROR) " "$out/tests.log" | cut -c 1-160)
-    report+=("${lines[@]:0:10}")
-    ((${#lines[@]} > 10)) && report+=("  and $((${#lines[@]} - 10)) more, in tests.log")
+    # How many of each test function failed.
+    mapfile -t lines < <(sed -nE 's#^(FAILED|ERROR) .*/tests/([^[ ]+).*#\1 \2#p' "$out/tests.log" |
+        sort | uniq -c | sort -rn)
+    report+=("${lines[@]:0:12}")
+    ((${#lines[@]} > 12)) && report+=("  and $((${#lines[@]} - 12)) other functions, in tests.log")
 fi
 
 if wanted sanitize; then
