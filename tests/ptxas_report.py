@@ -26,6 +26,8 @@ class Kernel(NamedTuple):
 
     def fault(self, most_registers: int) -> str | None:
         """Why this kernel is slower than planned, or None."""
+        if "<double" in self.name:
+            return None  # float64 is for checks, its speed was not planned
         if self.stack or self.spilled:
             return f"{self.stack} bytes of stack, {self.spilled} bytes spilled"
         if self.registers > most_registers:
@@ -74,7 +76,8 @@ def main(log: str, wanted: str) -> int:
     print(table(kernels, archs))
     most = _C.plan_limits()["registers"]
     faults = [f"{k.name} for {k.arch}: {k.fault(most)}" for k in kernels if k.fault(most)]
-    print("\n".join(faults or [f"none spills, none takes more than {most} registers"]))
+    verdict = f"beside float64 none spills, none takes more than {most} registers"
+    print("\n".join(faults or [verdict]))
     return int(bool(faults))
 
 

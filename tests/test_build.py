@@ -407,7 +407,7 @@ ptxas info    : Used 64 registers, used 0 barriers, 128 bytes smem, 372 bytes cm
     ("frame", "spilled", "registers", "archs", "verdict"),
     [
         (0, 0, 99, "7.5;12.0+PTX", "pool                                 1    99    64"),
-        (0, 0, 99, "7.5 12.0", "none spills, none takes more than 128 registers"),
+        (0, 0, 99, "7.5 12.0", "beside float64 none spills, none takes more than 128 registers"),
         (16, 0, 99, "7.5;12.0", "pool<float, 4> for 7.5: 16 bytes of stack, 0 bytes spilled"),
         (8, 4, 99, "7.5;12.0", "pool<float, 4> for 7.5: 8 bytes of stack, 8 bytes spilled"),
         (0, 0, 130, "7.5;12.0", "pool<float, 4> for 7.5: 130 registers, 128 are planned for"),
@@ -430,6 +430,12 @@ def test_ptxas_report(
     code = ptxas_report.main(str(log), archs)
     assert verdict in capsys.readouterr().out
     assert code == (" for 7.5" in verdict)
+
+
+def test_ptxas_report_spares_float64() -> None:
+    kernel = ptxas_report.Kernel("pool<float, 4>", "9.0", registers=200, stack=8, spilled=8)
+    assert kernel.fault(128) is not None
+    assert kernel._replace(name="pool<double, 4>").fault(128) is None
 
 
 # What the binaries link to
