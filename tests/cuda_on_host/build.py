@@ -17,6 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
+PROCESSORS = len(os.sched_getaffinity(0))
 COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 
 # As setup.py has it; no contraction, so that every build of a kernel gives the same numbers.
@@ -41,7 +42,7 @@ class Kind:
 
 
 KINDS = {
-    "plain": Kind(("-O2",), ("-O2",)),
+    "plain": Kind(("-O1",), ("-O2",)),
     "thread": Kind(
         ("-O1", "-fsanitize=thread"),
         ("-O2", "-DCUDA_ON_HOST_THREAD"),
@@ -49,7 +50,7 @@ KINDS = {
         (("TSAN_OPTIONS", "halt_on_error=1:exitcode=66"),),
     ),
     "address": Kind(
-        ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+        ("-Og", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
         ("-O2", "-DCUDA_ON_HOST_ADDRESS"),
         ("libasan.so", "libubsan.so"),
         # Python itself leaves memory behind.
@@ -66,6 +67,7 @@ def build(
     kinds: Iterable[str] = KINDS,
     includes: Sequence[Path] = (),
     torch: bool = False,
+    extra_flags: Sequence[str] = (),
 ) -> dict[str, Path]:
     """The library of these sources and of the runtime, by kind; with ``torch`` they may use it.
 
@@ -98,7 +100,8 @@ def build(
         if not is_new(result):
             is_runtime = source == runtime
             extra = KINDS[kind].runtime_flags if is_runtime else KINDS[kind].flags
-            run([*COMPILER, *flags, *extra, "-x", "c++", "-c", str(source), "-o", str(result)])
+            arguments = [*flags, *extra, *extra_flags, "-x", "c++", "-c", str(source)]
+            run([*COMPILER, *arguments, "-o", str(result)])
         return result
 
     def link(kind: str, objects: Sequence[Path]) -> Path:
@@ -109,14 +112,18 @@ def build(
             run([*COMPILER, "-shared", *extra, *files, *link_flags, "-o", str(result)])
         return result
 
-    # The largest first, so that none of them is alone at the end.
-    order = sorted([runtime, *sources], key=lambda path: path.stat().st_size, reverse=True)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        futures = {
-            kind: [pool.submit(compile_one, kind, source) for source in order] for kind in kinds
-        }
-        objects = {kind: [future.result() for future in futures[kind]] for kind in kinds}
-        return dict(zip(kinds, pool.map(link, kinds, objects.values()), strict=True))
+    with ThreadPoolExecutor(PROCESSORS) as pool:
+        try:
+            # The kinds that take longest are the last ones: first they, to end together.
+            futures = {
+                kind: [pool.submit(compile_one, kind, source) for source in (*sources, runtime)]
+                for kind in reversed(kinds)
+            }
+            objects = {kind: [future.result() for future in futures[kind]] for kind in kinds}
+            return dict(zip(kinds, pool.map(link, kinds, objects.values()), strict=True))
+        except RuntimeError:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def run(command: Sequence[str]) -> None:

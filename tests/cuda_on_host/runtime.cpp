@@ -38,6 +38,8 @@ constinit thread_local uint3 blockIdx{};
 constinit thread_local dim3 blockDim{};
 constinit thread_local dim3 gridDim{};
 
+int64_t cuda_on_host::mistake = 0;
+
 namespace {
 
 constexpr unsigned kWarpThreads = 32;
@@ -593,7 +595,7 @@ cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t)
 
 // --- for the tests
 
-// Sets one of the Options; false when there is none of that name.
+// Sets one of the Options, or the mistake; false when there is none of that name.
 extern "C" __attribute__((visibility("default"))) bool cuda_on_host_set(const char* name,
                                                                         int64_t value) {
   const std::string_view wanted = name;
@@ -603,6 +605,8 @@ extern "C" __attribute__((visibility("default"))) bool cuda_on_host_set(const ch
     options.shared_memory_limit = value;
   } else if (wanted == "seed") {
     options.seed = value;
+  } else if (wanted == "mistake") {
+    cuda_on_host::mistake = value;
   } else {
     return false;
   }

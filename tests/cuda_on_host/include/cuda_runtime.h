@@ -77,6 +77,8 @@ uint64_t exchange(unsigned mask, uint64_t bits, unsigned lane_mask);
 void spin();
 // The same, once a thread has loaded often: a loop around a load may be such a one.
 void count_load();
+// Which of its mistakes a build of mistakes.py makes.
+extern int64_t mistake;
 
 }  // namespace cuda_on_host
 
@@ -93,6 +95,11 @@ inline void __nanosleep(unsigned) { cuda_on_host::spin(); }
 // Kernels order memory by release and acquire, which ThreadSanitizer understands and fences not:
 // where a fence would be needed, it reports the race.
 inline void __threadfence() {}
+
+template <typename T>
+void __stcs(T* to, T value) {
+  *to = value;
+}
 
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {

@@ -1,0 +1,54 @@
+// The CUDA kernels' ops on the CPU, for a device and a strategy that the tests set.
+#include <string_view>
+
+#include "calls.h"
+#include "cuda/context.h"
+#include "cuda/kernels.h"
+#include "schemas.h"
+
+namespace resnest_fused::cuda {
+namespace {
+
+Device device{};
+int64_t choice = 0;
+
+}  // namespace
+
+Context context_of(const Tensor&) {
+  return {device, static_cast<Choice>(choice), nullptr, nullptr};
+}
+
+// Sets the choice or one property of the device; false when there is none of that name.
+extern "C" __attribute__((visibility("default"))) bool device_on_host_set(const char* name,
+                                                                          int64_t value) {
+  const struct {
+    std::string_view name;
+    int64_t& property;
+  } properties[] = {
+      {"choice", choice},
+      {"multiprocessors", device.multiprocessors},
+      {"threads_per_block", device.threads_per_block},
+      {"threads_per_multiprocessor", device.threads_per_multiprocessor},
+      {"registers_per_multiprocessor", device.registers_per_multiprocessor},
+      {"shared_per_block", device.shared_per_block},
+      {"shared_per_multiprocessor", device.shared_per_multiprocessor},
+      {"grid_blocks", device.grid_blocks},
+      {"l2_bytes", device.l2_bytes},
+      {"bytes_per_microsecond", device.bytes_per_microsecond},
+  };
+  for (const auto& [known, property] : properties) {
+    if (known == name) {
+      property = value;
+      return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace resnest_fused::cuda
+
+STABLE_TORCH_LIBRARY(resnest_fused_on_host, m) { resnest_fused::define_ops(m); }
+
+STABLE_TORCH_LIBRARY_IMPL(resnest_fused_on_host, CPU, m) {
+  resnest_fused::implement_ops<resnest_fused::cuda::Kernels>(m);
+}

@@ -1,0 +1,211 @@
+"""Mistakes in the real kernels, and a build of each kind that can make any one of them.
+
+As a script, ``mistakes.py LIBRARY KIND FOLDER`` makes all of a kind, each in a process of its own,
+which must fail: in a check of numbers, or by a sanitizer. What process NUMBER says goes to
+``FOLDER/NUMBER.txt``, with its exit status in the last line. Number 0 makes no mistake.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """In a file of ``csrc/cuda`` that ``source`` includes, ``wrong`` instead of ``right``.
+
+    Both are statements if ``right`` ends with a semicolon, otherwise expressions. Of several places
+    with ``right`` it is the one numbered ``place``. The kind of build is the one to find it.
+    """
+
+    kind: str
+    source: str
+    file: str
+    right: str
+    wrong: str
+    place: int = 0
+
+    def __str__(self) -> str:
+        where = f"{self.kind}-{self.file}-{self.right}"
+        return re.sub(r"[^\w.-]+", "_", f"{where}-{self.place}" if self.place else where)
+
+
+def _no_barriers(source: str, file: str, count: int) -> Iterable[Mistake]:
+    for place in range(count):
+        yield Mistake("thread", source, file, "__syncthreads();", "", place)
+
+
+# By their numbers, from 1 on.
+MISTAKES = [
+    # Barriers and the order of memory.
+    *_no_barriers("prologue.cu", "device.cuh", 2),
+    *_no_barriers("prologue.cu", "map.cuh", 2),
+    *_no_barriers("attention.cu", "norm.cuh", 2),
+    *_no_barriers("attention.cu", "product.cuh", 2),
+    *_no_barriers("persistent.cu", "persistent.cuh", 4),
+    Mistake(
+        "thread",
+        "persistent.cu",
+        "persistent.cuh",
+        "::cuda::memory_order_acquire",
+        "::cuda::memory_order_relaxed",
+    ),
+    Mistake(
+        "thread",
+        "persistent.cu",
+        "persistent.cuh",
+        "::cuda::memory_order_release",
+        "::cuda::memory_order_relaxed",
+    ),
+    Mistake(
+        "thread",
+        "persistent.cu",
+        "persistent.cuh",
+        "static_cast<unsigned>(target)",
+        "static_cast<unsigned>(target - 1)",
+    ),
+    # Bounds that nothing but the sanitizer need see.
+    Mistake("address", "prologue.cu", "device.cuh", "warp * kSums + s", "(warp + 1) * kSums + s"),
+    Mistake(
+        "address",
+        "prologue.cu",
+        "map.cuh",
+        "min((chunk + 1) * tiling.chunk_pixels, sizes.pixels)",
+        "(chunk + 1) * tiling.chunk_pixels + 1",
+    ),
+    Mistake("address", "attention.cu", "product.cuh", "result_row < a.rows", "true"),
+    # Numbers.
+    Mistake(
+        "plain",
+        "recombine.cu",
+        "map.cuh",
+        "singles = sizes.pixels - vectors * kVector;",
+        "singles = 0;",
+    ),
+    Mistake(
+        "plain",
+        "prologue.cu",
+        "map.cuh",
+        "end = head + vectors * kVector;",
+        "end = head + (vectors - 1) * kVector;",
+    ),
+    Mistake("plain", "attention.cu", "product.cuh", "k < a.depth", "k + 1 < a.depth"),
+    Mistake(
+        "plain", "recombine.cu", "recombine.cuh", "block < args.blocks", "block + 1 < args.blocks"
+    ),
+    Mistake("plain", "attention.cu", "norm.cuh", "row < rows", "row + 1 < rows"),
+]
+
+
+def make_all(csrc: Path) -> None:
+    """Write every mistake into the sources, each made when it is the chosen one."""
+    files: dict[str, list[tuple[int, Mistake]]] = {}
+    for number, mistake in enumerate(MISTAKES, 1):
+        files.setdefault(mistake.file, []).append((number, mistake))
+    for file, mistakes in files.items():
+        path = csrc / "cuda" / file
+        text = path.read_text()
+        edits = []
+        for number, mistake in mistakes:
+            at = -1
+            for _ in range(mistake.place + 1):
+                at = text.find(mistake.right, at + 1)
+                if at < 0:
+                    raise RuntimeError(f"{file} has no {mistake.right!r} number {mistake.place}")
+            edits.append((at, number, mistake))
+        for at, number, mistake in sorted(edits, reverse=True, key=lambda edit: edit[0]):
+            chosen = f"::cuda_on_host::mistake == {number}"
+            if mistake.right.endswith(";"):
+                both = f"if ({chosen}) {{ {mistake.wrong} }} else {{ {mistake.right} }}"
+            else:
+                both = f"(({chosen}) ? ({mistake.wrong}) : ({mistake.right}))"
+            text = text[:at] + both + text[at + len(mistake.right) :]
+        path.write_text(text)
+
+
+def build_mistakes(original: Path, folder: Path) -> dict[str, Path]:
+    """A library of each kind; ``original`` is where build_kernels put the right ones."""
+    from cuda_on_host.build import CSRC
+    from cuda_on_host.kernels import build_kernels
+
+    csrc = folder / "csrc"
+    shutil.copytree(CSRC, csrc)
+    make_all(csrc)
+    for kind in {mistake.kind for mistake in MISTAKES}:
+        compiled_anew = {mistake.source for mistake in MISTAKES if mistake.kind == kind}
+        for compiled in original.glob(f"kernels-{kind}-*.o"):
+            if not any(compiled.name.endswith(f"-{source}.o") for source in compiled_anew):
+                shutil.copyfile(compiled, folder / compiled.name)
+    return build_kernels(folder, csrc=csrc, extra_flags=["-O0"])
+
+
+def main() -> None:
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    import pytest
+    import torch
+    from cases import Case, check, draw_any
+    from cuda_on_host.kernels import DEVICE, Kernels
+
+    library, kind, folder = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    torch.set_num_threads(1)
+    kernels = Kernels(library)
+    kernels.replace_native(pytest.MonkeyPatch())
+
+    def compute_some() -> None:
+        """Runs every kernel that a mistake is in; the numbers do not matter."""
+        kernels.set_device(grid_blocks=3)
+        for layout in ("nchw", "channels_last"):
+            call = draw_any(Case(2, 24, 30, 30, 2, 1, 12, layout=layout, prologue="batch"))
+            call.gradients()
+        kernels.set_device(**DEVICE)
+        kernels.choose("persistent")
+        call = draw_any(Case(5, 24, 6, 6, 2, 2, 10, norm="running", prologue="running"))
+        for seed in range(8):
+            kernels.schedule(seed=seed, resident_blocks=4)
+            kernels.set_device(l2_bytes=seed % 2 * 30_000)
+            call.forward()
+
+    def check_some() -> None:
+        for layout in ("nchw", "channels_last"):
+            for dtype in (torch.float32, torch.float16):
+                check(Case(3, 42, 9, 7, 2, 2, 18, dtype, layout=layout, prologue="batch"))
+
+    def make(number: int) -> None:
+        kernels.reset()
+        kernels.make_mistake(number)
+        torch.manual_seed(0)
+        if kind == "plain":
+            check_some()
+        else:
+            compute_some()
+
+    for number, mistake in enumerate([None, *MISTAKES]):
+        if mistake is not None and mistake.kind != kind:
+            continue
+        path = folder / f"{number}.txt"
+        # Starting anew takes longer than all else.
+        child = os.fork()
+        if child == 0:
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), 2)
+            status = 1
+            try:
+                make(number)
+                status = 0
+            except (AssertionError, RuntimeError):
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        with path.open("a") as file:
+            file.write(f"\n{status}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""The CUDA kernels, run on the CPU: numbers, strategies, schedules, sanitizers, mistakes.
+
+They pass the CPU kernels' tests, on a device of small blocks. Builds with sanitizers run some of
+the tests once more, and kernels with a mistake must fail.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from cases import Call, Case, check, draw_any
+from cuda_on_host import mistakes
+from cuda_on_host.build import KINDS, PROCESSORS, run_python
+from cuda_on_host.kernels import Kernels, build_kernels
+from cuda_on_host.mistakes import MISTAKES, Mistake, build_mistakes
+from test_cpu_kernels import (  # noqa: F401
+    DTYPES,
+    FORMATS,
+    FORMS,
+    test_a_feature_that_does_not_vary,
+    test_a_gap_that_overflows,
+    test_a_mean_far_from_zero,
+    test_any_call,
+    test_attention_saturates_without_overflow,
+    test_empty_batch,
+    test_float32_parameters,
+    test_in_eval_one_sample_s_nan_and_infinity_stay_in_it,
+    test_mean_error_is_no_larger_than_eager_s,
+    test_nan_in_a_parameter_passes_on,
+    test_nan_passes_on_as_in_pytorch,
+    test_odd_sizes,
+    test_out_and_dx_have_x_s_format,
+    test_smallest_sizes,
+    test_strides_of_dout,
+    test_strides_of_x,
+    test_what_memory_held_before_makes_no_difference,
+)
+from test_op import ARGUMENTS, CASES
+from torch import Tensor
+
+# The first test waits for the builds, the first one of a mistake for all mistakes.
+pytestmark = [pytest.mark.usefixtures("kernels"), pytest.mark.timeout(1200)]
+# The library for tests that are run once more, by a build with a sanitizer.
+LIBRARY = "RESNEST_FUSED_ON_HOST_LIBRARY"
+# A folder for builds that outlives the tests.
+BUILD = "RESNEST_FUSED_ON_HOST_BUILD"
+outermost = pytest.mark.skipif(LIBRARY in os.environ, reason="starts builds of its own")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(os.environ.get(BUILD) or tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture(scope="module")
+def libraries(folder: Path) -> dict[str, Path]:
+    return build_kernels(folder)
+
+
+@pytest.fixture(scope="module")
+def loaded(request: pytest.FixtureRequest) -> Kernels:
+    library = os.environ.get(LIBRARY) or request.getfixturevalue("libraries")["plain"]
+    return Kernels(Path(library))
+
+
+@pytest.fixture
+def kernels(loaded: Kernels, monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    """The kernels, as the native backend and on the usual device."""
+    loaded.replace_native(monkeypatch)
+    loaded.reset()
+    return loaded
+
+
+def _results(call: Call) -> list[Tensor]:
+    """Everything that the call gives, in evaluation and with its gradients."""
+    out, grads = call.gradients()
+    return [call.forward(), out, *grads.values()]
+
+
+def _assert_same_bits(ours: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(ours, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize(("prologue", "norm"), FORMS)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (2, 72, 14, 14, 2, 2, 20),
+        (2, 24, 30, 30, 4, 1, 12),
+        (3, 17, 5, 3, 3, 1, 7),
+        (37, 20, 3, 3, 1, 2, 18),
+    ],
+    ids=str,
+)
+def test_schedules_make_no_difference(
+    sizes: tuple[int, ...], prologue: str, norm: str, layout: str, kernels: Kernels
+) -> None:
+    """Neither does the largest grid: blocks walk over what more of them would have done."""
+    call = draw_any(Case(*sizes, layout=layout, norm=norm, prologue=prologue))
+    expected = _results(call)
+    kernels.schedule(seed=1, resident_blocks=1)
+    _assert_same_bits(_results(call), expected)
+    kernels.schedule(seed=2, resident_blocks=5)
+    kernels.set_device(grid_blocks=3)
+    _assert_same_bits(_results(call), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("prologue", ["none", "relu", "running"])
+def test_strategies_make_no_difference(
+    prologue: str, layout: str, dtype: torch.dtype, kernels: Kernels
+) -> None:
+    options = {"layout": layout, "norm": "running", "prologue": prologue}
+    call = draw_any(Case(5, 24, 6, 6, 2, 2, 10, dtype, **options))
+    kernels.choose("launches")
+    expected = call.forward()
+    for l2_bytes in (0, 30_000, 10**9):  # groups of one sample, of some, of all
+        kernels.set_device(l2_bytes=l2_bytes)
+        for strategy, seed in (("launches", 0), ("persistent", 1), ("persistent", 2)):
+            kernels.choose(strategy)
+            kernels.schedule(seed=seed, resident_blocks=2 * seed + 1)
+            assert torch.equal(call.forward(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("prologue", ["none", "relu", "running"])
+@pytest.mark.parametrize("strategy", ["launches", "fastest"])
+@pytest.mark.parametrize("sizes", [(64, 7, 7, 2, 1, 32), (51, 5, 1, 3, 3, 21)], ids=str)
+def test_in_eval_a_sample_does_not_depend_on_its_batch(
+    sizes: tuple[int, ...],
+    strategy: str,
+    prologue: str,
+    layout: str,
+    dtype: torch.dtype,
+    kernels: Kernels,
+) -> None:
+    options = {"dtype": dtype, "layout": layout, "norm": "running", "prologue": prologue}
+    call = draw_any(Case(11, *sizes, **options))
+    kernels.choose(strategy)
+    expected = call.forward()
+    for start, stop in ((0, 1), (4, 5), (10, 11), (0, 2), (1, 6), (2, 11)):
+        assert torch.equal(call.samples(start, stop).forward(), expected[start:stop])
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        {"threads_per_block": 32},
+        {"threads_per_block": 64, "multiprocessors": 16},
+        {"threads_per_block": 1024, "multiprocessors": 132, "l2_bytes": 60 * 2**20},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("layout", "prologue", "dtype"),
+    [
+        ("nchw", "batch", torch.float32),
+        ("channels_last", "batch", torch.bfloat16),
+        ("nchw", "none", torch.float16),
+        ("channels_last", "relu", torch.float32),
+    ],
+)
+def test_other_devices(
+    layout: str, prologue: str, dtype: torch.dtype, device: dict[str, int], kernels: Kernels
+) -> None:
+    kernels.set_device(**device)
+    for sizes in ((2, 60, 14, 14, 2, 1, 32), (3, 120, 9, 7, 2, 2, 34)):
+        check(Case(*sizes, dtype, torch.float32, layout=layout, prologue=prologue))
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_groups_of_different_sizes(layout: str, kernels: Kernels) -> None:
+    """The last has fewer tiles of rows than the others, 32 samples instead of 33."""
+    options = {"layout": layout, "norm": "running", "prologue": "running"}
+    call = draw_any(Case(65, 32, 4, 4, 2, 2, 20, **options))
+    kernels.choose("launches")
+    expected = call.forward()
+    kernels.choose("persistent")
+    x_of_sample = 2 * 32 * 16 * 4
+    kernels.set_device(l2_bytes=5 * 33 * x_of_sample)  # of which the groups may have 3/5
+    assert torch.equal(call.forward(), expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("name", ("pool", "recombine", "pool_backward", "recombine_backward"))
+def test_single_phases(name: str, case: Case, kernels: Kernels) -> None:
+    arguments = ARGUMENTS[name](draw_any(case))
+    results = getattr(kernels.ops, name)(**arguments)
+    torch.testing.assert_close(results, getattr(torch.ops.resnest_fused, name)(**arguments))
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_single_phases_of_bn0(dtype: torch.dtype, layout: str, kernels: Kernels) -> None:
+    call = draw_any(Case(3, 24, 9, 7, 2, 2, 8, dtype, layout=layout, prologue="batch"))
+    for name in ("batch_statistics", "prologue_backward"):
+        arguments = ARGUMENTS[name](call)
+        results = getattr(kernels.ops, name)(**arguments)
+        torch.testing.assert_close(results, getattr(torch.ops.resnest_fused, name)(**arguments))
+
+
+def test_a_pixel_unlike_the_others(kernels: Kernels) -> None:
+    x = 3 + 0.01 * torch.randn(2, 8, 56, 56)
+    x[:, :, 0, 0] = 0
+    for values in (x, x.contiguous(memory_format=torch.channels_last)):
+        _, var = kernels.ops.batch_statistics(values)
+        true_var = values.double().var(dim=(0, 2, 3), correction=0)
+        torch.testing.assert_close(var.double(), true_var, rtol=1e-6, atol=0)
+
+
+def test_a_launch_that_fails_is_an_error(kernels: Kernels) -> None:
+    call = draw_any(Case(2, 8, 3, 3))
+    kernels.limit_shared_memory(0)
+    with pytest.raises(RuntimeError, match=r"kernel .* could not be launched .*invalid argument"):
+        call.forward()
+    kernels.reset()
+    call.forward()
+
+
+# --- sanitizers, and kernels with a mistake
+
+
+@outermost
+@pytest.mark.parametrize("kind", ["thread", "address"])
+def test_sanitizers_find_nothing(kind: str, libraries: dict[str, Path]) -> None:
+    names = ("schedules_make_no_difference", "strategies_make_no_difference", "smallest_sizes")
+    tests = [f"{__file__}::test_{name}" for name in names]
+    arguments = ("-m", "pytest", "-p", "no:cacheprovider", "-x", "-q", "-s", *tests)
+    result = run_python(kind, *arguments, timeout=1000, **{LIBRARY: str(libraries[kind])})
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def said(
+    folder: Path, libraries: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, int], tuple[str, int]]:
+    """What is said of a mistake of that kind and number, and the exit status."""
+    to = tmp_path_factory.mktemp("mistakes")
+    wrong = build_mistakes(folder, to)
+
+    def make_all(kind: str) -> None:
+        (to / kind).mkdir()
+        arguments = (mistakes.__file__, str(wrong[kind]), kind, str(to / kind))
+        result = run_python(kind, *arguments, timeout=600)
+        assert result.returncode == 0, result.stderr
+
+    with ThreadPoolExecutor(PROCESSORS) as pool:
+        list(pool.map(make_all, wrong))
+
+    def read(kind: str, number: int) -> tuple[str, int]:
+        text, _, status = (to / kind / f"{number}.txt").read_text().rpartition("\n")
+        return text, int(status)
+
+    return read
+
+
+@outermost
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_mistake_nothing_is_found(
+    kind: str, said: Callable[[str, int], tuple[str, int]]
+) -> None:
+    text, status = said(kind, 0)
+    assert status == 0, text
+
+
+@outermost
+@pytest.mark.parametrize("mistake", MISTAKES, ids=str)
+def test_mistakes_are_found(mistake: Mistake, said: Callable[[str, int], tuple[str, int]]) -> None:
+    finding = {
+        "plain": "AssertionError: ",
+        "thread": "ThreadSanitizer: data race",
+        "address": "AddressSanitizer: heap-buffer-overflow",
+    }
+    text, status = said(mistake.kind, MISTAKES.index(mistake) + 1)
+    assert status != 0, text
+    assert finding[mistake.kind] in text, text
