@@ -58,7 +58,8 @@ __device__ __forceinline__ void hidden_block(const HiddenArgs<A>& args, int64_t 
 }
 
 template <typename A>
-__global__ void __launch_bounds__(kProductThreads) hidden_kernel(HiddenArgs<A> args) {
+__global__ void __launch_bounds__(kProductThreads, kProductBlocks<A>)
+    hidden_kernel(HiddenArgs<A> args) {
   for (int64_t block = blockIdx.x; block < args.blocks; block += gridDim.x) {
     hidden_block(args, block);
   }
@@ -143,7 +144,8 @@ __device__ __forceinline__ void attention_block(const AttentionArgs<A>& args, in
 }
 
 template <typename A>
-__global__ void __launch_bounds__(kProductThreads) attention_kernel(AttentionArgs<A> args) {
+__global__ void __launch_bounds__(kProductThreads, kProductBlocks<A>)
+    attention_kernel(AttentionArgs<A> args) {
   for (int64_t block = blockIdx.x; block < args.blocks; block += gridDim.x) {
     attention_block(args, block);
   }
@@ -162,7 +164,7 @@ struct HiddenGradientArgs {
 };
 
 template <typename A>
-__global__ void __launch_bounds__(kProductThreads)
+__global__ void __launch_bounds__(kProductThreads, kProductBlocks<A>)
     hidden_gradient_kernel(HiddenGradientArgs<A> args) {
   const int64_t inputs = args.sizes.group_inter();
   const int64_t outputs = args.sizes.features() / args.sizes.cardinality;
@@ -306,7 +308,8 @@ __device__ __forceinline__ void gradients_block(const GradientsArgs<A>& args, in
 }
 
 template <typename A>
-__global__ void __launch_bounds__(kProductThreads) gradients_kernel(GradientsArgs<A> args) {
+__global__ void __launch_bounds__(kProductThreads, kProductBlocks<A>)
+    gradients_kernel(GradientsArgs<A> args) {
   const int64_t blocks = args.blocks.fc2 + args.blocks.fc1 + args.blocks.gap + args.blocks.bias;
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
     gradients_block(args, block);

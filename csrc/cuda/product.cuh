@@ -10,6 +10,10 @@
 
 namespace resnest_fused::cuda {
 
+// Resident blocks that the registers must suffice for; float64 takes twice as many.
+template <typename A>
+constexpr int64_t kProductBlocks = sizeof(A) == 8 ? 1 : kBlocksPerMultiprocessor;
+
 // Where an operand's values come from: four neighbours in a row of a matrix.
 template <typename A>
 struct Values {

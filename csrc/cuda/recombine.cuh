@@ -122,8 +122,8 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
   using Coefficient = PerChannel<A, kVector, kNhwc>;
   // x of 16 bits has fewer digits than a mean far from zero costs: there it goes into the offset.
   constexpr bool kFolded = sizeof(T) < 4;
-  constexpr int kSplits = splits_held(kRadix, (kNhwc ? kVector : 1) * (kPrologue ? 7 : 2));
-  constexpr int kBatch = kSplits >= 4 ? 1 : kSplits == 1 && !kNhwc ? 4 : 2;
+  constexpr int kSplits = splits_held(kRadix, (kNhwc ? kVector : 1) * (kPrologue ? 9 : 2));
+  constexpr int kBatch = kNhwc && kPrologue && kRadix == 0 ? 1 : kSplits == 1 && !kNhwc ? 4 : 2;
   const int radix = kRadix ? kRadix : args.sizes.radix;
   for (int64_t index = blockIdx.x; index < args.blocks; index += gridDim.x) {
     const Share<kVector, kNhwc> share(args.sizes, args.tiling, args.blocks - 1 - index);
