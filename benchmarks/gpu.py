@@ -166,7 +166,7 @@ class Bench:
         with torch.set_grad_enabled(case.train), self.device:
             x, dout = random_maps(case)
             compiled = torch.compile(make_module(case, fused=False), dynamic=False)
-        make_step(compiled, x, dout)()
+            make_step(compiled, x, dout)()
 
     @torch.no_grad()
     def phases(self, case: Case) -> None:

@@ -232,7 +232,9 @@ def test_a_launch_that_fails_is_an_error(kernels: Kernels) -> None:
 @outermost
 @pytest.mark.parametrize("kind", ["thread", "address"])
 def test_sanitizers_find_nothing(kind: str, libraries: dict[str, Path]) -> None:
-    names = ("schedules_make_no_difference", "strategies_make_no_difference", "smallest_sizes")
+    names = ["schedules_make_no_difference", "strategies_make_no_difference", "smallest_sizes"]
+    if kind == "address":  # where sizes and addresses matter, and which is faster
+        names += ["odd_sizes", "in_eval_a_sample_does_not_depend_on_its_batch", "single_phases"]
     tests = [f"{__file__}::test_{name}" for name in names]
     arguments = ("-m", "pytest", "-p", "no:cacheprovider", "-x", "-q", "-s", *tests)
     result = run_python(kind, *arguments, timeout=1000, **{LIBRARY: str(libraries[kind])})
@@ -278,7 +280,7 @@ def test_mistakes_are_found(mistake: Mistake, said: Callable[[str, int], tuple[s
     finding = {
         "plain": "AssertionError: ",
         "thread": "ThreadSanitizer: data race",
-        "address": "AddressSanitizer: heap-buffer-overflow",
+        "address": "AddressSanitizer: heap-",  # whatever lies beside the tensor
     }
     text, status = said(mistake.kind, MISTAKES.index(mistake) + 1)
     assert status != 0, text

@@ -257,9 +257,7 @@ def shared_bytes(name: str, call: Call, result: dict[str, Any]) -> int:
 
     product = threads // WARP * LIMITS["tile_rows"] * LIMITS["tile_columns"] * acc
     match name:
-        case "statistics":
-            return of_map(2)
-        case "pool":
+        case "statistics" | "pool":
             return of_map(1)
         case "pool_backward":
             return of_map(4 if call.mode.relu else 1)

@@ -59,11 +59,14 @@ def can_run(x: Tensor) -> str | None:
     return None
 
 
-# Not traced by the compiler, which would warn of the cache and look into what fills it.
-@torch.compiler.assume_constant_result
 def gpu_unavailable(index: int) -> str | None:
     """Why the CUDA kernels cannot run on this GPU, or None."""
     return _gpu_unavailable(index)
+
+
+# The compiler shall not trace it: it would warn of the cache and look into what fills it. This is
+# what torch.compiler.assume_constant_result does, which would import the compiler here and now.
+gpu_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -149,7 +149,9 @@ def run_python(
         # The sanitizers want the addresses of their shadow memory for themselves.
         if subprocess.run(["setarch", "-R", "true"], capture_output=True).returncode == 0:
             command = ["setarch", "-R", *command]
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=timeout)
+    # Not in the checkout, whose package, in front of the installed one, has no compiled module.
+    options = {"cwd": HERE, "env": variables, "capture_output": True, "text": True}
+    return subprocess.run(command, timeout=timeout, **options)
 
 
 def _library(name: str) -> str:
