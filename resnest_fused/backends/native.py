@@ -1,15 +1,16 @@
-"""The native backend: the compiled ops of ``csrc/`` and their fake kernels."""
+"""The native backend: the compiled ops of ``csrc/``."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from resnest_fused.backends import fakes
 
 _C: Any = None
 _missing: str | None = None
@@ -123,108 +124,4 @@ if _C is not None:
     pool_backward = _ops.pool_backward.default
     prologue_backward = _ops.prologue_backward.default
     recombine_backward = _ops.recombine_backward.default
-
-    def _register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Register the fake kernel of an op, behind the check that all fake kernels need."""
-
-        def register(fake: Callable[..., Any]) -> Callable[..., Any]:
-            @torch.library.register_fake(f"resnest_fused::{name}")
-            def checked(first: Tensor, *args: Any) -> Any:
-                # Beside a meta tensor PyTorch calls this, whatever the device of the others.
-                for tensor in args:
-                    if isinstance(tensor, Tensor) and tensor.device != first.device:
-                        raise RuntimeError(
-                            f"expected all tensors on {first.device}, got {tensor.device}"
-                        )
-                return fake(first, *args)
-
-            return fake
-
-        return register
-
-    def _empty_map(x: Tensor, channels: int) -> Tensor:
-        # channels_last only where it is not also plainly contiguous: as the kernels choose.
-        nhwc = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if nhwc else torch.contiguous_format
-        batch, _, height, width = x.shape
-        return torch.empty(
-            (batch, channels, height, width), dtype=x.dtype, device=x.device, memory_format=layout
-        )
-
-    def _crumb(x: Tensor, *shape: int) -> Tensor:
-        return x.new_empty(
-            shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32
-        )
-
-    @_register("split_attention")
-    def _(x: Tensor, *args: Any) -> Tensor:
-        radix = args[-2]
-        return _empty_map(x, x.shape[1] // radix)
-
-    @_register("split_attention_train")
-    def _(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        bn0_batch_stats, fc1_weight = args[6:8]
-        bn1_batch_stats, radix, _ = args[-3:]
-        batch, features = x.shape[:2]
-        channels, inter = features // radix, fc1_weight.shape[0]
-        of_bn0, of_bn1 = features if bn0_batch_stats else 0, inter if bn1_batch_stats else 0
-        return (
-            _empty_map(x, channels),
-            _crumb(x, batch, channels),
-            _crumb(x, batch, inter),
-            _crumb(x, batch, radix, channels),
-            *(_crumb(x, size) for size in (of_bn0, of_bn0, of_bn1, of_bn1)),
-        )
-
-    @_register("split_attention_backward")
-    def _(dout: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        bn0_weight, bn0_bias = args[1:3]
-        fc1_weight, fc2_weight, bn1_weight, bn1_bias = args[7:11]
-        needed = args[-1]
-        inter, features = fc1_weight.shape[0], x.shape[1]
-
-        def gradient(i: int, like: Tensor | None, *shape: int) -> Tensor:
-            like = x if like is None else like
-            return like.new_empty(shape if needed[i] else (0,))
-
-        return (
-            _empty_map(x, features) if needed[0] else x.new_empty(0),
-            gradient(1, bn0_weight, features),
-            gradient(2, bn0_bias, features),
-            gradient(3, fc1_weight, *fc1_weight.shape),
-            gradient(4, fc1_weight, inter),
-            gradient(5, fc2_weight, *fc2_weight.shape),
-            gradient(6, fc2_weight, features),
-            gradient(7, bn1_weight, inter),
-            gradient(8, bn1_bias, inter),
-        )
-
-    @_register("batch_statistics")
-    def _(x: Tensor) -> tuple[Tensor, Tensor]:
-        return _crumb(x, x.shape[1]), _crumb(x, x.shape[1])
-
-    @_register("pool")
-    def _(x: Tensor, *args: Any) -> Tensor:
-        radix = args[-1]
-        return _crumb(x, x.shape[0], x.shape[1] // radix)
-
-    @_register("recombine")
-    def _(x: Tensor, *args: Any) -> Tensor:
-        attention = args[-1]
-        return _empty_map(x, attention.shape[2])
-
-    @_register("pool_backward")
-    def _(dout: Tensor, x: Tensor, relu: bool, *args: Any) -> tuple[Tensor, Tensor]:
-        radix = args[-1]
-        splits = (radix, x.shape[1] // radix)
-        sums = _crumb(x, x.shape[0], 4, *splits) if relu else _crumb(x, 0)
-        return _crumb(x, x.shape[0], *splits), sums
-
-    @_register("prologue_backward")
-    def _(sums: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        features = sums.shape[2] * sums.shape[3]
-        return sums.new_empty(features), sums.new_empty(features)
-
-    @_register("recombine_backward")
-    def _(dout: Tensor, x: Tensor, *_: Any) -> Tensor:
-        return _empty_map(x, x.shape[1])
+    fakes.register("resnest_fused")
