@@ -37,11 +37,11 @@ from torch import Tensor, nn
 import resnest_fused as rf
 from resnest_fused import compare
 
-ops = torch.ops.resnest_fused
+OPS = {"native": torch.ops.resnest_fused, "triton": torch.ops.resnest_fused_triton}
 STRATEGY = "RESNEST_FUSED_CUDA_STRATEGY"
 STRATEGIES = {"fused": "fastest", "launches": "launches", "persistent": "persistent"}
-EVAL = ("fused", "launches", "persistent", "eager")
-TRAIN = ("fused", "eager")
+EVAL = ("fused", "launches", "persistent", "triton", "eager")
+TRAIN = ("fused", "triton", "eager")
 LAYOUTS = ("channels_last", "NCHW")
 # Below this many bytes a call's kernels may take less than its way through Python: it is replayed.
 GRAPH_BYTES = 2e9
@@ -55,10 +55,18 @@ Step = Callable[[], object]
 
 
 class Bench:
-    """Measures, and keeps what it measured."""
+    """Measures, and keeps what it measured.
 
-    def __init__(self, device: torch.device, quick: bool) -> None:
-        self.device, self.quick = device, quick
+    ``backend`` is that of the fused modules. Beside the native one Triton's takes part too, where
+    it is available.
+    """
+
+    def __init__(self, device: torch.device, quick: bool, backend: str) -> None:
+        self.device, self.quick, self.backend = device, quick, backend
+        available = {status.name for status in rf.backends() if status.available}
+        self.backends = [backend]
+        if backend == "native" and "triton" in available:
+            self.backends.append("triton")
         self.rows: list[dict[str, Any]] = []
         self.copy_bytes_per_s = math.nan
         self.l2_bytes = 1 << 20
@@ -130,11 +138,16 @@ class Bench:
         torch.manual_seed(0)
         torch.compiler.reset()
         graph = case.floor_bytes < GRAPH_BYTES
+        absent = {"native": {"triton"} - {*self.backends}, "triton": {*STRATEGIES, "triton"}}
+        names = [name for name in names if name == "fused" or name not in absent[self.backend]]
         with torch.set_grad_enabled(case.train):
             eager, fused, sets = self._modules_and_maps(case)
             x, dout = sets[0]
             check(case, make_step(fused, x, dout)(), exact_step(eager, x, dout)())
             modules = {"eager": eager} | dict.fromkeys(STRATEGIES, fused)
+            if "triton" in names:
+                modules["triton"] = copy.deepcopy(fused)
+                modules["triton"].backend = "triton"
             if "compile" in names:
                 modules["compile"] = torch.compile(copy.deepcopy(eager), dynamic=False)
             contenders = {
@@ -157,7 +170,7 @@ class Bench:
         with self.device:
             eager, fused = make_module(case, fused=False), make_module(case, fused=True)
             fused.load_state_dict(eager.state_dict())
-            fused.backend = "native"
+            fused.backend = self.backend
             return eager, fused, [random_maps(case) for _ in range(count)]
 
     def compile(self, case: Case) -> None:
@@ -173,7 +186,14 @@ class Bench:
         """Each op alone, at the bytes that it must move."""
         torch.manual_seed(0)
         _, module, sets = self._modules_and_maps(case)
-        calls = [_phases(case, module, *maps) for maps in sets]
+        calls = [
+            {
+                name if backend == self.backend else f"{backend} {name}": phase
+                for backend in self.backends
+                for name, phase in _phases(case, module, *maps, OPS[backend]).items()
+            }
+            for maps in sets
+        ]
         unit = case.floor_bytes // case.floor_units
         contenders = {name: [steps[name][1] for steps in calls] for name in calls[0]}
         floors = {name: units * unit for name, (units, _) in calls[0].items()}
@@ -197,7 +217,7 @@ class Bench:
         networks = {"eager": eager}
         for name in ("fused",) if train else ("fused", "folded"):
             networks[name] = copy.deepcopy(eager)
-            rf.fuse(networks[name], backend="native", fold=name == "folded")
+            rf.fuse(networks[name], backend=self.backend, fold=name == "folded")
 
         def step(network: nn.Module) -> object:
             if not train:
@@ -248,7 +268,9 @@ def _facts(case: Case) -> dict[str, object]:
     }
 
 
-def _phases(case: Case, module: nn.Module, x: Tensor, dout: Tensor) -> dict[str, tuple[int, Step]]:
+def _phases(
+    case: Case, module: nn.Module, x: Tensor, dout: Tensor, ops: Any
+) -> dict[str, tuple[int, Step]]:
     """Each op of the case with the units of out that it must move, reading each map once."""
     radix, bn0, bn1 = case.radix, case.form == "after conv", module.bn1
     affine0 = (module.bn0.weight, module.bn0.bias) if bn0 else (None, None)
@@ -381,7 +403,7 @@ def _machine(device: torch.device) -> dict[str, object]:
         "cuda": torch.version.cuda,
         "torch": str(torch.__version__),
         "resnest_fused": rf.__version__,
-        "backend": next(status.reason for status in rf.backends() if status.name == "native"),
+        "backends": {status.name: status.reason for status in rf.backends()},
         "commit": _first_line("git", "rev-parse", "HEAD"),
         "settings": "TF32 off, cudnn.benchmark on; torch.compile(dynamic=False)",
     }
@@ -394,6 +416,7 @@ def _options() -> argparse.Namespace:
         "--seconds", type=float, default=120, help="time after which no more starts"
     )
     parser.add_argument("--out", type=Path, help="file for all numbers, as JSON")
+    parser.add_argument("--backend", default="native", choices=tuple(OPS), help="of what is fused")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     parser.add_argument(
         "--compile-only", action="store_true", help="fill torch.compile's cache and measure nothing"
@@ -406,7 +429,7 @@ def main() -> int:
     end = time.monotonic() + options.seconds
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
-    bench = Bench(torch.device(options.device), options.quick)
+    bench = Bench(torch.device(options.device), options.quick, options.backend)
     if options.compile_only:
         for case in compiled_cases(options.quick):
             bench.compile(case)
@@ -434,6 +457,7 @@ def main() -> int:
                 torch.cuda.empty_cache()
     results = {
         **_machine(bench.device),
+        "backend": bench.backend,
         "copy_bytes_per_s": bench.copy_bytes_per_s,
         "rows": bench.rows,
         "failed": failed,

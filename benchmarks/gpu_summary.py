@@ -10,6 +10,8 @@ Row = Mapping[str, Any]
 Results = Mapping[str, Any]
 # Maps of fewer bytes than these stay in the cache in part.
 LARGE_BYTES = 100e6
+# What the ops of that backend are called by, beside the native ones.
+TRITON = "triton "
 
 
 class Target(NamedTuple):
@@ -68,6 +70,16 @@ def _speedups(what: str, over: str, **facts: object) -> Callable[[Results], list
     return values
 
 
+def _triton_over_native(results: Results) -> list[float]:
+    rows = [row for row in results["rows"] if row["what"] == "op"]
+    native = {(row["case"], TRITON + row["contender"]): row["median_us"] for row in rows}
+    return [
+        row["median_us"] / native[row["case"], row["contender"]]
+        for row in rows
+        if row["contender"].startswith(TRITON)
+    ]
+
+
 def _single_samples(results: Results) -> list[float]:
     rows = _rows(results, "eval", "fused", batch=1, dtype="bf16")
     return [row["median_us"] for row in rows if row["how"] == "graph"]
@@ -100,6 +112,7 @@ TARGETS = (
         "train step after conv over eager, mean", 4, _speedups("train", "eager", **AFTER), _mean
     ),
     Target("eval of one sample in bf16, graph replay, us, worst", 8, _single_samples, max, True),
+    Target("Triton's ops over the native ones, worst", 1.25, _triton_over_native, max, True),
     Target("ResNeSt-50 inference, B >= 64, over eager, worst", 1.15, _large(_speedups, False), min),
     Target("ResNeSt-50 train step, B >= 64, over eager, worst", 1.15, _large(_speedups, True), min),
 )
@@ -120,6 +133,7 @@ def lines(results: Results) -> list[str]:
         *_table("train step, us", [row for row in rows if _is_shown(row, "train")]),
         *_table("beside torch.compile, us", [row for row in rows if row["what"] == "compile"]),
         *_ops([row for row in rows if row["what"] == "op" and row["form"] == "after conv"]),
+        *_triton_ops([row for row in rows if row["what"] == "op"]),
         *_table("whole network, us", [row for row in rows if row["what"] == "network"]),
         *_list("FAILED", [f"{label}: {why}" for label, why in results["failed"].items()], 6),
         *_list("skipped, as the time was over", results["skipped"], 3),
@@ -145,11 +159,8 @@ def _table(title: str, rows: Sequence[Row]) -> list[str]:
     others = [name for name in names if name in ("eager", "compile")]
     header = f"{title:<58}" + "".join(f"{name:>11}" for name in names) + f"{'p20-p80':>9}"
     header += "".join(f"{'x ' + name:>10}" for name in others) + f"{'of copy':>9}"
-    by_case: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        by_case.setdefault(row["case"], {})[row["contender"]] = row
     found = [header]
-    for case, cells in by_case.items():
+    for case, cells in _by_case(rows).items():
         fused = cells["fused"]
         spread = (fused["p80_us"] - fused["p20_us"]) / fused["median_us"]
         line = f"{case:<51}{fused['how']:>7}"
@@ -175,24 +186,49 @@ def _ops(rows: Sequence[Row]) -> list[str]:
     """
     if not rows:
         return ["single ops: not measured"]
-    names = [name for name in dict.fromkeys(row["contender"] for row in rows)]
-    by_case: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        by_case.setdefault(row["case"], {})[row["contender"]] = row
-    short = {"recombine_backward": "recomb_bw", "pool_backward": "pool_bw"}
-    short |= {"eval by launches": "launches", "batch_statistics": "stats"}
-    found = [
-        f"{'single ops, of copy bandwidth':<58}"
-        + "".join(f"{short.get(name, name):>10}" for name in names)
-        + f"{'MLP, us':>9}"
-    ]
-    for case, cells in by_case.items():
+    names = _op_names(rows)
+    found = [f"{'single ops, of copy bandwidth':<58}{_op_header(names)}{'MLP, us':>9}"]
+    for case, cells in _by_case(rows).items():
         between = cells["eval by launches"]["median_us"]
         between -= cells["pool"]["median_us"] + cells["recombine"]["median_us"]
         line = f"{case:<51}{cells['pool']['how']:>7}"
         line += "".join(_number(cells.get(name), "of_copy", 10, ".0%") for name in names)
         found.append(line + f"{between:>9.1f}")
     return found
+
+
+def _triton_ops(rows: Sequence[Row]) -> list[str]:
+    """A line for each case: how long Triton's ops take, relative to the native ones."""
+    if not any(row["contender"].startswith(TRITON) for row in rows):
+        return []
+    names = _op_names(rows)
+    found = [f"{'single ops, Triton over native':<58}{_op_header(names)}"]
+    for case, cells in _by_case(rows).items():
+        line = f"{case:<51}{cells['pool']['how']:>7}"
+        for name in names:
+            triton = cells.get(TRITON + name)
+            ratio = triton["median_us"] / cells[name]["median_us"] if triton else None
+            line += f"{'-' if ratio is None else f'{ratio:.2f}':>10}"
+        found.append(line)
+    return found
+
+
+def _by_case(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
+    by_case: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        by_case.setdefault(row["case"], {})[row["contender"]] = row
+    return by_case
+
+
+def _op_names(rows: Sequence[Row]) -> list[str]:
+    names = dict.fromkeys(row["contender"] for row in rows)
+    return [name for name in names if not name.startswith(TRITON)]
+
+
+def _op_header(names: Sequence[str]) -> str:
+    short = {"recombine_backward": "recomb_bw", "pool_backward": "pool_bw"}
+    short |= {"eval by launches": "launches", "batch_statistics": "stats"}
+    return "".join(f"{short.get(name, name):>10}" for name in names)
 
 
 def _list(title: str, items: Iterable[str], most: int) -> list[str]:

@@ -64,6 +64,7 @@ class _DType(str, Enum):
 class _Backend(str, Enum):
     auto = "auto"
     native = "native"
+    triton = "triton"
     reference = "reference"
 
 

@@ -30,6 +30,10 @@ DIFFERENTIABLE = (
     "bn1_bias",
 )
 EPS = 1e-5
+# Whose kernels the tests are about; pytest --kernels chooses another.
+BACKEND = "native"
+# Where each backend's ops are.
+NAMESPACES = {"native": "resnest_fused", "triton": "resnest_fused_triton"}
 
 
 def _unaligned(tensor: Tensor) -> Tensor:
@@ -142,7 +146,7 @@ class Call:
         """The same call for some of the samples."""
         return Call(self.case, self.x[start:stop], self.params, self.dout[start:stop])
 
-    def forward(self, backend: str = "native", **replaced: Tensor) -> Tensor:
+    def forward(self, backend: str | None = None, **replaced: Tensor) -> Tensor:
         """``rf.split_attention`` of these tensors; the running statistics stay as they are."""
         case, p = self.case, self.params | replaced
 
@@ -164,11 +168,11 @@ class Call:
             bn0=batch_norm("bn0", case.prologue == "batch"),
             bn1=batch_norm("bn1", case.norm == "batch"),
             relu=case.prologue == "relu",
-            backend=backend,
+            backend=BACKEND if backend is None else backend,
         )
 
     def gradients(
-        self, backend: str = "native", names: Iterable[str] | None = None
+        self, backend: str | None = None, names: Iterable[str] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """out, and the gradients of the named tensors (all that there are when None)."""
         names = self.differentiable() if names is None else list(names)

@@ -1,4 +1,4 @@
-"""What holds for every test: the native backend runs on the device asked for, and random numbers
+"""What holds for every test: the backend asked for runs on the device asked for, and random numbers
 are the test's own."""
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from resnest_fused.backends import choose
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -21,6 +19,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("cpu", "cuda"),
         default="cpu",
         help="where the tests make their tensors (default: %(default)s)",
+    )
+    parser.addoption(
+        "--kernels",
+        choices=("native", "triton"),
+        default="native",
+        help="whose kernels the tests are about (default: %(default)s)",
     )
 
 
@@ -33,14 +37,29 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.deterministic = True
+    else:
+        # Triton's kernels run on the CPU too; to be said before anything imports Triton.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    import cases  # and with it the package
+
+    cases.BACKEND = config.getoption("--kernels", "native")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def native_backend() -> None:
+def backend() -> Iterator[None]:
     """Without it the tests would compare the reference with itself."""
+    import cases
+
+    from resnest_fused.backends import choose, use_backend
+
     x = torch.empty(1)
-    choose("native", x)  # raises and says why it cannot run on this device
-    assert choose("auto", x) == "native", "another backend is made the default"
+    choose(cases.BACKEND, x)  # raises and says why it cannot run on this device
+    if cases.BACKEND == "native":
+        assert choose("auto", x) == "native", "another backend is made the default"
+        yield
+    else:
+        with use_backend(cases.BACKEND):
+            yield
 
 
 @pytest.fixture(autouse=True)

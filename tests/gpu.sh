@@ -5,6 +5,8 @@
 #
 #   STEPS    what to do, of "build tests sanitize time" (all); a build stays, in build/gpu
 #   OUT      the folder for logs, summary.txt and gpu.json (benchmarks/results)
+#   KERNELS  whose kernels to test and to call fused in the timings, native or triton (native);
+#            beside the native ones Triton's are timed too
 #   MINUTES  what it may take; timings get what the others leave (8)
 #
 # It needs a python3 with torch for CUDA, setuptools, ninja, numpy, hypothesis, pytest and
@@ -16,6 +18,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 steps=" ${STEPS:-build tests sanitize time} "
 out=${OUT:-$root/benchmarks/results}
 end=$((${MINUTES:-8} * 60))
+kernels=${KERNELS:-native}
 site=$root/build/gpu
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit
 work=$(mktemp -d)
@@ -25,12 +28,18 @@ unset RESNEST_FUSED_BACKEND RESNEST_FUSED_SKIP_NATIVE RESNEST_FUSED_CUDA_STRATEG
 given_path=${PYTHONPATH:-}
 # What is built, and not the checkout, which has no compiled module: all commands run in $work.
 export PYTHONPATH=$site${given_path:+:$given_path}
+export TRITON_INTERPRET=0
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 export TORCHINDUCTOR_CACHE_DIR=$root/build/inductor
 tests=("$root"/tests/test_{cuda,op,autograd,cpu_kernels,modules,compile,fuse,models,memory}.py)
 tests+=("$root"/tests/test_{errors,reference}.py)
+case $kernels in
+    native) ;;
+    triton) tests=("$root"/tests/test_{triton,autograd,modules,compile,fuse,models}.py) ;;
+    *) echo "tests/gpu.sh: KERNELS: expected native or triton, got $kernels" >&2; exit 2 ;;
+esac
 pytest=(python3 -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider)
-pytest+=(--device cuda -m "not peers and not cpu" --timeout 120 --timeout-method thread)
+pytest+=(--device cuda --kernels "$kernels" -m "not peers and not cpu" --timeout 120 --timeout-method thread)
 pytest+=(-q --tb short --durations 8)
 sanitizer=(compute-sanitizer --target-processes all --kernel-regex kns=resnest_fused)
 sanitizer+=(--error-exitcode 9)
@@ -141,7 +150,8 @@ if wanted time; then
     left=$((end - SECONDS))
     left=$((left > 60 ? left : 60))
     limited $((left + 20)) "$out/time.log" \
-        python3 "$root/benchmarks/gpu.py" --seconds $((left - 15)) --out "$out/gpu.json"
+        python3 "$root/benchmarks/gpu.py" --seconds $((left - 15)) --backend "$kernels" \
+        --out "$out/gpu.json"
     status=$?
     judge "time" $status $((SECONDS - started)) ""
     [[ -f $work/compile.log ]] && cat "$work/compile.log" >>"$out/build.log"

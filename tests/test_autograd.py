@@ -62,7 +62,7 @@ def test_double_backward_in_float32(prologue: str, norm: str) -> None:
     """A gradient penalty gives the parameters the gradients that the reference gives them."""
     call = draw(Case(3, 8, 4, 4, 2, 2, 8, norm=norm, prologue=prologue))
 
-    def penalty(backend: str) -> tuple[Tensor, ...]:
+    def penalty(backend: str | None) -> tuple[Tensor, ...]:
         leaves = {n: call.tensor(n).clone().requires_grad_() for n in call.differentiable()}
         out = call.forward(backend, **leaves)
         (dx,) = torch.autograd.grad(out.square().sum(), leaves["x"], create_graph=True)
@@ -71,7 +71,7 @@ def test_double_backward_in_float32(prologue: str, norm: str) -> None:
         wanted = [leaves[name] for name in names]
         return torch.autograd.grad(dx.square().sum(), wanted)
 
-    for ours, expected in zip(penalty("native"), penalty("reference"), strict=True):
+    for ours, expected in zip(penalty(None), penalty("reference"), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -20,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import resnest_fused as rf
 from resnest_fused.backends import choose, native
+from resnest_fused.backends.triton import backend as triton
+from resnest_fused.backends.triton.compat import INTERPRETED
 
 
 def _grad_fn(call: Call, backend: str = "auto") -> str:
@@ -34,8 +36,9 @@ def call() -> Call:
 
 def test_the_report_lists_every_backend_in_order() -> None:
     report = rf.backends()
-    assert [status.name for status in report] == ["native", "reference"]
-    assert all(status.available and status.reason for status in report)
+    assert [status.name for status in report] == ["native", "triton", "reference"]
+    assert all(status.reason for status in report)
+    assert [status.available for status in report] == [True, INTERPRETED, True]
     assert native.build_info()["cpu_capability"] in report[0].reason
 
 
@@ -65,7 +68,7 @@ def test_use_backend_is_undone_after_an_error(call: Call) -> None:
 
 @pytest.mark.parametrize("name", ["", "cuda", "Native"])
 def test_unknown_names(call: Call, name: str) -> None:
-    message = f"^backend: expected one of auto, native, reference, got '{name}'$"
+    message = f"^backend: expected one of auto, native, triton, reference, got '{name}'$"
     with pytest.raises(ValueError, match=message):
         call.forward(name)
     with pytest.raises(ValueError, match=message), rf.use_backend(name):
@@ -88,6 +91,8 @@ def test_a_named_backend_that_cannot_run_says_why(
         call.forward("native")
     with pytest.raises(RuntimeError, match=message), rf.use_backend("native"):
         call.forward("auto")
+    assert choose("auto", call.x) == "triton"  # here it has its interpreter
+    monkeypatch.setattr(triton, "can_run", lambda x: "it is Sunday")
     assert choose("auto", call.x) == "reference"
 
 
@@ -118,9 +123,12 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tensor]:
         x = torch.empty(1, device="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 9))
-    native._gpu_unavailable.cache_clear()
+    monkeypatch.setattr(triton._compat, "INTERPRETED", False)
+    for backend in (native, triton):
+        backend._gpu_unavailable.cache_clear()
     yield x
-    native._gpu_unavailable.cache_clear()
+    for backend in (native, triton):
+        backend._gpu_unavailable.cache_clear()
 
 
 def _pretend(monkeypatch: pytest.MonkeyPatch, status: str, archs: str, missing: str | None) -> None:
@@ -151,7 +159,7 @@ def test_cuda_kernels_run_where_loaded_and_built_for_the_gpu(
     if reason is None:
         assert choose("auto", on_gpu) == choose("native", on_gpu) == "native"
     else:
-        assert choose("auto", on_gpu) == "reference"
+        assert choose("auto", on_gpu) == "triton"
         with pytest.raises(RuntimeError) as error:
             choose("native", on_gpu)
         assert str(error.value) == (
@@ -267,5 +275,38 @@ def test_a_wrong_environment_is_named() -> None:
     code = "import torch; from resnest_fused.backends import choose; choose('auto', torch.empty(1))"
     run = _python(code, RESNEST_FUSED_BACKEND="fast", **options)
     assert (
-        "RESNEST_FUSED_BACKEND: expected one of auto, native, reference, got 'fast'" in run.stderr
+        "RESNEST_FUSED_BACKEND: expected one of auto, native, triton, reference, got 'fast'"
+        in run.stderr
     )
+
+
+# Triton
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "reason"),
+    [
+        ("cuda", (8, 0), None),
+        ("cuda", (7, 0), "its kernels are for GPUs from 7.5 on, GPU 0 is 7.0"),
+        ("xpu", None, None),
+        ("cpu", None, "its kernels are for GPUs, x is on cpu"),
+    ],
+)
+def test_triton_runs_on_gpus(
+    on_gpu: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    capability: tuple[int, int] | None,
+    reason: str | None,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert triton.gpu_unavailable(kind, 0) == reason
+
+
+def test_a_wrong_autotune_is_named(on_gpu: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESNEST_FUSED_AUTOTUNE", "yes")
+    reason = "RESNEST_FUSED_AUTOTUNE: expected 0 or 1, got 'yes'"
+    with pytest.raises(RuntimeError, match=reason):
+        choose("triton", on_gpu)
+    assert not rf.backends()[1].available and rf.backends()[1].reason == reason

@@ -193,10 +193,12 @@ def test_gpu_targets_pass_miss_or_are_not_measured() -> None:
         _gpu_row("fused", 100.0, what="compile"),
         _gpu_row("compile", 120.0, what="compile"),
         _gpu_row("fused", 9.0, case="b", batch=1, floor_bytes=1e6),
+        *(_gpu_row(name, 10.0, what="op") for name in ("pool", "backward")),
+        *(_gpu_row(f"triton {name}", 12.0, what="op") for name in ("pool", "backward")),
     ]
     lines = [target.line({"rows": rows}).split() for target in gpu_summary.TARGETS]
-    reached = ["0.90", None, "1.20", None, "5.00", None, "9.00", None, None]
-    verdicts = ["pass", None, "MISS", None, "pass", None, "MISS", None, None]
+    reached = ["0.90", "0.90", "1.20", None, "5.00", None, "9.00", "1.20", None, None]
+    verdicts = ["pass", "pass", "MISS", None, "pass", None, "MISS", "pass", None, None]
     for words, number, verdict in zip(lines, reached, verdicts, strict=True):
         if number is None:
             assert words[-2:] == ["not", "measured"]
@@ -207,8 +209,14 @@ def test_gpu_targets_pass_miss_or_are_not_measured() -> None:
 def test_gpu_summary_says_what_failed_and_what_was_skipped() -> None:
     machine = dict.fromkeys(("device", "driver", "cuda", "torch", "date", "settings"), "?")
     results = {**machine, "commit": "0" * 40, "copy_bytes_per_s": 4e12}
-    results |= {"rows": [_gpu_row("fused", 1.0)], "failed": {"x": "y"}, "skipped": ["z"] * 5}
+    ops = ("pool", "recombine", "eval by launches")
+    rows = [_gpu_row(name, 10.0, what="op") for name in ops]
+    rows += [_gpu_row(f"triton {name}", 11.0, what="op") for name in ops[:2]]
+    rows.append(_gpu_row("fused", 1.0))
+    results |= {"rows": rows, "failed": {"x": "y"}, "skipped": ["z"] * 5}
     text = "\n".join(gpu_summary.lines(results))
     assert "FAILED: 1\n  x: y" in text
     assert "skipped, as the time was over: 5" in text and "and 2 more, in the JSON" in text
+    triton = text.partition("Triton over native")[2].splitlines()[1]
+    assert triton.split() == ["a", "graph", "1.10", "1.10", "-"]
     assert "eval, us" in text and "train step, us: not measured" in text

@@ -254,7 +254,7 @@ def test_mean_error_is_no_larger_than_eager_s(prologue: str, norm: str, dtype: t
         radix, layout = index % 4 + 1, FORMATS[index % 2]
         options = {"layout": layout, "norm": norm, "prologue": prologue}
         call = draw(Case(6, 24, 5, 5, radix, 2, 16, dtype, **options))
-        for backend, total in (("native", ours), ("reference", eager)):
+        for backend, total in ((None, ours), ("reference", eager)):
             out, grads = call.gradients(backend)
             for name, value in {"out": out, **grads}.items():
                 truth = call.truth.values[name]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import cases
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from torch import Tensor
 import resnest_fused as rf
 from resnest_fused import reference
 
-ops = torch.ops.resnest_fused
+ops = getattr(torch.ops, cases.NAMESPACES[cases.BACKEND])
 Arguments = dict[str, Any]
 
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -379,6 +381,11 @@ SPOILED = {
 
 
 def _arguments(name: str) -> Arguments:
+    return _arguments_of(name, ops)
+
+
+@functools.cache
+def _arguments_of(name: str, ops: Any) -> Arguments:
     """Arguments with every tensor, which run: training ops use running statistics."""
     backward = name in ("split_attention_backward", "recombine_backward")
     statistics = "batch" if backward else "running"

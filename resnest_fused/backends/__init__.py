@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, cast
 from torch import Tensor
 
 from resnest_fused.backends import native, reference
+from resnest_fused.backends.triton import backend as triton
 
 
 class Backend(Protocol):
@@ -55,6 +56,7 @@ class BackendStatus(NamedTuple):
 # In the order in which "auto" tries them.
 _BACKENDS: dict[str, Backend] = {
     "native": cast(Backend, native),
+    "triton": cast(Backend, triton),
     "reference": cast(Backend, reference),
 }
 NAMES = ("auto", *_BACKENDS)

@@ -1,0 +1,1 @@
+"""Triton kernels of split attention, for GPUs whose users have no CUDA compiler."""

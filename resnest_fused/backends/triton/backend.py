@@ -1,0 +1,97 @@
+"""The Triton backend: who can run on it, and its ops."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Of an NVIDIA GPU; Triton compiles the kernels for no older one.
+OLDEST_GPU = (7, 5)
+
+
+def _load() -> tuple[Any, str | None]:
+    """What the kernels know of Triton, and why they cannot be had."""
+    if importlib.util.find_spec("triton") is None:
+        return None, "Triton is not installed"
+    try:
+        compat = importlib.import_module("resnest_fused.backends.triton.compat")
+        reason = compat.too_old()
+        if reason is None:
+            importlib.import_module("resnest_fused.backends.triton.ops")
+    except ImportError as error:
+        return None, f"Triton cannot be imported ({error})"
+    return compat, reason
+
+
+_compat, _missing = _load()
+
+
+def unavailable() -> str | None:
+    if _missing is not None:
+        return _missing
+    reason = _compat.wrong_settings()
+    if reason is None and not (
+        _compat.INTERPRETED or torch.cuda.is_available() or torch.xpu.is_available()
+    ):
+        reason = "its kernels are for GPUs, PyTorch sees none"
+    return reason
+
+
+def can_run(x: Tensor) -> str | None:
+    if _missing is not None:
+        return _missing
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        return "an ONNX graph has standard ops only"
+    if not x.is_meta:  # there the ops trace through their fake kernels
+        return gpu_unavailable(x.device.type, x.device.index)
+    return None
+
+
+def gpu_unavailable(kind: str, index: int | None) -> str | None:
+    """Why the kernels cannot run on this device, or None."""
+    return _gpu_unavailable(kind, index)
+
+
+# As in native.py: a constant for the compiler.
+gpu_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _gpu_unavailable(kind: str, index: int | None) -> str | None:
+    reason = _compat.wrong_settings()
+    if reason is not None:
+        return reason
+    if _compat.INTERPRETED:
+        return None if kind == "cpu" else f"its interpreter runs on cpu, x is on {kind}"
+    if kind not in ("cuda", "xpu"):
+        return f"its kernels are for GPUs, x is on {kind}"
+    if kind == "cuda" and torch.version.cuda is not None and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(index)
+        if capability < OLDEST_GPU:
+            oldest, found = (".".join(map(str, c)) for c in (OLDEST_GPU, capability))
+            return f"its kernels are for GPUs from {oldest} on, GPU {index} is {found}"
+    return None
+
+
+def describe() -> str:
+    where = "in Triton's interpreter, on the CPU" if _compat.INTERPRETED else "for GPUs"
+    tuned = ", tuned at first calls" if _compat.autotunes() else ""
+    return f"Triton {_compat.VERSION} kernels {where}{tuned}"
+
+
+if _missing is None:
+    _ops = torch.ops.resnest_fused_triton
+    forward = _ops.split_attention.default
+    forward_train = _ops.split_attention_train.default
+    backward = _ops.split_attention_backward.default
+    batch_statistics = _ops.batch_statistics.default
+    pool = _ops.pool.default
+    recombine = _ops.recombine.default
+    pool_backward = _ops.pool_backward.default
+    prologue_backward = _ops.prologue_backward.default
+    recombine_backward = _ops.recombine_backward.default

@@ -1,0 +1,214 @@
+"""How kernels are launched: block sizes and warps by phase and shape, and their tuning.
+
+The table decides by shape alone and not by the batch, so that in evaluation a sample's result does
+not depend on its batch; no kernel's sums depend on the order in which programs run. With
+``RESNEST_FUSED_AUTOTUNE=1`` a phase that walks over a feature map is timed with several block sizes
+at its first call of a kind, and the fastest is kept, also in a file beside Triton's cache. While a
+CUDA graph is captured nothing is timed.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from resnest_fused.backends.triton.compat import autotunes, cache_folder
+from resnest_fused.backends.triton.problem import Map
+
+Result = TypeVar("Result")
+
+# Elements of a split that a program takes, of which each of its threads holds 32 or 16 of every
+# map; not measured on a GPU yet.
+ELEMENTS = {
+    "statistics": 4096,
+    "pool": 4096,
+    "pool_backward": 2048,
+    "recombine": 4096,
+    "recombine_backward": 2048,
+}
+# In channels_last so many bytes of neighbouring channels make whole memory transactions.
+CHANNEL_BYTES = 128
+NCHW_PIXELS = 1024
+# Of narrow vectors a program takes fewer elements, but not less than a few for each thread.
+LEAST_ELEMENTS = 512
+# With fewer programs than that, a GPU has processors without any.
+PROGRAMS = 1024
+
+
+class MapBlock(NamedTuple):
+    """Of a program its channels and pixels of one sample, and its warps."""
+
+    channels: int
+    pixels: int
+    num_warps: int
+
+    def tiles(self, channels: int, pixels: int) -> tuple[int, int]:
+        """How many blocks of channels, and tiles of pixels."""
+        return triton.cdiv(channels, self.channels), triton.cdiv(pixels, self.pixels)
+
+    def options(self) -> dict[str, int]:
+        return {"BLOCK_C": self.channels, "BLOCK_P": self.pixels, "num_warps": self.num_warps}
+
+
+class ColumnBlock(NamedTuple):
+    """For sums over rows of a matrix: a program takes all rows of some features."""
+
+    rows: int
+    features: int
+    num_warps: int
+
+    def options(self) -> dict[str, int]:
+        return {
+            "BLOCK_ROWS": self.rows,
+            "BLOCK_F": self.features,
+            "num_warps": self.num_warps,
+        }
+
+
+class ProductBlock(NamedTuple):
+    """A tile of a matrix product, and how much of its depth is taken at a time."""
+
+    m: int
+    n: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+    def tiles(self, rows: int, columns: int) -> int:
+        """Tiles of a result of this size."""
+        return triton.cdiv(rows, self.m) * triton.cdiv(columns, self.n)
+
+    def options(self) -> dict[str, int]:
+        return {
+            "BLOCK_M": self.m,
+            "BLOCK_N": self.n,
+            "BLOCK_D": self.depth,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+COLUMNS = ColumnBlock(rows=32, features=32, num_warps=4)
+PRODUCT = ProductBlock(m=16, n=64, depth=32, num_warps=4, num_stages=3)
+# Elements that a program takes of what is small and flat.
+FLAT_BLOCK = 256
+
+
+def acc(x: Tensor) -> tl.dtype:
+    """In which kernels sum what they load."""
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+def alignment(m: Map) -> int:
+    """Of how many elements, up to 16, a row of x and of out is a multiple."""
+    return math.gcd(m.channels if m.nhwc else m.pixels, 16)
+
+
+def map_block(m: Map, elements: int) -> MapBlock:
+    """About so many elements, the most of them one behind the other in memory."""
+    itemsize = m.x.element_size()
+    if alignment(m) * itemsize < 16:
+        # A thread loads narrower vectors, so more of them, with more coefficients of channels.
+        elements = max(elements * alignment(m) * itemsize // 16, LEAST_ELEMENTS)
+    if m.nhwc:
+        block_c = min(triton.next_power_of_2(m.channels), CHANNEL_BYTES // itemsize)
+        block_p = min(triton.next_power_of_2(m.pixels), max(elements // block_c, 1))
+    else:
+        block_p = min(triton.next_power_of_2(m.pixels), NCHW_PIXELS, elements)
+        block_c = min(triton.next_power_of_2(m.channels), elements // block_p)
+    return MapBlock(block_c, block_p, 8 if elements > 4096 else 4)
+
+
+def map_options(m: Map, block: MapBlock) -> dict[str, Any]:
+    """The constants of every kernel that computes z of a map, and the launch's options."""
+    return {
+        "EPS": m.bn0.eps,
+        "RELU": m.relu,
+        "RADIX": m.radix,
+        "NHWC": m.nhwc,
+        "ALIGN": alignment(m),
+        "ACC": acc(m.x),
+        **block.options(),
+    }
+
+
+def samples_per_program(batch: int, programs: int) -> int:
+    """How many samples a program takes where each has so many programs."""
+    chunks = min(max(batch, 1), triton.cdiv(PROGRAMS, programs))
+    return max(triton.cdiv(batch, chunks), 1)
+
+
+def run(kernel: Any, programs: int, arguments: tuple[Any, ...], **options: Any) -> None:
+    """Launch so many programs, if any; ``options`` are more arguments and the launch's own."""
+    if programs > 0:
+        # Without contraction, which compilers choose kernel by kernel: tl.fma is where it is meant.
+        kernel[(programs,)](*arguments, **options, enable_fp_fusion=False)
+
+
+def best(phase: str, m: Map, call: Callable[[MapBlock], Result]) -> Result:
+    """``call`` with the block for this phase and map."""
+
+    if not autotunes():
+        return call(map_block(m, ELEMENTS[phase]))
+    key = _key(phase, m)
+    chosen = _tuned().get(key)
+    if chosen is None:
+        if m.batch == 0 or _is_capturing(m.x):
+            return call(map_block(m, ELEMENTS[phase]))
+        chosen = min((1024, 2048, 4096, 8192), key=lambda n: _time(lambda: call(map_block(m, n))))
+        _tuned()[key] = chosen
+        _save()
+    return call(map_block(m, chosen))
+
+
+# --- tuning
+
+
+def _key(phase: str, m: Map) -> str:
+    """What the choice may depend on: not the batch."""
+    dtype = str(m.x.dtype).removeprefix("torch.")
+    layout = "nhwc" if m.nhwc else "nchw"
+    form = "bn0" if m.bn0.mean is not None else "relu" if m.relu else "plain"
+    return f"{phase} {m.radix}x{m.channels}@{m.pixels} {dtype} {layout} {form}"
+
+
+def _time(call: Callable[[], object]) -> float:
+    """Its median in milliseconds."""
+    return float(triton.testing.do_bench(call, warmup=10, rep=40, return_mode="median"))
+
+
+def _is_capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _file() -> Path:
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "device"
+    words = "-".join(f"{name} triton {triton.__version__}".split())
+    return Path(cache_folder()) / f"resnest_fused-{words}.json"
+
+
+@functools.cache
+def _tuned() -> dict[str, int]:
+    """Elements by key, as found so far."""
+    try:
+        return dict(json.loads(_file().read_text()))
+    except (OSError, ValueError):  # not there, or not whole
+        return {}
+
+
+def _save() -> None:
+    path = _file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(_tuned(), indent=1, sort_keys=True) + "\n")
+    part.replace(path)

@@ -1,0 +1,225 @@
+"""Triton's kernels, in its interpreter where there is no GPU: the same tests as of all kernels."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import cases
+import pytest
+import test_op
+import torch
+from cases import LAYOUTS, Call, Case, check, draw, draw_any
+from test_cpu_kernels import (  # noqa: F401
+    DTYPES,
+    FORMATS,
+    FORMS,
+    test_a_feature_that_does_not_vary,
+    test_a_gap_that_overflows,
+    test_a_mean_far_from_zero,
+    test_attention_saturates_without_overflow,
+    test_empty_batch,
+    test_nan_in_a_parameter_passes_on,
+    test_nan_passes_on_as_in_pytorch,
+    test_out_and_dx_have_x_s_format,
+    test_smallest_sizes,
+)
+from test_op import (  # noqa: F401
+    ARGUMENTS,
+    test_batch_statistics_of_a_large_mean,
+    test_batch_statistics_of_a_pixel_unlike_the_others,
+    test_counts_that_do_not_fit_are_refused,
+    test_crumbs,
+    test_dx_of_a_mean_far_from_zero,
+    test_fake_kernels_know_the_strides,
+    test_gradients_that_are_not_needed_have_no_elements,
+    test_opcheck,
+    test_opcheck_backward_of_some,
+    test_phases_of_an_empty_batch,
+    test_sums_of_the_pool_s_backward,
+    test_tensors_that_do_not_fit_are_refused,
+)
+from torch import Tensor
+from triton import language as tl
+from triton.runtime import interpreter
+
+import resnest_fused as rf
+from resnest_fused.backends.triton import launch, pool
+from resnest_fused.backends.triton.compat import INTERPRETED
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_interpreter() -> Iterator[None]:
+    """The interpreter patches the language at each call of a function; once is enough."""
+    if not INTERPRETED:
+        yield
+        return
+    # The kernels' language, and what that is itself written in.
+    scopes = [interpreter._patch_lang(function.fn) for function in (pool.pool_kernel, tl.sum)]
+    nothing = SimpleNamespace(restore=lambda: None)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter, "_patch_lang", lambda function: nothing)
+        yield
+    for scope in reversed(scopes):
+        scope.restore()
+
+
+@pytest.fixture(autouse=True)
+def triton_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(cases, "BACKEND", "triton")
+    monkeypatch.setattr(test_op, "ops", torch.ops.resnest_fused_triton)
+    with rf.use_backend("triton"):
+        yield
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several programs and tiles where one would do."""
+    monkeypatch.setattr(launch, "ELEMENTS", dict.fromkeys(launch.ELEMENTS, 64))
+    monkeypatch.setattr(launch, "LEAST_ELEMENTS", 64)
+    monkeypatch.setattr(launch, "NCHW_PIXELS", 16)
+    monkeypatch.setattr(launch, "CHANNEL_BYTES", 32)
+    monkeypatch.setattr(launch, "PROGRAMS", 12)
+    monkeypatch.setattr(launch, "FLAT_BLOCK", 32)
+    monkeypatch.setattr(launch, "COLUMNS", launch.ColumnBlock(4, 16, 1))
+    monkeypatch.setattr(launch, "PRODUCT", launch.ProductBlock(16, 16, 16, 1, 1))
+
+
+def _forms() -> Iterator[Case]:
+    """Each form in each dtype and layout, in turn with odd sizes, radices, cardinalities."""
+    sizes = itertools.cycle(
+        [
+            (3, 20, 5, 7, 2, 1, 17),
+            (2, 18, 9, 4, 1, 3, 9),
+            (5, 24, 4, 4, 4, 2, 12),
+            (17, 9, 3, 5, 3, 1, 20),
+            (2, 36, 6, 6, 2, 2, 34),
+        ]
+    )
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    for index, ((prologue, norm), layout, dtype) in enumerate(
+        itertools.product(FORMS, FORMATS, dtypes)
+    ):
+        yield Case(
+            *next(sizes),
+            dtype,
+            torch.float32 if index % 4 == 1 else None,
+            layout,
+            bias=index % 5 != 0,
+            affine=index % 7 != 0,
+            norm=norm,
+            prologue=prologue,
+        )
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("case", _forms(), ids=str)
+def test_forms(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2, 64, 14, 14, 2, 1, 32, torch.bfloat16, prologue="batch"),
+        Case(2, 64, 14, 14, 2, 1, 32, layout="channels_last", prologue="batch"),
+        Case(1, 40, 33, 34, 2, 2, 20, layout="channels_last", norm="running"),
+        Case(1, 3, 64, 65, 1, 1, 8, norm="none", prologue="relu"),
+        Case(2, 130, 3, 3, 5, 1, 66, torch.float64, prologue="batch"),
+    ],
+    ids=str,
+)
+def test_usual_blocks(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("prologue", ["none", "batch"])
+def test_strides(prologue: str, layout: str) -> None:
+    """Of x and of dout: the same results as of contiguous ones."""
+    options = {"layout": layout, "dout_layout": layout, "norm": "running", "prologue": prologue}
+    call = draw_any(Case(3, 12, 4, 5, 2, 2, 8, torch.float64, **options))
+    x, dout = call.x.contiguous(), call.dout.contiguous()
+    contiguous = Call(call.case, x, call.params, dout)
+    (out, grads), (expected_out, expected) = call.gradients(), contiguous.gradients()
+    torch.testing.assert_close([out, *grads.values()], [expected_out, *expected.values()])
+
+
+def _everything(call: Call) -> list[Tensor]:
+    out, grads = call.gradients()
+    return [call.forward(), out, *grads.values()]
+
+
+@pytest.mark.cpu
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize(("prologue", "norm"), FORMS)
+def test_what_memory_held_before_makes_no_difference(
+    prologue: str, norm: str, layout: str, fill_memory: Callable[[int], None]
+) -> None:
+    """An element that nothing writes would show; so would an order that changes."""
+    call = draw_any(Case(3, 20, 5, 7, 2, 2, 18, layout=layout, norm=norm, prologue=prologue))
+    results = []
+    for byte in (0x7F, 0x80):  # NaN, infinity or huge numbers, and almost nothing
+        fill_memory(byte)
+        results.append(_everything(call))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("prologue", ["none", "relu", "running"])
+def test_in_eval_a_sample_does_not_depend_on_its_batch(
+    prologue: str, layout: str, dtype: torch.dtype
+) -> None:
+    """Nor on infinity and NaN in another."""
+    options = {"dtype": dtype, "layout": layout, "norm": "running", "prologue": prologue}
+    call = draw_any(Case(18, 24, 5, 7, 2, 2, 16, **options))
+    expected = call.forward()
+    for start, stop in ((0, 1), (4, 5), (17, 18), (1, 6)):
+        assert torch.equal(call.samples(start, stop).forward(), expected[start:stop])
+    call.x[2, 3, 1, 4], call.x[3, 3, 1, 4] = math.nan, math.inf
+    others = [0, 1, *range(4, 18)]
+    out = call.forward()
+    assert torch.equal(out[others], expected[others])
+    assert torch.equal(out.isnan(), call.forward("reference").isnan())
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_schemas_are_the_native_ones(name: str) -> None:
+    ours, native = (
+        getattr(getattr(torch.ops, namespace), name).default._schema
+        for namespace in cases.NAMESPACES.values()
+    )
+    assert [str(a) for a in ours.arguments] == [str(a) for a in native.arguments]
+    assert [str(r.type) for r in ours.returns] == [str(r.type) for r in native.returns]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiled_in_one_graph(training: bool) -> None:
+    eager = rf.FusedSplitAttention(8).train(training)
+    eager.backend = "triton"
+    compiled = torch.compile(copy.deepcopy(eager), fullgraph=True, backend="aot_eager")
+    x = draw(Case(2, 8, 5, 4)).x
+    results = []
+    for module in (eager, compiled):
+        leaf = x.clone().requires_grad_()
+        out = module(leaf)
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaf)])
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(compiled.state_dict(), eager.state_dict(), check_dtype=True)
+
+
+def test_exported(tmp_path: Path) -> None:
+    module = rf.FusedSplitAttention(8).eval()
+    module.backend = "triton"
+    x = torch.randn(2, 16, 5, 4)
+    torch.export.save(torch.export.export(module, (x,)), tmp_path / "module.pt2")
+    program = torch.export.load(tmp_path / "module.pt2")
+    assert "resnest_fused_triton.split_attention" in str(program.graph)
+    torch.testing.assert_close(program.module()(x), module(x))
