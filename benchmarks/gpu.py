@@ -251,7 +251,10 @@ def _by(contender: str, step: Step) -> Step:
 
     def run() -> object:
         os.environ[STRATEGY] = strategy  # read at each call
-        return step()
+        try:
+            return step()
+        finally:
+            del os.environ[STRATEGY]
 
     return run
 

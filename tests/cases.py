@@ -297,7 +297,7 @@ def check_calls(calls: list[Call], wanted: Collection[str] = DIFFERENTIABLE) -> 
     """:func:`check` for calls of one case."""
     case = calls[0].case
     names = [name for name in calls[0].differentiable() if name in wanted]
-    ours = [_errors(call, *call.gradients(names=names)) for call in calls]
+    ours = [errors_in_ulps(call, *call.gradients(names=names)) for call in calls]
     eager = [_eager_errors(call, names) for call in calls]
     for name in ("out", *names):
         found = sorted(errors[name] for errors in ours)
@@ -314,7 +314,7 @@ def check_calls(calls: list[Call], wanted: Collection[str] = DIFFERENTIABLE) -> 
         assert found[-1] <= 30 * (usual[-1] + slack), told
 
 
-def _errors(call: Call, out: Tensor, grads: dict[str, Tensor]) -> dict[str, float]:
+def errors_in_ulps(call: Call, out: Tensor, grads: dict[str, Tensor]) -> dict[str, float]:
     """The largest error of each result, in ulps (of the call's dtype) at its largest element."""
     errors = {}
     for name, result in {"out": out, **grads}.items():
@@ -344,7 +344,7 @@ def _eager_errors(call: Call, names: list[str]) -> dict[str, float]:
         flipped_out, flipped_grads = run.reversed().gradients("reference", names)
         if "x" in names:
             flipped_grads["x"] = flipped_grads["x"].flip(0, 2, 3)
-        one = _errors(call, *run.gradients("reference", names))
-        other = _errors(call, flipped_out.flip(0, 2, 3), flipped_grads)
+        one = errors_in_ulps(call, *run.gradients("reference", names))
+        other = errors_in_ulps(call, flipped_out.flip(0, 2, 3), flipped_grads)
         errors |= {name: max(one[name], other[name]) for name in results}
     return errors

@@ -17,7 +17,7 @@ import resnest_fused as rf
 # (batch, channels, height, width, radix, cardinality, inter_channels): maps in vectors of 16 bytes
 # and in single elements, few and many blocks, each radix that has code of its own.
 SIZES = (
-    (3, 16, 6, 6, 2, 1, 32),
+    (3, 16, 9, 8, 2, 1, 32),
     (5, 6, 5, 3, 2, 2, 10),
     (2, 72, 14, 14, 1, 3, 33),
     (2, 24, 9, 4, 4, 2, 16),

@@ -817,3 +817,8 @@ def test_strategy_is_refused() -> None:
         ValueError, match=r"^strategy: expected fastest, launches or .*, got 'clusters'"
     ):
         _C.plan(H200, WORKLOAD, "clusters")
+
+
+def test_largest_sample_of_an_empty_batch() -> None:
+    with pytest.raises(ValueError, match="at most 2\\^50 elements"):
+        plan(H200, Call(Shape(2, 1, 2**30, 2**30, 32), EVAL, 0, 8, False))

@@ -13,7 +13,7 @@ import cases
 import pytest
 import test_op
 import torch
-from cases import LAYOUTS, Call, Case, check, draw, draw_any
+from cases import LAYOUTS, Call, Case, check, draw, draw_any, errors_in_ulps
 from test_cpu_kernels import (  # noqa: F401
     DTYPES,
     FORMATS,
@@ -50,6 +50,7 @@ from triton.runtime import interpreter
 import resnest_fused as rf
 from resnest_fused.backends.triton import launch, pool
 from resnest_fused.backends.triton.compat import INTERPRETED
+from resnest_fused.backends.triton.problem import Map, Norm
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -79,8 +80,8 @@ def triton_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several programs and tiles where one would do."""
-    monkeypatch.setattr(launch, "ELEMENTS", dict.fromkeys(launch.ELEMENTS, 64))
-    monkeypatch.setattr(launch, "LEAST_ELEMENTS", 64)
+    monkeypatch.setattr(launch, "ELEMENTS", dict.fromkeys(launch.ELEMENTS, 128))
+    monkeypatch.setattr(launch, "LEAST_ELEMENTS", 128)
     monkeypatch.setattr(launch, "NCHW_PIXELS", 16)
     monkeypatch.setattr(launch, "CHANNEL_BYTES", 32)
     monkeypatch.setattr(launch, "PROGRAMS", 12)
@@ -93,11 +94,11 @@ def _forms() -> Iterator[Case]:
     """Each form in each dtype and layout, in turn with odd sizes, radices, cardinalities."""
     sizes = itertools.cycle(
         [
-            (3, 20, 5, 7, 2, 1, 17),
-            (2, 18, 9, 4, 1, 3, 9),
-            (5, 24, 4, 4, 4, 2, 12),
-            (17, 9, 3, 5, 3, 1, 20),
-            (2, 36, 6, 6, 2, 2, 34),
+            (3, 10, 5, 7, 2, 1, 17),
+            (2, 9, 6, 4, 1, 3, 9),
+            (5, 8, 4, 4, 4, 2, 12),
+            (17, 3, 3, 5, 3, 1, 20),
+            (2, 20, 5, 5, 2, 2, 34),
         ]
     )
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
@@ -117,9 +118,15 @@ def _forms() -> Iterator[Case]:
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("case", _forms(), ids=str)
+@pytest.mark.parametrize("case", list(_forms()), ids=str)
 def test_forms(case: Case) -> None:
-    check(case)
+    if case.dtype == torch.float32:
+        check(case)
+    else:  # whose sums are as good, and rounded once
+        call = draw(case)
+        for name, error in errors_in_ulps(call, *call.gradients()).items():
+            rounded = name == "out" or call.tensor(name).dtype == case.dtype
+            assert error <= (1 if rounded else 64), name
 
 
 @pytest.mark.parametrize(
@@ -196,7 +203,8 @@ def test_schemas_are_the_native_ones(name: str) -> None:
         getattr(getattr(torch.ops, namespace), name).default._schema
         for namespace in cases.NAMESPACES.values()
     )
-    assert [str(a) for a in ours.arguments] == [str(a) for a in native.arguments]
+    of_ours, of_native = ([(a.name, str(a.type)) for a in s.arguments] for s in (ours, native))
+    assert of_ours == of_native
     assert [str(r.type) for r in ours.returns] == [str(r.type) for r in native.returns]
 
 
@@ -212,7 +220,8 @@ def test_compiled_in_one_graph(training: bool) -> None:
         out = module(leaf)
         results.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaf)])
     torch.testing.assert_close(*results)
-    torch.testing.assert_close(compiled.state_dict(), eager.state_dict(), check_dtype=True)
+    ours, expected = compiled.state_dict().values(), eager.state_dict().values()
+    torch.testing.assert_close([*ours], [*expected])
 
 
 def test_exported(tmp_path: Path) -> None:
@@ -223,3 +232,53 @@ def test_exported(tmp_path: Path) -> None:
     program = torch.export.load(tmp_path / "module.pt2")
     assert "resnest_fused_triton.split_attention" in str(program.graph)
     torch.testing.assert_close(program.module()(x), module(x))
+
+
+@pytest.fixture
+def tuning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[float]]:
+    """Tuning into a folder of its own, with these times for what is timed next."""
+    times: list[float] = []
+    monkeypatch.setattr(launch, "autotunes", lambda: True)
+    monkeypatch.setattr(launch, "cache_folder", lambda: str(tmp_path / "cache"))
+    monkeypatch.setattr(launch, "_time", lambda call: call() and times.pop(0))
+    launch._tuned.cache_clear()
+    yield times
+    assert not times
+    launch._tuned.cache_clear()
+
+
+def _map(batch: int = 2) -> Map:
+    return Map(torch.empty(batch, 128, 56, 56, device="meta"), False, Norm(), 2)
+
+
+def test_tuning_keeps_the_fastest(tuning: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_device_name", lambda device: "some GPU")
+    tuning += [3.0, 1.0, 2.0, 4.0]
+    expected = launch.map_block(_map(), launch.CANDIDATES[1])
+    assert launch.best("pool", _map(), lambda block: block) == expected
+    assert launch.best("pool", _map(5), lambda block: block) == expected  # for any batch
+    launch._tuned.cache_clear()
+    assert launch.best("pool", _map(), lambda block: block) == expected  # from the file
+
+
+def test_nothing_is_timed_while_a_graph_is_captured(
+    tuning: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_device_name", lambda device: "some GPU")
+    monkeypatch.setattr(launch, "_is_capturing", lambda x: True)
+    expected = launch.map_block(_map(), launch.ELEMENTS["pool"])
+    assert launch.best("pool", _map(), lambda block: block) == expected
+    monkeypatch.setattr(launch, "_is_capturing", lambda x: False)
+    assert launch.best("pool", _map(0), lambda block: block) == expected
+
+
+def test_a_file_of_choices_that_is_not_whole_counts_as_none(
+    tuning: list[float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(launch, "_device_name", lambda device: "some GPU")
+    launch._file().parent.mkdir()
+    launch._file().write_text('{"some')
+    tuning += [4.0, 3.0, 2.0, 1.0]
+    block = launch.best("pool", _map(), lambda block: block)
+    assert block == launch.map_block(_map(), launch.CANDIDATES[3])
+    assert launch._file().read_text().startswith("{\n")

@@ -92,8 +92,6 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
       if (exists(group) && block < all_blocks) {
         wait_for(attention_done + group, args.attention_blocks);
         recombine_block<T, kNhwc, kRadix, kVector, kPrologue>(args.recombine, block);
-        // The next ticket goes where this piece's sums may still be read.
-        __syncthreads();
       }
       continue;
     }

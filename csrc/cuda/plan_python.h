@@ -133,9 +133,10 @@ inline Workload workload_from(const pybind11::dict& dict) {
   require(w.bn0 || !w.batch_stats, "batch_stats", "False without bn0");
   require(w.pass != Pass::kEval || !w.batch_stats, "batch_stats", "False in evaluation");
   require(w.pass != Pass::kEval || !w.bn1_batch_stats, "bn1_batch_stats", "False in evaluation");
-  // More than any memory has, and little enough for what is a small multiple of it.
+  // More than any memory has, and little enough for what is a small multiple of it; of one sample
+  // even where there is none.
   constexpr double kMostElements = 0x1p50;
-  const double samples = static_cast<double>(w.batch);
+  const double samples = std::max(static_cast<double>(w.batch), 1.0);
   require(samples * static_cast<double>(w.features()) * static_cast<double>(w.pixels) <=
                   kMostElements &&
               samples * static_cast<double>(w.inter) <= kMostElements,

@@ -47,6 +47,7 @@ MISTAKES = [
     # Barriers and the order of memory.
     *_no_barriers("prologue.cu", "device.cuh", 2),
     *_no_barriers("prologue.cu", "map.cuh", 2),
+    *_no_barriers("prologue.cu", "prologue.cuh", 1),
     *_no_barriers("attention.cu", "norm.cuh", 2),
     *_no_barriers("attention.cu", "product.cuh", 2),
     *_no_barriers("persistent.cu", "persistent.cuh", 4),
@@ -101,6 +102,22 @@ MISTAKES = [
         "plain", "recombine.cu", "recombine.cuh", "block < args.blocks", "block + 1 < args.blocks"
     ),
     Mistake("plain", "attention.cu", "norm.cuh", "row < rows", "row + 1 < rows"),
+    # Which only evaluation goes through.
+    Mistake("plain", "attention.cu", "product.cuh", "j < chunks", "j + 1 < chunks"),
+    Mistake(
+        "plain",
+        "persistent.cu",
+        "persistent.cuh",
+        "first * of_group.gap.chunks * of_group.gap.channels",
+        "first * of_group.gap.channels",
+    ),
+    Mistake(
+        "plain",
+        "split_attention.cu",
+        "split_attention.cu",
+        "group(first, std::min(plan.group, w.batch - first))",
+        "group(0, std::min(plan.group, w.batch - first))",
+    ),
 ]
 
 
@@ -148,9 +165,11 @@ def build_mistakes(original: Path, folder: Path) -> dict[str, Path]:
 
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))
+    import numpy as np
+    import oracle
     import pytest
     import torch
-    from cases import Case, check, draw_any
+    from cases import Case, check, draw, draw_any
     from cuda_on_host.kernels import DEVICE, Kernels
 
     library, kind, folder = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
@@ -172,6 +191,20 @@ def main() -> None:
             kernels.set_device(l2_bytes=seed % 2 * 30_000)
             call.forward()
 
+    def check_evaluation() -> None:
+        options = {"norm": "running", "prologue": "running"}
+        for layout in ("nchw", "channels_last"):
+            call = draw(Case(5, 24, 12, 11, 2, 2, 10, layout=layout, **options))
+            truth = call.evaluate().values["out"]
+            for strategy, device in (
+                ("launches", {"bytes_per_microsecond": 1, "l2_bytes": 120_000}),
+                ("persistent", {"l2_bytes": 0}),
+            ):
+                kernels.choose(strategy)
+                kernels.set_device(**device)
+                error = np.abs(oracle.wide(call.forward()) - truth).max()
+                assert error <= 2e-6 * np.abs(truth).max()
+
     def check_some() -> None:
         for layout in ("nchw", "channels_last"):
             for dtype in (torch.float32, torch.float16):
@@ -183,6 +216,7 @@ def main() -> None:
         torch.manual_seed(0)
         if kind == "plain":
             check_some()
+            check_evaluation()
         else:
             compute_some()
 

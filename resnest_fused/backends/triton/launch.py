@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnest_fused.backends.triton.compat import autotunes, cache_folder
+from resnest_fused.backends.triton.compat import VERSION, autotunes, cache_folder
 from resnest_fused.backends.triton.problem import Map
 
 Result = TypeVar("Result")
@@ -36,6 +36,8 @@ ELEMENTS = {
     "recombine": 4096,
     "recombine_backward": 2048,
 }
+# What is tried when tuning.
+CANDIDATES = (1024, 2048, 4096, 8192)
 # In channels_last so many bytes of neighbouring channels make whole memory transactions.
 CHANNEL_BYTES = 128
 NCHW_PIXELS = 1024
@@ -165,7 +167,7 @@ def best(phase: str, m: Map, call: Callable[[MapBlock], Result]) -> Result:
     if chosen is None:
         if m.batch == 0 or _is_capturing(m.x):
             return call(map_block(m, ELEMENTS[phase]))
-        chosen = min((1024, 2048, 4096, 8192), key=lambda n: _time(lambda: call(map_block(m, n))))
+        chosen = min(CANDIDATES, key=lambda n: _time(lambda: call(map_block(m, n))))
         _tuned()[key] = chosen
         _save()
     return call(map_block(m, chosen))
@@ -179,7 +181,14 @@ def _key(phase: str, m: Map) -> str:
     dtype = str(m.x.dtype).removeprefix("torch.")
     layout = "nhwc" if m.nhwc else "nchw"
     form = "bn0" if m.bn0.mean is not None else "relu" if m.relu else "plain"
-    return f"{phase} {m.radix}x{m.channels}@{m.pixels} {dtype} {layout} {form}"
+    device = _device_name(m.x.device)
+    return f"{device}: {phase} {m.radix}x{m.channels}@{m.pixels} {dtype} {layout} {form}"
+
+
+@functools.cache
+def _device_name(device: torch.device) -> str:
+    module = torch.get_device_module(device)
+    return str(module.get_device_name(device)) if device.type != "cpu" else "cpu"
 
 
 def _time(call: Callable[[], object]) -> float:
@@ -192,9 +201,7 @@ def _is_capturing(x: Tensor) -> bool:
 
 
 def _file() -> Path:
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "device"
-    words = "-".join(f"{name} triton {triton.__version__}".split())
-    return Path(cache_folder()) / f"resnest_fused-{words}.json"
+    return Path(cache_folder()) / f"resnest_fused-{VERSION}.json"
 
 
 @functools.cache
