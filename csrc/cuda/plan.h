@@ -394,7 +394,8 @@ struct BackwardWorkspace : Workspace {
   }
 };
 
-// The persistent kernel is compiled for the radix of the published models; the launches for any.
+// The persistent kernel is compiled for radix 2, that of nearly all published models; the launches
+// for any.
 constexpr int64_t kPersistentRadix = 2;
 
 inline bool has_persistent_kernel(const Tiling& t, const Workload& w) {

@@ -133,7 +133,7 @@ def batch_norm_kernel(
     """
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
     # Distances from the first sample's, so that no sum cancels.
-    origin = tl.load(hidden + f, mask=(f < inter) & (batch > 0), other=0)
+    origin = tl.load(hidden + f, mask=f < inter * tl.minimum(batch, 1), other=0)
     total = tl.zeros((BLOCK_ROWS, BLOCK_F), ACC)
     for first in range(0, batch, BLOCK_ROWS):
         b = (first + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]

@@ -144,7 +144,7 @@ def combine_kernel(
 ):
     """The whole batch's mean and biased variance from those of its parts."""
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-    origin = tl.load(partial_mean + f, mask=(f < features) & (rows > 0), other=0)
+    origin = tl.load(partial_mean + f, mask=f < features * tl.minimum(rows, 1), other=0)
     count = tl.zeros((BLOCK_ROWS,), ACC)
     total = tl.zeros((BLOCK_ROWS, BLOCK_F), ACC)
     for first in range(0, rows, BLOCK_ROWS):

@@ -1,5 +1,5 @@
-// The part of CUDA C++ and of its runtime API that csrc/cuda uses, for a C++ compiler: kernels are
-// plain functions, and a launch runs them on the CPU (runtime.cpp).
+// The part of CUDA C++ and of its runtime API that csrc/cuda and the tests of this runtime use, for
+// a C++ compiler: kernels are plain functions, and a launch runs them on the CPU (runtime.cpp).
 #pragma once
 
 #include <math.h>
@@ -16,22 +16,10 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 
-using std::max;
-using std::min;
-
 // --- vector types, aligned as in CUDA: a misaligned access is undefined behaviour here too
 
-struct alignas(8) float2 {
-  float x, y;
-};
 struct alignas(16) float4 {
   float x, y, z, w;
-};
-struct alignas(16) double2 {
-  double x, y;
-};
-struct alignas(8) int2 {
-  int x, y;
 };
 struct alignas(16) int4 {
   int x, y, z, w;
@@ -49,13 +37,8 @@ struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
 
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline double2 make_double2(double x, double y) { return {x, y}; }
-inline int2 make_int2(int x, int y) { return {x, y}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 // --- inside a kernel
 
@@ -92,9 +75,6 @@ unsigned char* shared_memory();
 inline void __syncthreads() { cuda_on_host::sync_block(); }
 inline void __syncwarp(unsigned mask = 0xffffffff) { cuda_on_host::sync_warp(mask); }
 inline void __nanosleep(unsigned) { cuda_on_host::spin(); }
-// Kernels order memory by release and acquire, which ThreadSanitizer understands and fences not:
-// where a fence would be needed, it reports the race.
-inline void __threadfence() {}
 
 template <typename T>
 void __stcs(T* to, T value) {
@@ -134,11 +114,9 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
-const char* cudaGetErrorName(cudaError_t error);
 // For a launch that failed: what the last one to fail died of.
 const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaGetLastError();
-cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream);
 
 namespace cuda_on_host {
 
