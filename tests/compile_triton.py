@@ -36,6 +36,9 @@ CASES = [
     )
 ] + [
     Case(3, 42, 7, 5, 3, 2, 18, norm="none", prologue="relu"),
+    # Triton makes constants of arguments that are 1.
+    Case(1, 1, 1, 1, 1, 1, 1, norm="running", prologue="running"),
+    Case(2, 1, 1, 2, 2, 1, 1, layout="channels_last", prologue="batch"),
     Case(2, 64, 16, 16, 1, 1, 32, torch.bfloat16, layout="channels_last", norm="running"),
     Case(2, 64, 16, 16, 4, 2, 32, torch.bfloat16, torch.float32, layout="channels_last"),
     Case(2, 16, 8, 8, 2, 1, 8, torch.float64, prologue="batch"),

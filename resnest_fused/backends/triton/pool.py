@@ -244,8 +244,9 @@ def _dattention(
 @triton.jit
 def _over_tiles(partial, step, tiles, inside):
     total = tl.load(partial, mask=inside, other=0)
-    for tile in range(1, tiles):
-        total += tl.load(partial + tile * step.to(tl.int64), mask=inside, other=0)
+    for _ in range(1, tiles):
+        partial += step
+        total += tl.load(partial, mask=inside, other=0)
     return total
 
 
