@@ -299,6 +299,8 @@ def test_phases_of_an_empty_batch() -> None:
     assert ops.recombine_backward(**_recombine_backward(call)).shape == (0, 12, 4, 5)
     for grad in ops.prologue_backward(**_prologue_backward(call)):
         assert torch.equal(grad, torch.zeros(12))
+    for statistic in ops.batch_statistics(call.x):  # which count for nothing beside another's
+        assert torch.equal(statistic, torch.zeros(12))
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])

@@ -50,7 +50,7 @@ from triton.runtime import interpreter
 import resnest_fused as rf
 from resnest_fused.backends.triton import launch, pool
 from resnest_fused.backends.triton.compat import INTERPRETED
-from resnest_fused.backends.triton.problem import Map, Norm
+from resnest_fused.backends.triton.problem import Map, Norm, make_map
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -277,8 +277,31 @@ def test_a_file_of_choices_that_is_not_whole_counts_as_none(
 ) -> None:
     monkeypatch.setattr(launch, "_device_name", lambda device: "some GPU")
     launch._file().parent.mkdir()
-    launch._file().write_text('{"some')
-    tuning += [4.0, 3.0, 2.0, 1.0]
-    block = launch.best("pool", _map(), lambda block: block)
-    assert block == launch.map_block(_map(), launch.CANDIDATES[3])
-    assert launch._file().read_text().startswith("{\n")
+    for text in ('{"some', "[1]", "3", f'{{"{launch._key("pool", _map())}": "a"}}'):
+        launch._tuned.cache_clear()
+        launch._file().write_text(text)
+        tuning += [4.0, 3.0, 2.0, 1.0]
+        block = launch.best("pool", _map(), lambda block: block)
+        assert block == launch.map_block(_map(), launch.CANDIDATES[3])
+        assert launch._file().read_text().startswith("{\n")
+
+
+def test_choices_that_cannot_be_written_are_kept(
+    tuning: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_device_name", lambda device: "some GPU")
+    monkeypatch.setattr(launch, "cache_folder", lambda: "/proc/nowhere")
+    tuning += [1.0, 2.0, 3.0, 4.0]
+    for _ in range(2):
+        block = launch.best("pool", _map(), lambda block: block)
+        assert block == launch.map_block(_map(), launch.CANDIDATES[0])
+
+
+def test_unaligned_maps_are_copied() -> None:
+    """A sample's address must not choose between kernels."""
+    x = torch.randn(3, 3, 15, 15)
+    for part in (x[1:], x.contiguous(memory_format=torch.channels_last)[1:]):
+        assert part.data_ptr() % 16 != 0
+        m = make_map(part, False, Norm(), 1)
+        assert m.x.data_ptr() % 16 == 0 and m.x.stride() == part.stride()
+        assert torch.equal(m.x, part)

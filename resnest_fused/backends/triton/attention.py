@@ -139,14 +139,14 @@ def batch_norm_kernel(
         b = (first + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
         inside = (b < batch) & (f < inter)
         total += tl.where(inside, tl.load(hidden + b * inter + f, mask=inside, other=0) - origin, 0)
-    center = origin + (tl.sum(total, 0) / batch)[None, :]
+    center = origin + (tl.sum(total, 0) / tl.maximum(batch, 1))[None, :]
     total = tl.zeros((BLOCK_ROWS, BLOCK_F), ACC)
     for first in range(0, batch, BLOCK_ROWS):
         b = (first + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
         inside = (b < batch) & (f < inter)
         apart = tl.load(hidden + b * inter + f, mask=inside, other=0) - center
         total += tl.where(inside, apart * apart, 0)
-    spread = (tl.sum(total, 0) / batch)[None, :]
+    spread = (tl.sum(total, 0) / tl.maximum(batch, 1))[None, :]
     tl.store(mean + f, center, mask=f < inter)
     tl.store(var + f, spread, mask=f < inter)
     gamma, beta, _, _ = norm_at(bn1_weight, bn1_bias, None, None, f, f < inter, EPS, ACC)

@@ -16,14 +16,14 @@ OLDEST_GPU = (7, 5)
 
 def _load() -> tuple[Any, str | None]:
     """What the kernels know of Triton, and why they cannot be had."""
-    if importlib.util.find_spec("triton") is None:
-        return None, "Triton is not installed"
     try:
+        if importlib.util.find_spec("triton") is None:
+            return None, "Triton is not installed"
         compat = importlib.import_module("resnest_fused.backends.triton.compat")
         reason = compat.too_old()
         if reason is None:
             importlib.import_module("resnest_fused.backends.triton.ops")
-    except ImportError as error:
+    except Exception as error:  # whatever is wrong with it, the other backends do without
         return None, f"Triton cannot be imported ({error})"
     return compat, reason
 
@@ -54,7 +54,7 @@ def can_run(x: Tensor) -> str | None:
 
 def gpu_unavailable(kind: str, index: int | None) -> str | None:
     """Why the kernels cannot run on this device, or None."""
-    return _gpu_unavailable(kind, index)
+    return _compat.wrong_settings() or _gpu_unavailable(kind, index)
 
 
 # As in native.py: a constant for the compiler.
@@ -63,9 +63,6 @@ gpu_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.cache
 def _gpu_unavailable(kind: str, index: int | None) -> str | None:
-    reason = _compat.wrong_settings()
-    if reason is not None:
-        return reason
     if _compat.INTERPRETED:
         return None if kind == "cpu" else f"its interpreter runs on cpu, x is on {kind}"
     if kind not in ("cuda", "xpu"):

@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 
 import triton
-from triton import knobs
 
 VERSION: str = triton.__version__
 # The oldest release that the kernels are tested with; PyTorch 2.10 brings it.
 OLDEST = (3, 6)
-# Whether kernels run in Triton's interpreter, on tensors of the CPU; known when they are defined.
-INTERPRETED: bool = knobs.runtime.interpret
 
 
 def too_old() -> str | None:
@@ -20,6 +17,10 @@ def too_old() -> str | None:
     if release < OLDEST:
         return f"Triton {VERSION} is older than {OLDEST[0]}.{OLDEST[1]}"
     return None
+
+
+# Whether kernels run in Triton's interpreter, on tensors of the CPU; known when they are defined.
+INTERPRETED: bool = too_old() is None and triton.knobs.runtime.interpret
 
 
 def wrong_settings() -> str | None:
@@ -37,4 +38,4 @@ def autotunes() -> bool:
 
 def cache_folder() -> str:
     """Where Triton keeps what it compiled."""
-    return knobs.cache.dir
+    return triton.knobs.cache.dir

@@ -9,6 +9,7 @@ CUDA graph is captured nothing is timed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -208,14 +209,18 @@ def _file() -> Path:
 def _tuned() -> dict[str, int]:
     """Elements by key, as found so far."""
     try:
-        return dict(json.loads(_file().read_text()))
+        found = json.loads(_file().read_text())
     except (OSError, ValueError):  # not there, or not whole
         return {}
+    if not isinstance(found, dict):
+        return {}
+    return {key: elements for key, elements in found.items() if elements in CANDIDATES}
 
 
 def _save() -> None:
     path = _file()
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(_tuned(), indent=1, sort_keys=True) + "\n")
-    part.replace(path)
+    with contextlib.suppress(OSError):  # where nothing can be written, each process finds its own
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(_tuned(), indent=1, sort_keys=True) + "\n")
+        part.replace(path)

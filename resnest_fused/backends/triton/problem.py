@@ -107,7 +107,7 @@ def make_map(x: Tensor, relu: bool, bn0: Norm, radix: int) -> Map:
     bn0 = _take_norm("bn0", bn0, features, batch * height * width, x)
     if not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous()
-    return Map(x, relu, bn0, radix)
+    return Map(_aligned(x), relu, bn0, radix)
 
 
 def take_fcs(m: Map, fcs: Fcs) -> Fcs:
@@ -144,13 +144,22 @@ def take_dout(m: Map, dout: Tensor) -> Tensor:
     _check_shape("dout", dout, (batch, m.channels, height, width), m.x)
     check(dout.dtype == m.x.dtype, "dout: expected x's dtype")
     memory_format = torch.channels_last if m.nhwc else torch.contiguous_format
-    return dout.contiguous(memory_format=memory_format)
+    return _aligned(dout.contiguous(memory_format=memory_format))
 
 
 def take_crumb(name: str, crumb: Tensor, shape: tuple[int, ...], x: Tensor) -> Tensor:
     _check_shape(name, crumb, shape, x)
     check(crumb.dtype == crumb_dtype(x), f"{name}: expected float32, float64 beside a float64 x")
     return crumb.contiguous()
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """At an address that is a multiple of 16 bytes, as fresh tensors are.
+
+    For another Triton makes another kernel, whose threads may sum in another order: then a sample's
+    result would depend on where in its batch it lies.
+    """
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _take_norm(name: str, norm: Norm, features: int, elements: int, x: Tensor) -> Norm:

@@ -155,7 +155,7 @@ def combine_kernel(
         apart = tl.load(partial_mean + from_, mask=inside, other=0) - origin[None, :]
         count += elements
         total += tl.where(inside, elements[:, None] * apart, 0)
-    whole = tl.sum(count, 0)
+    whole = tl.maximum(tl.sum(count, 0), 1)  # of nothing zeros, which count for nothing elsewhere
     center = tl.sum(total, 0) / whole
     total = tl.zeros((BLOCK_ROWS, BLOCK_F), ACC)
     for first in range(0, rows, BLOCK_ROWS):
@@ -263,7 +263,7 @@ def prologue_backward_kernel(
         of_bias += a * s1 + tl.where(passed, d * s2, 0)
     weight_sum = tl.sum(of_weight, 0)
     bias_sum = tl.sum(of_bias, 0)
-    elements = batch.to(ACC) * pixels.to(ACC)
+    elements = tl.maximum(batch.to(ACC) * pixels.to(ACC), 1)
     if dweight is not None:
         tl.store(dweight + f, weight_sum, mask=f < features)
     if dbias is not None:
