@@ -234,7 +234,7 @@ WRONG: list[tuple[type[Exception], str, Callable[[dict[str, Any]], dict[str, Any
     ),
     (
         ValueError,
-        "backend: expected one of auto, native, reference, got 'fast'",
+        "backend: expected one of auto, native, triton, reference, got 'fast'",
         lambda a: {"backend": "fast"},
     ),
     *_norms(),
