@@ -39,8 +39,8 @@ case $kernels in
     *) echo "tests/gpu.sh: KERNELS: expected native or triton, got $kernels" >&2; exit 2 ;;
 esac
 pytest=(python3 -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider)
-pytest+=(--device cuda --kernels "$kernels" -m "not peers and not cpu" --timeout 120 --timeout-method thread)
-pytest+=(-q --tb short --durations 8)
+pytest+=(--device cuda --kernels "$kernels" -m "not peers and not cpu")
+pytest+=(--timeout 120 --timeout-method thread -q --tb short --durations 8)
 sanitizer=(compute-sanitizer --target-processes all --kernel-regex kns=resnest_fused)
 sanitizer+=(--error-exitcode 9)
 
@@ -131,10 +131,10 @@ if wanted sanitize; then
         started=$SECONDS
         declare -A watched
         for tool in memcheck racecheck synccheck; do
-            # Each tensor in an allocation of its own, so that what is beyond it is nobody's.
             options=(--tool $tool)
             # Calls that torch makes to try what works are no errors of the kernels.
             [[ $tool == memcheck ]] && options+=(--report-api-errors no)
+            # Each tensor in an allocation of its own, so that what is beyond it is nobody's.
             PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited 75 "$work/$tool.log" \
                 "${sanitizer[@]}" "${options[@]}" python3 "$root/tests/every_kernel.py" &
             watched[$tool]=$!

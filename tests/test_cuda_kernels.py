@@ -115,31 +115,29 @@ def test_schedules_make_no_difference(
 
 
 @pytest.mark.parametrize(
-    ("strategy", "device"),
+    ("strategy", "radix", "device"),
     [
-        ("launches", {}),
+        *(("launches", radix, {}) for radix in (1, 2, 3)),
         # In groups of samples that stay in L2, as reading again takes so long here.
-        ("launches", {"bytes_per_microsecond": 1, "l2_bytes": 120_000}),
-        ("persistent", {"l2_bytes": 0}),
-        ("persistent", {"l2_bytes": 250_000}),
-        ("persistent", {"l2_bytes": 10**9}),
+        *(
+            ("launches", radix, {"bytes_per_microsecond": 1, "l2_bytes": 120_000})
+            for radix in (1, 2, 3)
+        ),
+        *(("persistent", 2, {"l2_bytes": l2_bytes}) for l2_bytes in (0, 250_000, 10**9)),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("prologue", ["none", "relu", "running"])
-@pytest.mark.parametrize("radix", [1, 2, 3])
 def test_evaluation(
-    radix: int,
     prologue: str,
     layout: str,
     strategy: str,
+    radix: int,
     device: dict[str, int],
     kernels: Kernels,
 ) -> None:
     """Against the truth, in several chunks of pixels and groups of samples."""
-    if strategy == "persistent" and radix != 2:
-        radix = 2  # the only one that it takes: another draw
     options = {"layout": layout, "norm": "running", "prologue": prologue}
     call = draw(Case(5, 24, 12, 11, radix, 2, 10, **options))
     kernels.choose(strategy)

@@ -73,9 +73,7 @@ def pool_finish_kernel(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < batch.to(tl.int64) * channels
     b, c = i // channels, i % channels
-    total = tl.load(partial + b * tiles * channels + c, mask=inside, other=0)
-    for tile in range(1, tiles):
-        total += tl.load(partial + (b * tiles + tile) * channels + c, mask=inside, other=0)
+    total = _over_tiles(partial + b * tiles * channels + c, channels, tiles, inside)
     tl.store(gap + i, total, mask=inside)
 
 

@@ -1,4 +1,4 @@
-"""Validation of a call, and fresh tensors for its results; ``csrc/problem.cpp`` for these kernels.
+"""Validation of a call, as ``csrc/problem.cpp`` does it for the native kernels.
 
 What memory safety needs is checked here, whoever calls the op; errors for users come from
 ``functional.py``.

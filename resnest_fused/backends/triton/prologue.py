@@ -1,5 +1,5 @@
 """The prologue, z = relu(bn0(x)) or relu(x), which every kernel that loads x computes on the fly:
-its batch statistics and its gradients.
+bn0 itself, its batch statistics and its gradients.
 
 All kernels take bn0(x) from one function here: else forward and backward would disagree on which
 elements the ReLU lets through.
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnest_fused.backends.triton import launch
-from resnest_fused.backends.triton.map import aligned, at
+from resnest_fused.backends.triton.map import aligned, at, locate
 from resnest_fused.backends.triton.problem import Map
 
 
@@ -93,15 +93,9 @@ def statistics_kernel(
     LeVeque (1979), all as distances from the first element, so that no sum cancels. Reads R units.
     """
     features, pixels = aligned(features, pixels, NHWC, ALIGN)
-    blocks = tl.cdiv(features, BLOCK_C)
-    tiles = tl.cdiv(pixels, BLOCK_P)
-    program = tl.program_id(0)
-    row = program // blocks
-    tile = row % tiles
-    f = (program % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    chunk, tile, f, p = locate(tl.program_id(0), features, pixels, BLOCK_C, BLOCK_P)
     inside = (f < features)[:, None] & (p < pixels)[None, :]
-    first = (row // tiles).to(tl.int64) * chunk_samples
+    first = chunk * chunk_samples
     last = tl.minimum(first + chunk_samples, batch)
     here = tl.minimum(pixels - tile * BLOCK_P, BLOCK_P).to(ACC)  # pixels of each sample
 
@@ -120,7 +114,7 @@ def statistics_kernel(
         delta = own_mean - mean
         mean += delta * share
         squares += own_squares + delta * delta * (before * share * here)
-    to = row.to(tl.int64) * features + f
+    to = (chunk * tl.cdiv(pixels, BLOCK_P) + tile) * features + f
     tl.store(partial_mean + to, origin + mean, mask=f < features)
     tl.store(partial_squares + to, squares, mask=f < features)
 
