@@ -103,7 +103,8 @@ def test_load_in_another_process(make, images, tmp_path):
     module = make().eval()
     fuse(module)
     torch.save((module, images, module(images)), tmp_path / "module.pt")
-    subprocess.run([sys.executable, "-c", LOAD, tmp_path / "module.pt"], check=True)
+    # Not from the checkout, whose package would go before the installed one.
+    subprocess.run([sys.executable, "-c", LOAD, "module.pt"], cwd=tmp_path, check=True)
 
 
 def test_hooks_run(make, images):

@@ -42,6 +42,11 @@ def unavailable() -> str | None:
     return reason
 
 
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter, on the CPU."""
+    return _missing is None and _compat.INTERPRETED
+
+
 def can_run(x: Tensor) -> str | None:
     if _missing is not None:
         return _missing
