@@ -67,7 +67,7 @@ def _statistics(of: str, count: int) -> str:
     return "running" if count == 1 and of == "batch" else of
 
 
-def _odd_cases() -> list[Case]:
+def odd_cases() -> list[Case]:
     return [
         Case(
             *sizes,
@@ -85,7 +85,7 @@ def _odd_cases() -> list[Case]:
 
 
 @one_thread
-@pytest.mark.parametrize("case", _odd_cases(), ids=str)
+@pytest.mark.parametrize("case", odd_cases(), ids=str)
 def test_odd_sizes(case: Case) -> None:
     check(case)
 

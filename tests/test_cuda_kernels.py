@@ -24,6 +24,7 @@ from test_cpu_kernels import (  # noqa: F401
     DTYPES,
     FORMATS,
     FORMS,
+    odd_cases,
     test_a_feature_that_does_not_vary,
     test_a_gap_that_overflows,
     test_a_mean_far_from_zero,
@@ -252,6 +253,12 @@ def test_a_pixel_unlike_the_others(kernels: Kernels) -> None:
         torch.testing.assert_close(var.double(), true_var, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("case", odd_cases(), ids=str)
+def test_numbers_of_any_sizes_are_finite(case: Case, kernels: Kernels) -> None:
+    """For a sanitizer, which finds what test_odd_sizes does not and has no time for its numbers."""
+    assert all(result.isfinite().all() for result in _results(draw_any(case)))
+
+
 def test_a_launch_that_fails_is_an_error(kernels: Kernels) -> None:
     call = draw_any(Case(2, 8, 3, 3))
     kernels.limit_shared_memory(0)
@@ -270,7 +277,8 @@ def test_sanitizers_find_nothing(kind: str, libraries: dict[str, Path]) -> None:
     names = ["schedules_make_no_difference", "strategies_make_no_difference", "smallest_sizes"]
     names.append("groups_of_different_sizes")
     if kind == "address":  # where sizes and addresses matter, and which is faster
-        names += ["odd_sizes", "in_eval_a_sample_does_not_depend_on_its_batch", "single_phases"]
+        names += ["in_eval_a_sample_does_not_depend_on_its_batch", "single_phases"]
+        names.append("numbers_of_any_sizes_are_finite")
     tests = [f"{__file__}::test_{name}" for name in names]
     arguments = ("-m", "pytest", "-p", "no:cacheprovider", "-x", "-q", "-s", *tests)
     result = run_python(kind, *arguments, timeout=1000, **{LIBRARY: str(libraries[kind])})

@@ -1,6 +1,5 @@
 // Phase 2, attention: launches.
 #include "cuda/dispatch.h"
-#include "cuda/launch.h"
 
 namespace resnest_fused::cuda {
 

@@ -95,25 +95,34 @@ __device__ __forceinline__ A* shared() {
   return reinterpret_cast<A*>(shared_memory());
 }
 
-// A tensor whose dtype is known only at run time: a parameter, or a parameter's gradient.
 enum class Dtype : int32_t { kFloat, kDouble, kHalf, kBFloat16 };
 
+// f(data) with a pointer of the dtype, which is float32 or that of a map with sums in A.
+template <typename A, typename Void, typename F>
+__device__ __forceinline__ auto with_dtype(Void* data, Dtype dtype, F f) {
+  const auto as = [&](auto tag) {
+    using T = decltype(tag);
+    return f(static_cast<std::conditional_t<std::is_const_v<Void>, const T*, T*>>(data));
+  };
+  if (dtype == Dtype::kFloat) {
+    return as(float{});
+  }
+  if constexpr (std::is_same_v<A, double>) {
+    return as(double{});
+  } else {
+    return dtype == Dtype::kHalf ? as(__half{}) : as(__nv_bfloat16{});
+  }
+}
+
+// A tensor whose dtype is known only at run time: a parameter, or a parameter's gradient.
 struct Parameter {
   const void* data = nullptr;  // null: absent
   Dtype dtype = Dtype::kFloat;
 
   template <typename A>
   __device__ __forceinline__ A at(int64_t i) const {
-    switch (dtype) {
-      case Dtype::kFloat:
-        return static_cast<A>(static_cast<const float*>(data)[i]);
-      case Dtype::kDouble:
-        return static_cast<A>(static_cast<const double*>(data)[i]);
-      case Dtype::kHalf:
-        return static_cast<A>(widen(static_cast<const __half*>(data)[i]));
-      default:
-        return static_cast<A>(widen(static_cast<const __nv_bfloat16*>(data)[i]));
-    }
+    return with_dtype<A>(data, dtype,
+                         [&](const auto* values) { return static_cast<A>(widen(values[i])); });
   }
 
   template <typename A>
@@ -128,21 +137,10 @@ struct Result {
 
   template <typename A>
   __device__ __forceinline__ void put(int64_t i, A value) const {
-    if (!data) {
-      return;
-    }
-    switch (dtype) {
-      case Dtype::kFloat:
-        static_cast<float*>(data)[i] = static_cast<float>(value);
-        break;
-      case Dtype::kDouble:
-        static_cast<double*>(data)[i] = static_cast<double>(value);
-        break;
-      case Dtype::kHalf:
-        static_cast<__half*>(data)[i] = narrow<__half>(value);
-        break;
-      default:
-        static_cast<__nv_bfloat16*>(data)[i] = narrow<__nv_bfloat16>(value);
+    if (data) {
+      with_dtype<A>(data, dtype, [&](auto* values) {
+        values[i] = narrow<std::remove_reference_t<decltype(*values)>>(value);
+      });
     }
   }
 };

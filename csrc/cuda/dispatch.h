@@ -1,8 +1,7 @@
 // From a call's run-time properties to the kernel compiled for them.
 #pragma once
 
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
+#include <type_traits>
 
 #include "cuda/device.cuh"
 #include "cuda/launches.h"

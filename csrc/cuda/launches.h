@@ -2,8 +2,7 @@
 #pragma once
 
 #include "cuda/attention.cuh"
-#include "cuda/context.h"
-#include "cuda/persistent.cuh"
+#include "cuda/launch.h"
 #include "cuda/pool.cuh"
 #include "cuda/prologue.cuh"
 #include "cuda/recombine.cuh"
@@ -57,6 +56,8 @@ template <typename T>
 void recombine_backward(const Context& context, Form form, const RecombineBackwardArgs<T>& args);
 
 // All phases at once.
+template <typename T>
+struct PersistentArgs;
 template <typename T>
 void persistent(const Context& context, const Plan& plan, Form form, const PersistentArgs<T>& args);
 

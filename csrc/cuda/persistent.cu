@@ -1,6 +1,6 @@
 // Evaluation in one launch: its launch.
 #include "cuda/dispatch.h"
-#include "cuda/launch.h"
+#include "cuda/persistent.cuh"
 
 namespace resnest_fused::cuda {
 
@@ -13,7 +13,7 @@ void persistent(const Context& context, const Plan& plan, Form form,
                  launch(context, persistent_kernel<T, nhwc(), radix(), vector(), prologue()>,
                         persistent_launch(plan, nhwc(), sizeof(Acc<T>)), args);
                } else {
-                 STD_TORCH_CHECK(false, "resnest_fused: no persistent kernel for this call");
+                 throw std::logic_error("resnest_fused: no persistent kernel for this call");
                }
              });
 }

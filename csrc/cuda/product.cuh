@@ -22,8 +22,8 @@ struct Values {
 
   __device__ __forceinline__ void load4(int64_t row, int64_t column, int count, A (&to)[4]) const {
     const A* const from = data + row * stride + column;
-    if constexpr (sizeof(A) == 4) {
-      if (count >= 4 && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+    if constexpr (sizeof(A) <= 4) {
+      if (count >= 4 && reinterpret_cast<uintptr_t>(from) % (4 * sizeof(A)) == 0) {
         const auto vector = load<4>(from);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -34,7 +34,7 @@ struct Values {
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      to[i] = i < count ? from[i] : A(0);
+      to[i] = i < count ? from[i] : A{};
     }
   }
 };
@@ -45,26 +45,16 @@ struct Weight {
   Parameter parameter;
   int64_t stride;
 
-  template <typename P>
-  __device__ __forceinline__ void load4_as(int64_t at, int count, A (&to)[4]) const {
-    P from[4] = {};
-    Values<P>{static_cast<const P*>(parameter.data), 0}.load4(0, at, count, from);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      to[i] = static_cast<A>(widen(from[i]));
-    }
-  }
-
   __device__ __forceinline__ void load4(int64_t row, int64_t column, int count, A (&to)[4]) const {
-    const int64_t at = row * stride + column;
-    if (parameter.dtype == Dtype::kFloat) {
-      load4_as<float>(at, count, to);
-    } else {
+    with_dtype<A>(parameter.data, parameter.dtype, [&](const auto* data) {
+      using P = std::remove_const_t<std::remove_reference_t<decltype(*data)>>;
+      P from[4];
+      Values<P>{data, stride}.load4(row, column, count, from);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        to[i] = i < count ? parameter.at<A>(at + i) : A(0);
+        to[i] = static_cast<A>(widen(from[i]));
       }
-    }
+    });
   }
 };
 

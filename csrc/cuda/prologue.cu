@@ -1,6 +1,5 @@
 // The prologue: launches.
 #include "cuda/dispatch.h"
-#include "cuda/launch.h"
 
 namespace resnest_fused::cuda {
 

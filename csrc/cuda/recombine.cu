@@ -1,6 +1,5 @@
 // Phase 3, recombine: launches.
 #include "cuda/dispatch.h"
-#include "cuda/launch.h"
 
 namespace resnest_fused::cuda {
 

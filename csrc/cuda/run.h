@@ -1,6 +1,7 @@
 // A call on its way to the kernels: its tensors as pointers, its workspace, and bn0's parameters.
 #pragma once
 
+#include "cuda/context.h"
 #include "cuda/launches.h"
 #include "problem.h"
 

@@ -1,5 +1,6 @@
 // All phases on CUDA: the order of the launches.
 #include "cuda/kernels.h"
+#include "cuda/persistent.cuh"
 #include "cuda/run.h"
 
 namespace resnest_fused::cuda {
