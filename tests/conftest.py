@@ -1,5 +1,5 @@
-"""What holds for every test: the backend asked for runs on the device asked for, and random numbers
-are the test's own."""
+"""What holds for every test: the backend asked for runs on the device asked for, processes share
+the cores, and random numbers are the test's own."""
 
 from __future__ import annotations
 
@@ -29,6 +29,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # pytest-xdist's processes share the cores: more threads than cores wait for each other.
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(torch.get_num_threads() // workers, 1))
     # Without the option where pytest found this file too late to add it.
     if config.getoption("--device", "cpu") == "cuda":
         # Here, so that it holds for what test modules make when they are imported, too.
