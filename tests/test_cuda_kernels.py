@@ -274,11 +274,18 @@ def test_a_launch_that_fails_is_an_error(kernels: Kernels) -> None:
 @outermost
 @pytest.mark.parametrize("kind", ["thread", "address"])
 def test_sanitizers_find_nothing(kind: str, libraries: dict[str, Path]) -> None:
-    names = ["schedules_make_no_difference", "strategies_make_no_difference", "smallest_sizes"]
-    names.append("groups_of_different_sizes")
+    names = [
+        "schedules_make_no_difference",
+        "strategies_make_no_difference",
+        "smallest_sizes",
+        "groups_of_different_sizes",
+    ]
     if kind == "address":  # where sizes and addresses matter, and which is faster
-        names += ["in_eval_a_sample_does_not_depend_on_its_batch", "single_phases"]
-        names.append("numbers_of_any_sizes_are_finite")
+        names += [
+            "in_eval_a_sample_does_not_depend_on_its_batch",
+            "single_phases",
+            "numbers_of_any_sizes_are_finite",
+        ]
     tests = [f"{__file__}::test_{name}" for name in names]
     arguments = ("-m", "pytest", "-p", "no:cacheprovider", "-x", "-q", "-s", *tests)
     result = run_python(kind, *arguments, timeout=1000, **{LIBRARY: str(libraries[kind])})

@@ -187,7 +187,7 @@ def test_what_memory_held_before_makes_no_difference(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("prologue", ["none", "running"])
+@pytest.mark.parametrize("prologue", ["none", "relu", "running"])
 def test_in_eval_a_sample_does_not_depend_on_its_batch(
     prologue: str, layout: str, dtype: torch.dtype
 ) -> None:

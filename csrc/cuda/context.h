@@ -1,4 +1,4 @@
-// The device and the stream that a call runs on.
+// From a call's x to the device and the stream that its kernels are launched on.
 #pragma once
 
 #include "cuda/launch.h"

@@ -1,5 +1,5 @@
-// How a kernel is launched: on the call's device and stream, with errors named. No torch header
-// here, nor in any file of kernels: nvcc reads each once for every architecture.
+// How a kernel is launched: on the call's device and stream, with errors named. Like the files of
+// kernels it includes no torch header, which nvcc would read once for every architecture.
 #pragma once
 
 #include <cuda_runtime.h>
