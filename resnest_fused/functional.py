@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from resnest_fused import autograd, reference
 from resnest_fused.backends import choose
@@ -70,6 +71,23 @@ def split_attention(
     Results are bitwise repeatable for a fixed number of threads; in eval a sample's result does
     not depend on the batch it is in.
     """
+    if type(x) is not Tensor and has_torch_function_unary(x):
+        return handle_torch_function(
+            split_attention,
+            (x,),
+            x,
+            fc1_weight,
+            fc1_bias,
+            fc2_weight,
+            fc2_bias,
+            radix=radix,
+            cardinality=cardinality,
+            bn0=bn0,
+            bn1=bn1,
+            relu=relu,
+            training=training,
+            backend=backend,
+        )
     arguments = (
         x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, radix, cardinality, bn0, bn1, training
     )  # fmt: skip
@@ -107,9 +125,11 @@ def split_attention(
             cardinality=cardinality,
             training=training,
         )
-        out, statistics0 = autograd.attend(
-            chosen, x, mlp, relu, bn0, batch_stats0, radix, cardinality
-        )
+
+        def attention_of(gap: Tensor) -> Tensor:
+            return reference.r_softmax(mlp(gap), radix, cardinality)
+
+        out, statistics0 = autograd.attend(chosen, x, attention_of, relu, bn0, batch_stats0, radix)
         _update(bn0, statistics0)
         return out
     try:
@@ -137,6 +157,7 @@ def split_attention(
 def attend(
     x: Tensor,
     mlp: Callable[[Tensor], Tensor],
+    softmax: Callable[[Tensor], Tensor] | None = None,
     *,
     radix: int,
     cardinality: int = 1,
@@ -151,30 +172,53 @@ def attend(
         x, radix, cardinality, bn0, relu, training, backend: as in :func:`split_attention`.
         mlp: called once with gap, ``(B, C, 1, 1)`` in float32 (float64 for float64 x); returns the
             logits, ``(B, R*C, 1, 1)``, cardinality-major.
+        softmax: called once with the logits; returns the attention, R*C numbers for each sample,
+            radix-major. None for the softmax over radix (R = 1: the sigmoid).
 
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`split_attention`; ValueError when the logits
-            do not have that shape.
+            or the attention do not have that shape.
     """
+    if type(x) is not Tensor and has_torch_function_unary(x):
+        return handle_torch_function(
+            attend,
+            (x,),
+            x,
+            mlp,
+            softmax,
+            radix=radix,
+            cardinality=cardinality,
+            bn0=bn0,
+            relu=relu,
+            training=training,
+            backend=backend,
+        )
     chosen = choose(backend, x)
     _check_map(x, radix, cardinality)
     _check_bn0(x, bn0, training)
 
-    def checked_mlp(gap: Tensor) -> Tensor:
+    def attention_of(gap: Tensor) -> Tensor:
         logits = mlp(gap)
         expected = (x.shape[0], x.shape[1], 1, 1)
         if logits.shape != expected:
             raise ValueError(f"logits: expected shape {expected}, got {tuple(logits.shape)}")
-        return logits
+        if softmax is None:
+            wide = torch.promote_types(logits.dtype, gap.dtype)
+            return reference.r_softmax(logits.to(wide), radix, cardinality)
+        attention = softmax(logits)
+        if attention.numel() != logits.numel():
+            raise ValueError(
+                f"attention: expected {x.shape[1]} numbers for each of {x.shape[0]} samples, got "
+                f"shape {tuple(attention.shape)}"
+            )
+        return attention.reshape(x.shape[0], radix, -1, 1, 1)
 
     if chosen == "reference":
         z = reference.prologue(x, bn0, relu, training)
-        return reference.attend(z, checked_mlp, radix, cardinality)
+        return reference.attend(z, attention_of, radix)
     batch_stats = bn0 is not None and bn0.uses_batch_stats(training)
     relu = relu or bn0 is not None
-    out, statistics = autograd.attend(
-        chosen, x, checked_mlp, relu, bn0, batch_stats, radix, cardinality
-    )
+    out, statistics = autograd.attend(chosen, x, attention_of, relu, bn0, batch_stats, radix)
     _update(bn0, statistics)
     return out
 

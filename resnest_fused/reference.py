@@ -173,10 +173,10 @@ def prologue(x: Tensor, bn0: BatchNormArgs | None, relu: bool, training: bool) -
     return F.relu(x) if relu or bn0 is not None else x
 
 
-def attend(x: Tensor, mlp: Callable[[Tensor], Tensor], radix: int, cardinality: int) -> Tensor:
-    """The whole of the split attention around ``mlp``, the map from gap to logits."""
+def attend(x: Tensor, attention_of: Callable[[Tensor], Tensor], radix: int) -> Tensor:
+    """The whole of the split attention around any map from gap to attention."""
     splits = as_splits(x, radix)
-    attention = r_softmax(mlp(pool(splits)), radix, cardinality)
+    attention = attention_of(pool(splits))
     # Under autocast the FCs may run in a narrower dtype than x's; out keeps x's.
     return recombine(splits, attention.to(x.dtype))
 
@@ -203,7 +203,7 @@ def split_attention(
     mlp = plain_mlp(
         fc1_weight, fc1_bias, fc2_weight, fc2_bias, bn1, cardinality=cardinality, training=training
     )
-    return attend(x, mlp, radix, cardinality)
+    return attend(x, lambda gap: r_softmax(mlp(gap), radix, cardinality), radix)
 
 
 def plain_mlp(
@@ -233,7 +233,7 @@ def plain_mlp(
 
 
 class _AttentionModule(nn.Module):
-    """What both modules share: ``fc1``, ``bn1``, ``fc2`` and the map from gap to logits."""
+    """What both modules share: ``fc1``, ``bn1``, ``fc2`` and the map from gap to attention."""
 
     channels: int
     radix: int
@@ -268,11 +268,11 @@ class _AttentionModule(nn.Module):
         self.bn1 = None if norm_layer is None else norm_layer(inter_channels)
         self.fc2 = nn.Conv2d(inter_channels, channels * radix, 1, groups=cardinality)
 
-    def _mlp(self, gap: Tensor) -> Tensor:
+    def _attention(self, gap: Tensor) -> Tensor:
         h = self.fc1(gap)
         if self.bn1 is not None:
             h = self.bn1(h)
-        return self.fc2(F.relu(h))
+        return r_softmax(self.fc2(F.relu(h)), self.radix, self.cardinality)
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, radix={self.radix}, cardinality={self.cardinality}"
@@ -317,7 +317,7 @@ class SplitAttention(_AttentionModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, radix*channels, H, W)`` to ``(B, channels, H, W)``."""
-        return attend(x, self._mlp, self.radix, self.cardinality)
+        return attend(x, self._attention, self.radix)
 
 
 class SplitAttentionConv2d(_AttentionModule):
@@ -379,4 +379,4 @@ class SplitAttentionConv2d(_AttentionModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, in_channels, H, W)`` to ``(B, channels, H', W')``."""
-        return attend(self._prologue(x), self._mlp, self.radix, self.cardinality)
+        return attend(self._prologue(x), self._attention, self.radix)
