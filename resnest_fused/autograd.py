@@ -37,7 +37,14 @@ def _norm(bn: BatchNormArgs | None, batch_stats: bool) -> tuple[Any, ...]:
 
 
 def _records(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not torch.is_grad_enabled() or all(t is None or not t.requires_grad for t in tensors):
+        return False
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "torch.jit.trace cannot record this op's gradient: trace under torch.no_grad() for "
+            'inference, or with resnest_fused.use_backend("reference")'
+        )
+    return True
 
 
 def split_attention(
