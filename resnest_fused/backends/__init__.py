@@ -20,7 +20,12 @@ class Backend(Protocol):
         """Why no call at all can run here, or None."""
 
     def can_run(self, x: Tensor) -> str | None:
-        """Why a call with this input cannot run, or None."""
+        """Why a call with this input cannot run, or None.
+
+        Raises:
+            ValueError: an environment variable that is read for it has a wrong value, which "auto"
+                must not pass by in silence.
+        """
 
     def describe(self) -> str:
         """One line on what runs, when available."""
@@ -70,7 +75,7 @@ def check_name(name: str, source: str) -> str:
 
 
 # Checked when a call needs it, so that a wrong one does not keep the package from being imported.
-_default = os.environ.get("RESNEST_FUSED_BACKEND", "auto")
+_default = os.environ.get("RESNEST_FUSED_BACKEND") or "auto"
 
 
 @contextlib.contextmanager
@@ -104,7 +109,7 @@ def choose(name: str, x: Tensor) -> str:
     """The backend that runs this call: the named one, or the first that can.
 
     Raises:
-        ValueError: when there is no such backend.
+        ValueError: when there is no such backend, or a wrong value in the environment.
         RuntimeError: when the named backend cannot run the call, with its reason.
     """
     source = "backend"
