@@ -154,13 +154,13 @@ _R_SOFTMAXES = (
 )
 
 
-def _forward_of(kind: type, paths: tuple[str, ...]) -> Any:
-    """The forward of a class that is found at one of these paths, as defined there; else None."""
-    return _find_forward(kind, paths)
+def _is_found_at(kind: Any, paths: tuple[str, ...]) -> bool:
+    """Whether a class is the one found at one of these paths, with the forward defined there."""
+    return kind.forward is _find_forward(kind, paths)
 
 
 # A constant for the compiler, as native.gpu_unavailable is.
-_forward_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_is_found_at._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -173,9 +173,8 @@ def _find_forward(kind: type, paths: tuple[str, ...]) -> Any:
 
 def is_r_softmax(module: Any, radix: int, cardinality: int) -> bool:
     """Whether ``module`` is a peer's r-softmax over as many splits and groups."""
-    kind = type(module)
     return (
-        kind.forward is _forward_of(kind, _R_SOFTMAXES)
+        _is_found_at(type(module), _R_SOFTMAXES)
         and module.radix == radix
         and module.cardinality == cardinality
         and intercepted(module) is None
@@ -188,7 +187,7 @@ def _norm_kind(kind: Any) -> str | None:
         return "plain"
     if computes_as(kind, SyncBatchNorm):
         return "sync"
-    return "frozen" if kind.forward is _forward_of(kind, _FROZEN_NORMS) else None
+    return "frozen" if _is_found_at(kind, _FROZEN_NORMS) else None
 
 
 def tensor_of(module: nn.Module, name: str) -> Any:

@@ -24,6 +24,6 @@ def as_one_node(module: nn.Module, x: Any) -> Any:
     if not path:
         raise TraceError(
             f"{type(module).__name__} is a single node of a graph, which calls it: trace a module "
-            "that contains it, or call resnest_fused.unfuse(model) first"
+            "that contains it"
         )
     return x.tracer.create_proxy("call_module", path, (x,), {})

@@ -111,10 +111,22 @@ def test_quantisation_leaves_a_fused_module_as_it_is(net: nn.Module) -> None:
     assert (converted(x) - exact).abs().max() < 0.1 * exact.abs().max()
 
 
-@pytest.mark.parametrize("sizes", [(8,), (4, 8, 3)], ids=str)
-def test_a_fused_module_cannot_be_the_whole_graph(sizes: tuple[int, ...]) -> None:
-    module = (rf.FusedSplitAttention if len(sizes) == 1 else rf.FusedSplitAttentionConv2d)(*sizes)
-    with pytest.raises(TraceError, match=r"trace a module that contains it, or .*unfuse"):
+KINDS = {
+    rf.SplitAttention: (8,),
+    rf.FusedSplitAttention: (8,),
+    rf.SplitAttentionConv2d: (4, 8, 3),
+    rf.FusedSplitAttentionConv2d: (4, 8, 3),
+}
+
+
+@pytest.mark.parametrize(("kind", "sizes"), KINDS.items(), ids=str)
+def test_each_kind_of_module_is_one_node(kind: type[nn.Module], sizes: tuple[int, ...]) -> None:
+    module = kind(*sizes).eval()
+    traced = fx.symbolic_trace(nn.Sequential(module))
+    assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "output"]
+    x = features(2, 4 if len(sizes) > 1 else 16, 5, 5)
+    assert torch.equal(traced(x), module(x))
+    with pytest.raises(TraceError, match="trace a module that contains it"):
         fx.symbolic_trace(module)
 
 
