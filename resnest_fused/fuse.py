@@ -98,8 +98,10 @@ def fuse(model: nn.Module, *, backend: str = "auto", fold: bool = False) -> Fuse
     work. A module whose result would change is left alone, and the report says why.
 
     Everything after the convolution becomes one op where ``bn0`` is a batch normalisation and the
-    activations are ReLU. Other norms and activations, an active DropBlock, and children with hooks
-    are called as before, and the op does the rest.
+    activations are ReLU. Other norms, activations and softmaxes, an active DropBlock, and children
+    that are hooked or patched, now or later, are called as before, and the op does the rest; while
+    hooks for all modules are registered every child is called. Functions of
+    ``torch.nn.functional`` that somebody replaced are not seen.
 
     Two things differ in a fused module. The output keeps the feature map's memory format, where
     peers force NCHW, and its dtype, where peers give float32 under CUDA's autocast.
