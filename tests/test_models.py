@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 from pathlib import Path
 
 import pytest
@@ -181,7 +183,7 @@ class Opaque:
         (b"", "truncated, damaged"),
         (b"no checkpoint at all", "truncated, damaged"),
         ("half", "truncated, damaged"),
-        (Opaque(), "truncated, damaged"),
+        (Opaque(), "holds .*Opaque, which torch.load"),
         ([1, 2], "expected a state_dict, got list"),
         ({}, "got dict without entries"),
         (
@@ -205,6 +207,34 @@ def test_files_that_are_no_checkpoints(
         models.create("resnest50", path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_training_script_s_objects_are_named_and_what_helps_works(
+    reference: models.ResNeSt, tmp_path: Path
+) -> None:
+    """As the official scripts keep their arguments, and mmengine its history."""
+    state, path = reference.state_dict(), tmp_path / "trained.pth"
+    arguments, history = argparse.Namespace(lr=0.1, arch="resnest50"), Opaque()
+    torch.save({"state_dict": state, "args": arguments, "history": history}, path)
+    with pytest.raises(CheckpointError) as caught:
+        models.create("resnest50", path)
+    names = f"argparse.Namespace, {Opaque.__module__}.Opaque"
+    message = str(caught.value)
+    assert message.startswith(f"{path}: holds {names}, which torch.load(weights_only=True) refuses")
+    assert message.endswith(f" within torch.serialization.safe_globals([{names}])")
+    assert "damaged" not in message and "\n" not in message
+
+    with torch.serialization.safe_globals([argparse.Namespace, Opaque]):
+        model = models.create("resnest50", path)
+    assert_same_state(model, reference)
+    stripped = tmp_path / "stripped.pth"
+    (advice,) = re.findall(r"keep its weights alone with (torch\.save\(.*\)), or load", message)
+    exec(advice, {"torch": torch, "FILE": path, "NEW_FILE": stripped})
+    assert_same_state(models.create("resnest50", stripped), reference)
+
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match="truncated, damaged"):
+        models.create("resnest50", path)
 
 
 @pytest.mark.parametrize("name", ["absent.pth", ""])

@@ -22,7 +22,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     "module." of ``DataParallel`` is taken off. Read with ``weights_only=True``: no code runs.
 
     Raises:
-        CheckpointError: not a file, truncated or damaged, or something else than tensors by name.
+        CheckpointError: not a file, truncated or damaged, or something else than tensors by name. A
+            training script's own objects beside the weights are named, with what can be done.
     """
     if not os.path.isfile(path):
         raise CheckpointError(f"{os.fspath(path)}: not a file that exists")
@@ -30,10 +31,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     # A damaged file can make the unpickler raise almost anything.
     except Exception as error:
-        raise CheckpointError(
-            f"{os.fspath(path)}: truncated, damaged, or not a checkpoint that "
-            "torch.load(weights_only=True) accepts"
-        ) from error
+        raise CheckpointError(f"{os.fspath(path)}: {_why_unreadable(path)}") from error
     state = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(state, Mapping) or not state:
         raise CheckpointError(
@@ -55,6 +53,21 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             )
     prefix = "module." if all(key.startswith("module.") for key in state) else ""
     return {key.removeprefix(prefix): value for key, value in state.items()}
+
+
+def _why_unreadable(path: str | os.PathLike[str]) -> str:
+    try:
+        refused = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # damaged, or of a format without a list of what it holds
+        refused = []
+    if not refused:
+        return "truncated, damaged, or not a checkpoint that torch.load(weights_only=True) accepts"
+    return (
+        f"holds {', '.join(refused)}, which torch.load(weights_only=True) refuses, as loading "
+        "could run code. If you trust the file, keep its weights alone with "
+        "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE), or load it "
+        f"within torch.serialization.safe_globals([{', '.join(refused)}])"
+    )
 
 
 def _describe(value: object) -> str:
