@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sysconfig
@@ -254,6 +255,7 @@ def native_build(wants_cuda: bool | None) -> dict[str, Any]:
 
     cuda = find_cuda(wants_cuda, torch, cpp_extension.CUDA_HOME, os.environ)
     csrc = Path("csrc")
+    hash_sources = runpy.run_path("resnest_fused/backends/binary.py")["hash_sources"]
     module_only = csrc / "ops.cpp"
     shared = set(csrc.glob("*.cpp")) - {module_only}
     # torch's headers, pybind11 among them, as system ones: warnings are for our code.
@@ -301,6 +303,7 @@ def native_build(wants_cuda: bool | None) -> dict[str, Any]:
         def build_extensions(self) -> None:
             facts = {
                 "VERSION": self.distribution.get_version(),
+                "SOURCES": hash_sources(csrc),
                 "TORCH_VERSION": str(torch.__version__),
                 "CXX_FLAGS": " ".join(CXX_FLAGS),
                 "CUDA_STATUS": cuda.status,

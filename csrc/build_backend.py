@@ -1,30 +1,70 @@
-"""PEP 517 backend: setuptools, compiling against the torch of the environment installed into.
+"""PEP 517 backend: setuptools, in a copy of the sources, with the torch of the target environment.
 
-pip builds in isolation, where that torch is hidden, and would otherwise download a second one of
-several gigabytes, maybe of another release. So this backend asks the target interpreter for its
-torch and lends it to the build; where there is none, or too old a one, the build requires its own.
+A frontend builds in isolation, where the torch of the environment that it installs into is hidden,
+and would otherwise download a second one of several gigabytes, maybe of another release. So this
+backend asks the target's interpreter for its torch and lends it to the build; where there is none,
+or too old a one, the build requires its own.
+
+What is built is built in a temporary copy of the sources: nothing that an earlier build left in the
+checkout gets in, and nothing is written there.
 """
 
 from __future__ import annotations
 
+import argparse
+import base64
+import contextlib
+import csv
+import hashlib
 import importlib.util
+import io
 import json
 import os
 import re
+import shutil
+import stat
 import subprocess
 import sys
+import sysconfig
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from setuptools import build_meta
 
 OLDEST_TORCH = (2, 10)  # the same as in pyproject.toml's dependencies
 
+# All that a source distribution holds.
+SOURCES = (
+    ".clang-format",
+    "LICENSE",
+    "MANIFEST.in",
+    "README.md",
+    "benchmarks",
+    "csrc",
+    "pyproject.toml",
+    "resnest_fused",
+    "setup.py",
+    "tests",
+)
+# What tools leave among them, as in .gitignore.
+LEFTOVERS = shutil.ignore_patterns("*.so", "*.py[cod]", "__pycache__", ".*_cache", ".hypothesis")
+
 ASK_FOR_TORCH = """
-import importlib.metadata, importlib.util, json, sys
+import importlib.metadata, importlib.util, json, sys, sysconfig
 found = importlib.util.find_spec("torch") is not None
 version = importlib.metadata.version("torch") if found else None
-print(json.dumps({"version": version, "path": [entry for entry in sys.path if entry]}))
+path = [entry for entry in sys.path if entry]
+print(json.dumps({"abi": sysconfig.get_config_var("SOABI"), "version": version, "path": path}))
 """
+
+HIDDEN_TARGET = (
+    "resnest_fused: uv builds in an environment of its own, and the one that it installs into, "
+    "with its torch, cannot be found from there; run `uv pip install torch setuptools ninja && "
+    "uv pip install --no-build-isolation .` instead."
+)
 
 
 class TargetTorch(NamedTuple):
@@ -34,31 +74,133 @@ class TargetTorch(NamedTuple):
     path: list[str]
 
 
+def needs_torch() -> bool:
+    """Whether anything is compiled."""
+    return os.environ.get("RESNEST_FUSED_SKIP_NATIVE") != "1"
+
+
 def is_recent_enough(version: str) -> bool:
     """Whether a torch of this version, such as "2.13.0+cpu", has the ABI that is compiled for."""
     release = re.match(r"(\d+)\.(\d+)", version)
     return release is not None and tuple(map(int, release.groups())) >= OLDEST_TORCH
 
 
+def ask_uv(process: Path) -> str | None:
+    """The interpreter that uv, the process with this folder in /proc, works for."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-p", "--python")
+    parser.add_argument("--system", action="store_true")
+    arguments, _ = parser.parse_known_args((process / "cmdline").read_text().split("\0")[1:-1])
+    # Not this process's own, where VIRTUAL_ENV is the environment of the build.
+    entries = (process / "environ").read_text().split("\0")
+    environ = {
+        name: value for name, _, value in (entry.partition("=") for entry in entries if entry)
+    }
+    python = arguments.python or environ.get("UV_PYTHON")
+    answer = subprocess.run(
+        [
+            os.readlink(process / "exe"),
+            *("python", "find"),
+            *["--system"] * arguments.system,
+            *([python] if python else []),
+        ],
+        env=environ,
+        cwd=os.readlink(process / "cwd"),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def find_interpreter() -> str | None:
+    """The interpreter of the environment that is installed into, or None if that is hidden."""
+    parent = Path("/proc", str(os.getppid()))
+    try:
+        frontend = Path(os.readlink(parent / "exe")).name
+    except OSError:  # another user's
+        frontend = ""
+    # pip builds with the target's own interpreter and hides its packages only.
+    return ask_uv(parent) if frontend == "uv" else sys.executable
+
+
 def find_target_torch() -> TargetTorch | None:
     """The target interpreter's torch if the package can be built against it, else None."""
+    interpreter = find_interpreter()
+    if interpreter is None:
+        raise SystemExit(HIDDEN_TARGET)
     # With these two pip shows the interpreter the build environment in place of its own.
     hidden = ("PYTHONPATH", "PYTHONNOUSERSITE")
     environ = {name: value for name, value in os.environ.items() if name not in hidden}
-    command = [sys.executable, "-c", ASK_FOR_TORCH]
+    command = [interpreter, "-c", ASK_FOR_TORCH]
     answer = subprocess.run(command, env=environ, check=True, stdout=subprocess.PIPE, text=True)
-    target = TargetTorch(**json.loads(answer.stdout))
+    facts = json.loads(answer.stdout)
+    if facts.pop("abi") != sysconfig.get_config_var("SOABI"):
+        raise SystemExit(HIDDEN_TARGET)  # uv builds with the Python that it installs for
+    target = TargetTorch(**facts)
     return target if target.version is not None and is_recent_enough(target.version) else None
 
 
 def lend_target_torch() -> None:
     """Makes the target's torch importable here, behind all that the build environment has."""
-    if importlib.util.find_spec("torch") is None and (target := find_target_torch()) is not None:
+    if not needs_torch() or importlib.util.find_spec("torch") is not None:
+        return
+    if (target := find_target_torch()) is not None:
         sys.path.extend(entry for entry in target.path if entry not in sys.path)
 
 
+def compile_nothing() -> None:
+    """Metadata and sources must need neither torch nor a compiler."""
+    os.environ["RESNEST_FUSED_SKIP_NATIVE"] = "1"
+
+
+@contextlib.contextmanager
+def copy_of_sources() -> Iterator[None]:
+    """Works in a temporary folder that has the checkout's sources and nothing else."""
+    checkout = Path.cwd()
+    with tempfile.TemporaryDirectory(prefix="resnest_fused-") as folder:
+        for source in map(checkout.joinpath, SOURCES):
+            copy = Path(folder, source.name)
+            if source.is_dir():
+                shutil.copytree(source, copy, ignore=LEFTOVERS)
+            else:
+                shutil.copy(source, copy)
+        for copy in Path(folder).rglob("*"):  # those of a read-only checkout too
+            copy.chmod(copy.stat().st_mode | stat.S_IWUSR)
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir(checkout)
+
+
+def leave_python_files(wheel: Path, checkout: Path) -> None:
+    """Makes a wheel an editable one: Python files are found in the checkout, by a .pth file.
+
+    The compiled modules stay in it, so that every environment has its own; the package in the
+    checkout finds them (``resnest_fused/backends/binary.py``).
+    """
+    with zipfile.ZipFile(wheel) as packed:
+        files = {name: packed.read(name) for name in packed.namelist()}
+    (record,) = (name for name in files if name.endswith(".dist-info/RECORD"))
+    kept = {
+        name: content
+        for name, content in files.items()
+        if (".dist-info/" in name and name != record) or name.endswith(".so")
+    }
+    kept["__editable__.resnest_fused.pth"] = f"{checkout}\n".encode()
+    rows = io.StringIO()
+    writer = csv.writer(rows, lineterminator="\n")
+    for name, content in kept.items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
+        writer.writerow((name, f"sha256={digest}", len(content)))
+    writer.writerow((record, "", ""))
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, content in {**kept, record: rows.getvalue().encode()}.items():
+            packed.writestr(name, content)
+
+
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
-    if os.environ.get("RESNEST_FUSED_SKIP_NATIVE") == "1" or find_target_torch() is not None:
+    if not needs_torch() or find_target_torch() is not None:
         return []
     return ["torch>={}.{}".format(*OLDEST_TORCH)]
 
@@ -72,32 +214,34 @@ def get_requires_for_build_sdist(config_settings: Any = None) -> list[str]:
 
 
 def prepare_metadata_for_build_wheel(metadata_directory: str, config_settings: Any = None) -> str:
-    lend_target_torch()
-    return build_meta.prepare_metadata_for_build_wheel(metadata_directory, config_settings)
+    compile_nothing()
+    with copy_of_sources():
+        return build_meta.prepare_metadata_for_build_wheel(metadata_directory, config_settings)
 
 
 def prepare_metadata_for_build_editable(
     metadata_directory: str, config_settings: Any = None
 ) -> str:
-    lend_target_torch()
-    return build_meta.prepare_metadata_for_build_editable(metadata_directory, config_settings)
+    return prepare_metadata_for_build_wheel(metadata_directory, config_settings)
 
 
 def build_wheel(
     wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None
 ) -> str:
     lend_target_torch()
-    return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
+    with copy_of_sources():
+        return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
 
 
 def build_editable(
     wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None
 ) -> str:
-    lend_target_torch()
-    return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)
+    name = build_wheel(wheel_directory, config_settings, metadata_directory)
+    leave_python_files(Path(wheel_directory, name), Path.cwd())
+    return name
 
 
 def build_sdist(sdist_directory: str, config_settings: Any = None) -> str:
-    # Sources are only packed: that must need neither torch nor a compiler.
-    os.environ["RESNEST_FUSED_SKIP_NATIVE"] = "1"
-    return build_meta.build_sdist(sdist_directory, config_settings)
+    compile_nothing()
+    with copy_of_sources():
+        return build_meta.build_sdist(sdist_directory, config_settings)

@@ -21,6 +21,10 @@ STABLE_TORCH_LIBRARY_IMPL(resnest_fused, CPU, m) {
 
 namespace {
 
+// Read out of the file before it is loaded (resnest_fused/backends/binary.py): an object of its own
+// stands there in one piece, which a literal need not.
+[[gnu::used]] constexpr char kSources[] = RESNEST_FUSED_SOURCES;
+
 std::string compiler() {
 #if defined(__clang__)
   return "clang " __clang_version__;
@@ -32,6 +36,7 @@ std::string compiler() {
 std::map<std::string, std::string> build_info() {
   return {
       {"version", RESNEST_FUSED_VERSION},
+      {"sources", kSources},
       {"torch_version", RESNEST_FUSED_TORCH_VERSION},
       {"compiler", compiler()},
       {"cxx_flags", RESNEST_FUSED_CXX_FLAGS},

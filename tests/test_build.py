@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,29 +18,20 @@ from typing import Any
 import ptxas_report
 import pytest
 import torch
+from build_files import ROOT, load
 
 import resnest_fused
 from resnest_fused.backends import native
 
-ROOT = Path(__file__).parents[1]
-
-
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"loaded_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 @pytest.fixture
 def backend() -> ModuleType:
-    return load(ROOT / "csrc" / "build_backend.py")
+    return load("csrc/build_backend.py")
 
 
 @pytest.fixture
 def setup_py() -> ModuleType:
-    return load(ROOT / "setup.py")
+    return load("setup.py")
 
 
 def write_script(path: Path, *lines: str) -> Path:
@@ -50,7 +42,8 @@ def write_script(path: Path, *lines: str) -> Path:
 
 def answering_interpreter(path: Path, version: str | None) -> str:
     """A stand-in for a Python that has this torch, or none, on its path."""
-    answer = json.dumps({"version": version, "path": ["/target/site-packages"]})
+    abi = sysconfig.get_config_var("SOABI")
+    answer = json.dumps({"abi": abi, "version": version, "path": ["/target/site-packages"]})
     return str(write_script(path / "python", f"echo '{answer}'"))
 
 
@@ -454,11 +447,9 @@ def test_ptxas_report_spares_float64() -> None:
 
 def binaries() -> list[str]:
     """The extension module and, where it is installed, the library of CUDA kernels."""
-    from resnest_fused import _C
-
-    cuda = importlib.util.find_spec("resnest_fused._cuda")
+    cuda = native.cuda_library()
     assert (cuda is not None) == bool(native.build_info()["cuda_archs"])
-    return [_C.__file__, *([cuda.origin] if cuda is not None and cuda.origin else [])]
+    return [native._C.__file__, *([] if cuda is None else [cuda])]
 
 
 def inspect_binary(*command: str) -> str:

@@ -3,32 +3,65 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
+import sys
+import warnings
+from importlib.machinery import PathFinder
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from resnest_fused.backends import fakes, flops
+from resnest_fused.backends import binary, fakes, flops
+
+
+def _load() -> ModuleType | None:
+    """Import the compiled module; None where the package was installed without one.
+
+    Raises:
+        ImportError: when there is none that fits the package, or it cannot be loaded.
+    """
+    if binary.NAME not in sys.modules:
+        spec = binary.find(Path(__file__).parents[1])
+        if spec is None:
+            return None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[binary.NAME] = module
+        vars(sys.modules["resnest_fused"])["_C"] = module
+    return sys.modules[binary.NAME]
+
 
 _C: Any = None
 _missing: str | None = None
 try:
-    _C = importlib.import_module("resnest_fused._C")
+    _C = _load()
+    if _C is None:
+        _missing = "the package was installed without its compiled module"
 except ImportError as error:
-    _missing = f"the compiled extension is not there ({error})"
+    _missing = str(error)
+    # Not only for those who ask backends(): without it all is many times slower.
+    warnings.warn(f"resnest_fused runs without its C++ and CUDA kernels: {error}", stacklevel=2)
+
+
+def cuda_library() -> str | None:
+    """The file with the CUDA kernels, which is built and installed with the compiled module."""
+    library = PathFinder.find_spec("resnest_fused._cuda", [str(Path(_C.__file__).parent)])
+    return None if library is None else library.origin
 
 
 def _load_cuda() -> str | None:
     """Load the CUDA kernels; why that is impossible, or None."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} has no CUDA"
-    library = importlib.util.find_spec("resnest_fused._cuda")
-    if library is None or library.origin is None:
+    library = cuda_library()
+    if library is None:
         return "the library is not there"
     try:
-        torch.ops.load_library(library.origin)
+        torch.ops.load_library(library)
     except OSError as error:
         return str(error.__cause__ or error)  # torch's own names the file only
     return None

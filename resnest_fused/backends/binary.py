@@ -1,0 +1,61 @@
+"""Finds the compiled module ``_C`` that belongs to the package, without loading it.
+
+Installed, it stands beside the package's Python files. A package that stands beside its C++ and
+CUDA sources, in a checkout, takes it from where it is installed, if it was built from the same
+sources: it carries their hash. Only the standard library is imported, as ``setup.py`` runs this
+file for the hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import sys
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+
+NAME = "resnest_fused._C"
+
+_SUFFIXES = (".h", ".cpp", ".cuh", ".cu")
+
+
+def hash_sources(csrc: Path) -> str:
+    """The SHA-256 of all C++ and CUDA files in a folder, with their names."""
+    digest = hashlib.sha256()
+    for path in sorted(csrc.rglob("*")):
+        if path.suffix in _SUFFIXES:
+            content = path.read_bytes()
+            digest.update(f"{path.relative_to(csrc).as_posix()} {len(content)}\n".encode())
+            digest.update(content)
+    return digest.hexdigest()
+
+
+def find(package: Path) -> ModuleSpec | None:
+    """The compiled module for the package in this folder; None where it was installed without one.
+
+    Raises:
+        ImportError: when the package stands beside its sources, and no compiled module that can be
+            found was built from them.
+    """
+    csrc = package.parent / "csrc"
+    if not (csrc / "ops.cpp").is_file():
+        return _compiled_in(package)
+    sources = hash_sources(csrc)
+    others = []
+    for folder in (package, *(Path(entry, package.name) for entry in sys.path)):
+        spec = _compiled_in(folder)
+        if spec is not None and spec.origin is not None:
+            if sources.encode() in Path(spec.origin).read_bytes():
+                return spec
+            others.append(spec.origin)
+    why = f"{others[0]} was built from others" if others else "none is installed"
+    raise ImportError(
+        f"Python imported the folder {package}, and no compiled module fits its sources in {csrc} "
+        f"({why}); run `pip install {shlex.quote(str(package.parent))}`, or take the package as it "
+        "is installed: start Python in another folder, or as `python -P`"
+    )
+
+
+def _compiled_in(folder: Path) -> ModuleSpec | None:
+    """The compiled module that this Python would load from a folder."""
+    return PathFinder.find_spec(NAME, [str(folder)])
