@@ -49,6 +49,19 @@ class VerifyEntry(NamedTuple):
         """The quantities beyond their bounds."""
         return tuple(check for check in self.checks if not check.passed)
 
+    def __str__(self) -> str:
+        name = f"{self.name or '(the model itself)'}, {self.kind}"
+        if self.problem is not None:
+            text = f"not compared: {name}: {self.problem}"
+        elif self.failed:
+            text = f"DIFFERS: {name}"
+        else:
+            nearest = agreement.worst(self.checks)
+            text = f"agrees: {name}: {len(self.checks)} quantities, nearest to its bound {nearest}"
+        if self.remark is not None:
+            text += f"; {self.remark}"
+        return "\n".join([text, *(f"    {check}" for check in self.failed)])
+
 
 @dataclass(frozen=True)
 class VerifyReport:
@@ -75,20 +88,8 @@ class VerifyReport:
         if not self.entries:
             return "no fused module found: fuse the model first, with resnest_fused.fuse"
         agreeing = sum(entry.passed for entry in self.entries)
-        lines = [f"{agreeing} of {len(self.entries)} fused modules agree with their unfused selves"]
-        for entry in self.entries:
-            name = f"{entry.name or '(the model itself)'}, {entry.kind}"
-            remark = "" if entry.remark is None else f"; {entry.remark}"
-            if entry.problem is not None:
-                lines.append(f"not compared: {name}: {entry.problem}")
-            elif entry.passed:
-                nearest = agreement.worst(entry.checks)
-                text = f"{len(entry.checks)} quantities, nearest to its bound {nearest}"
-                lines.append(f"agrees: {name}: {text}{remark}")
-            else:
-                lines.append(f"DIFFERS: {name}{remark}")
-            lines += [f"    {check}" for check in entry.failed]
-        return "\n".join(lines)
+        title = f"{agreeing} of {len(self.entries)} fused modules agree with their unfused selves"
+        return "\n".join([title, *map(str, self.entries)])
 
 
 def verify(model: nn.Module, /, *inputs: Any, **options: Any) -> VerifyReport:
