@@ -112,7 +112,7 @@ def verify(model: nn.Module, /, *inputs: Any, **options: Any) -> VerifyReport:
     elements, which a rounding turns on or off at the edge of a ReLU. What is beyond that is drawn
     five times, and the median counts. Buffers of integers must be equal. A tensor's size counts as
     at least the average over all parameters' gradients, or buffers. Folded layers hold rounded
-    weights: they are compared in their dtype alone, and their parameters not.
+    weights: modules with them are compared in their dtype alone, and without those parameters.
 
     Nothing is left changed: parameters, their ``.grad``, buffers, attributes of modules, modes,
     hooks, and the states of PyTorch's random generators, also when the model raises. What hooks
