@@ -56,11 +56,11 @@ def error(sentence: str) -> SystemExit:
 
 
 def read_switch(name: str, environ: Mapping[str, str]) -> bool | None:
-    """An environment variable that is 0 or 1, or None if it is unset."""
-    value = environ.get(name)
-    if value not in (None, "0", "1"):
+    """An environment variable that is 0 or 1, or None if it is unset or empty."""
+    value = environ.get(name, "")
+    if value not in ("", "0", "1"):
         raise error(f"{name} must be 0 or 1, not {value!r}")
-    return None if value is None else value == "1"
+    return value == "1" if value else None
 
 
 def first_complaint(attempt: subprocess.CompletedProcess[str]) -> str:

@@ -96,6 +96,9 @@ void take_norm(const std::string& name, NormTensors& norm, int64_t features, int
                   "_var: expected both or neither");
   take_parameter((name + "_mean").c_str(), norm.mean, features, x);
   take_parameter((name + "_var").c_str(), norm.var, features, x);
+  STD_TORCH_CHECK(!norm.present() || (norm.batch_stats ? norm.eps > 0 : norm.eps >= 0), name,
+                  "_eps: expected more than 0 with batch statistics and not less without, got ",
+                  norm.eps);
   STD_TORCH_CHECK(!norm.batch_stats || elements != 1, name,
                   ": expected more than 1 value per channel when training");
 }

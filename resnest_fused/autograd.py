@@ -1,7 +1,7 @@
 """The autograd Functions around a backend's kernels; saved are x and (B, C)-sized crumbs.
 
 :func:`split_attention` is one Function over all phases. :func:`attend` lets any module map gap to
-logits: it is one Function cut in two around that module, :class:`_Pool` and :class:`_Recombine`.
+attention: it is one Function cut in two around that module, :class:`_Pool` and :class:`_Recombine`.
 Backward runs through the second half first, which needs a read of x and dout; only the first half,
 which then knows dgap too, writes dx. So the passes over x are the same.
 """
@@ -37,7 +37,14 @@ def _norm(bn: BatchNormArgs | None, batch_stats: bool) -> tuple[Any, ...]:
 
 
 def _records(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not torch.is_grad_enabled() or all(t is None or not t.requires_grad for t in tensors):
+        return False
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "torch.jit.trace cannot record this op's gradient: trace under torch.no_grad() for "
+            'inference, or with resnest_fused.use_backend("reference")'
+        )
+    return True
 
 
 def split_attention(
@@ -228,14 +235,13 @@ def _reference_gradients(
 def attend(
     backend: str,
     x: Tensor,
-    mlp: Callable[[Tensor], Tensor],
+    attention_of: Callable[[Tensor], Tensor],
     relu: bool,
     bn0: BatchNormArgs | None,
     batch_stats: bool,
     radix: int,
-    cardinality: int,
 ) -> tuple[Tensor, Statistics | None]:
-    """Split attention around ``mlp``, any map from gap ``(B, C, 1, 1)`` to logits.
+    """Split attention around any map from gap ``(B, C, 1, 1)`` to attention ``(B, R, C, 1, 1)``.
 
     Returns out and bn0's batch statistics, None where others normalised. With a process group in
     bn0 they are those of all its processes.
@@ -255,8 +261,7 @@ def attend(
         )
     else:
         gap, carriers = kernels(backend).pool(x, relu, *norm0, radix), [None] * 3
-    logits = mlp(gap[..., None, None])
-    attention = reference.r_softmax(logits.to(gap.dtype), radix, cardinality)[..., 0, 0]
+    attention = attention_of(gap[..., None, None])[..., 0, 0].to(gap.dtype)
     if _records(x, weight, bias, attention):
         out = _Recombine.apply(backend, x, relu, *norm0, batch_stats, group, attention, *carriers)
     else:

@@ -12,8 +12,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import Conv2d
+from torch.nn.modules.linear import Identity
 
-from resnest_fused.modules import FoldedNorm, batch_norm_args, computes_as_conv, intercepted
+from resnest_fused.children import (
+    FoldedNorm,
+    batch_norm_args,
+    computes_as_conv,
+    intercepted,
+    is_sequence,
+)
 
 # A convolution and the norm that follows it, in split-attention modules of every kind.
 _ATTENTION = (("conv", "bn0"), ("fc1", "bn1"))
@@ -101,16 +109,16 @@ def _named_pairs(module: nn.Module, names: tuple[tuple[str, str], ...]) -> list[
         parent = module
         if module._modules.get(norm_name) is None or module._modules.get(conv_name) is None:
             continue
-        conv = module._modules[conv_name]
+        conv: Any = module._modules[conv_name]
         # A stem of several convolutions ends in the one that the norm follows.
-        if type(conv) is nn.Sequential and len(conv) and intercepted(conv) is None:
+        if is_sequence(conv) and len(conv) and intercepted(conv) is None:
             parent, conv_name = conv, list(conv._modules)[-1]
         found.append(_Pair(parent, conv_name, module, norm_name))
     return found
 
 
 def _pairs_of_network(module: nn.Module) -> list[_Pair]:
-    if type(module) is nn.Sequential and "forward" not in vars(module):
+    if is_sequence(module):
         names = list(module._modules)
         return [_Pair(module, a, module, b) for a, b in itertools.pairwise(names)]
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
@@ -120,7 +128,7 @@ def _pairs_of_network(module: nn.Module) -> list[_Pair]:
 def _fold(pair: _Pair) -> str | None:
     """Fold one pair, or say why not; None also where there is no norm."""
     conv, norm = pair.conv, pair.norm
-    if norm is None or type(norm) in (nn.Identity, FoldedNorm):
+    if norm is None or isinstance(norm, Identity):  # as a folded one is
         return None
     reason = _obstacle(pair)
     if reason is None:
@@ -163,7 +171,7 @@ def _folded_conv(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
         name: getattr(conv, name)
         for name in ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
     }
-    folded = nn.Conv2d(conv.in_channels, conv.out_channels, **options, device="meta")
+    folded = Conv2d(conv.in_channels, conv.out_channels, **options, device="meta")
     weight = (conv.weight.double() * scale.view(-1, 1, 1, 1)).to(conv.weight)
     folded.weight = nn.Parameter(weight.contiguous(memory_format=_format(conv.weight)), False)
     folded.bias = nn.Parameter(bias.to(conv.weight), False)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from resnest_fused import autograd, reference
 from resnest_fused.backends import choose
@@ -63,23 +66,54 @@ def split_attention(
 
     Raises:
         ValueError: a shape, count or device does not fit; the tensor, what was expected and what
-            came are named. One sample with batch statistics raises as ``nn.BatchNorm2d`` does.
-        TypeError: a dtype does not fit.
+            came are named. One sample with batch statistics raises as ``nn.BatchNorm2d`` does, and
+            so does an eps below 0, or of 0 with batch statistics; NaN as an eps raises too. An
+            environment variable that is read for this call has a wrong value.
+        TypeError: a dtype does not fit, or an argument is of another type.
         RuntimeError: the backend asked for cannot run this call; the reason is given.
 
     Results are bitwise repeatable for a fixed number of threads; in eval a sample's result does
     not depend on the batch it is in.
     """
+    if type(x) is not Tensor and has_torch_function_unary(x):
+        return handle_torch_function(
+            split_attention,
+            (x,),
+            x,
+            fc1_weight,
+            fc1_bias,
+            fc2_weight,
+            fc2_bias,
+            radix=radix,
+            cardinality=cardinality,
+            bn0=bn0,
+            bn1=bn1,
+            relu=relu,
+            training=training,
+            backend=backend,
+        )
     arguments = (
         x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, radix, cardinality, bn0, bn1, training
     )  # fmt: skip
-    chosen = choose(backend, x)
+    try:
+        chosen = choose(backend, x)
+        batch_stats0 = bn0 is not None and bn0.uses_batch_stats(training)
+        batch_stats1 = bn1 is not None and bn1.uses_batch_stats(training)
+    except AttributeError:
+        _check(*arguments)
+        raise
     # In eager mode the native op checks the same in C++, ten times faster; only when it refuses
     # are the checks here run, to name what was wrong. Elsewhere nothing is run or traced unchecked,
-    # nor with batch statistics: the op does not see the running ones that they then enter.
-    batch_stats0 = bn0 is not None and bn0.uses_batch_stats(training)
-    batch_stats1 = bn1 is not None and bn1.uses_batch_stats(training)
-    checked = chosen != "native" or batch_stats0 or batch_stats1 or torch.compiler.is_compiling()
+    # nor with batch statistics: the op does not see the running ones that they then enter. And C++
+    # takes a bool for an integer.
+    checked = (
+        chosen != "native"
+        or batch_stats0
+        or batch_stats1
+        or torch.compiler.is_compiling()
+        or isinstance(radix, bool)
+        or isinstance(cardinality, bool)
+    )
     if checked:
         _check(*arguments)
     if chosen == "reference":
@@ -107,9 +141,11 @@ def split_attention(
             cardinality=cardinality,
             training=training,
         )
-        out, statistics0 = autograd.attend(
-            chosen, x, mlp, relu, bn0, batch_stats0, radix, cardinality
-        )
+
+        def attention_of(gap: Tensor) -> Tensor:
+            return reference.r_softmax(mlp(gap), radix, cardinality)
+
+        out, statistics0 = autograd.attend(chosen, x, attention_of, relu, bn0, batch_stats0, radix)
         _update(bn0, statistics0)
         return out
     try:
@@ -125,7 +161,7 @@ def split_attention(
             radix,
             cardinality,
         )
-    except RuntimeError:
+    except (AttributeError, RuntimeError, TypeError):
         if not checked:
             _check(*arguments)
         raise
@@ -137,6 +173,7 @@ def split_attention(
 def attend(
     x: Tensor,
     mlp: Callable[[Tensor], Tensor],
+    softmax: Callable[[Tensor], Tensor] | None = None,
     *,
     radix: int,
     cardinality: int = 1,
@@ -151,30 +188,54 @@ def attend(
         x, radix, cardinality, bn0, relu, training, backend: as in :func:`split_attention`.
         mlp: called once with gap, ``(B, C, 1, 1)`` in float32 (float64 for float64 x); returns the
             logits, ``(B, R*C, 1, 1)``, cardinality-major.
+        softmax: called once with the logits; returns the attention, R*C numbers for each sample,
+            radix-major. None for the softmax over radix (R = 1: the sigmoid).
 
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`split_attention`; ValueError when the logits
-            do not have that shape.
+            or the attention do not have that shape.
     """
+    if type(x) is not Tensor and has_torch_function_unary(x):
+        return handle_torch_function(
+            attend,
+            (x,),
+            x,
+            mlp,
+            softmax,
+            radix=radix,
+            cardinality=cardinality,
+            bn0=bn0,
+            relu=relu,
+            training=training,
+            backend=backend,
+        )
     chosen = choose(backend, x)
     _check_map(x, radix, cardinality)
     _check_bn0(x, bn0, training)
+    chosen = choose(backend, x)
 
-    def checked_mlp(gap: Tensor) -> Tensor:
+    def attention_of(gap: Tensor) -> Tensor:
         logits = mlp(gap)
         expected = (x.shape[0], x.shape[1], 1, 1)
         if logits.shape != expected:
             raise ValueError(f"logits: expected shape {expected}, got {tuple(logits.shape)}")
-        return logits
+        if softmax is None:
+            wide = torch.promote_types(logits.dtype, gap.dtype)
+            return reference.r_softmax(logits.to(wide), radix, cardinality)
+        attention = softmax(logits)
+        if attention.numel() != logits.numel():
+            raise ValueError(
+                f"attention: expected {x.shape[1]} numbers for each of {x.shape[0]} samples, got "
+                f"shape {tuple(attention.shape)}"
+            )
+        return attention.reshape(x.shape[0], radix, -1, 1, 1)
 
     if chosen == "reference":
         z = reference.prologue(x, bn0, relu, training)
-        return reference.attend(z, checked_mlp, radix, cardinality)
+        return reference.attend(z, attention_of, radix)
     batch_stats = bn0 is not None and bn0.uses_batch_stats(training)
     relu = relu or bn0 is not None
-    out, statistics = autograd.attend(
-        chosen, x, checked_mlp, relu, bn0, batch_stats, radix, cardinality
-    )
+    out, statistics = autograd.attend(chosen, x, attention_of, relu, bn0, batch_stats, radix)
     _update(bn0, statistics)
     return out
 
@@ -188,11 +249,17 @@ def _update(bn: BatchNormArgs | None, statistics: autograd.Statistics | None) ->
         reference.update_running_statistics(bn, *statistics)
 
 
+def _check_count(name: str, count: Any) -> None:
+    if isinstance(count, bool) or not isinstance(count, (Integral, torch.SymInt)):
+        raise TypeError(f"{name}: expected an integer, got {count!r}")
+    if count < 1:
+        raise ValueError(f"{name}: expected at least 1, got {count}")
+
+
 def _check_map(x: Tensor, radix: int, cardinality: int) -> None:
-    if radix < 1:
-        raise ValueError(f"radix: expected at least 1, got {radix}")
-    if cardinality < 1:
-        raise ValueError(f"cardinality: expected at least 1, got {cardinality}")
+    _check_is_tensor("x", x)
+    _check_count("radix", radix)
+    _check_count("cardinality", cardinality)
     dtype = x.dtype
     if dtype not in _DTYPES:
         raise TypeError(f"x: expected float32, float64, bfloat16 or float16, got {dtype}")
@@ -232,6 +299,7 @@ def _check(
     _check_map(x, radix, cardinality)
     batch, features = x.shape[:2]
     channels = features // radix
+    _check_is_tensor("fc1_weight", fc1_weight)
     if fc1_weight.dim() != 4:
         raise ValueError(
             f"fc1_weight: expected 4 dimensions (I, C/K, 1, 1), got shape {tuple(fc1_weight.shape)}"
@@ -248,7 +316,7 @@ def _check(
         ("fc2_bias", fc2_bias, fc2_weight),
     ):
         if bias is not None:
-            _check_tensor(name, bias, (weight.shape[0],), x)
+            _check_tensor(name, bias, (weight.shape[0],), x, " or None")
             if bias.dtype != weight.dtype:
                 raise TypeError(f"{name}: expected its weight's {weight.dtype}, got {bias.dtype}")
     _check_bn0(x, bn0, training)
@@ -256,11 +324,20 @@ def _check(
         _check_batch_norm("bn1", bn1, inter, batch, x, training)
 
 
-def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+def _check_is_tensor(name: str, tensor: Any, or_none: str = "") -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor{or_none}, got {type(tensor).__name__}")
+
+
+def _check_tensor(
+    name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor, or_none: str = ""
+) -> None:
+    _check_is_tensor(name, tensor, or_none)
     if tensor.shape != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
     if tensor.dtype != x.dtype and tensor.dtype != torch.float32:
-        raise TypeError(f"{name}: expected x's {x.dtype} or torch.float32, got {tensor.dtype}")
+        or_float = "" if x.dtype == torch.float32 else " or torch.float32"
+        raise TypeError(f"{name}: expected x's {x.dtype}{or_float}, got {tensor.dtype}")
     if tensor.device != x.device:
         raise ValueError(f"{name}: expected on {x.device} as x is, got {tensor.device}")
 
@@ -268,17 +345,29 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) 
 def _check_batch_norm(
     name: str, bn: BatchNormArgs, features: int, count: int, x: Tensor, training: bool
 ) -> None:
-    if bn.weight is not None:
-        _check_tensor(f"{name}.weight", bn.weight, (features,), x)
-    if bn.bias is not None:
-        _check_tensor(f"{name}.bias", bn.bias, (features,), x)
+    # By what it can do, not by its class, of which there are two when the package is imported anew.
+    if not hasattr(bn, "uses_batch_stats"):
+        raise TypeError(f"{name}: expected BatchNormArgs or None, got {type(bn).__name__}")
+    for field in ("weight", "bias", "running_mean", "running_var"):
+        tensor = getattr(bn, field)
+        if tensor is not None:
+            _check_tensor(f"{name}.{field}", tensor, (features,), x, " or None")
     if (bn.running_mean is None) != (bn.running_var is None):
         raise ValueError(f"{name}: expected running_mean and running_var both given or both None")
-    if bn.running_mean is not None and bn.running_var is not None:
-        _check_tensor(f"{name}.running_mean", bn.running_mean, (features,), x)
-        _check_tensor(f"{name}.running_var", bn.running_var, (features,), x)
-    if count == 1 and bn.uses_batch_stats(training) and bn.process_group is None:
+    batch_stats = bn.uses_batch_stats(training)
+    _check_number(f"{name}.eps", bn.eps)
+    if not (bn.eps > 0 if batch_stats else bn.eps >= 0):
+        least = "more than 0 with batch statistics" if batch_stats else "at least 0"
+        raise ValueError(f"{name}.eps: expected {least}, got {bn.eps}")
+    if batch_stats and bn.running_mean is not None:
+        _check_number(f"{name}.momentum", bn.momentum)
+    if count == 1 and batch_stats and bn.process_group is None:
         raise ValueError(
             f"{name}: Expected more than 1 value per channel when training, got input size "
             f"[1, {features}, 1, 1]"
         )
+
+
+def _check_number(name: str, number: Any) -> None:
+    if not isinstance(number, (Real, torch.SymFloat)):
+        raise TypeError(f"{name}: expected a number, got {number!r}")

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from resnest_fused import fold as folding
 from resnest_fused import proof
 from resnest_fused.backends import check_name
+from resnest_fused.children import own_method
 from resnest_fused.modules import (
+    FusedModule,
     FusedSplitAttention,
     FusedSplitAttentionConv2d,
     fused_attention,
-    intercepted,
 )
 
 
@@ -141,8 +142,8 @@ def fuse(
         if entry is None:
             continue
         if entry.fused and entry.reason is None:
-            original = type(module)
-            module.__class__ = _fused_class(original)
+            original = _core(type(module))
+            module.__class__ = _over(type(module), _fused_class(original))
             vars(module)["_unfused_class"] = original
         if _is_swapped(module):
             vars(module)["backend"] = backend
@@ -175,19 +176,19 @@ def unfuse(model: nn.Module) -> None:
     """
     for _, module in list(_named_modules(model)):
         if _is_swapped(module):
-            module.__class__ = vars(module).pop("_unfused_class")
+            module.__class__ = _over(type(module), vars(module).pop("_unfused_class"))
             vars(module).pop("backend", None)
     folding.unfold(model)
 
 
-class _PeerAttention(nn.Module):
+class _PeerAttention(FusedModule):
     """What the forwards below use; the peer's class that they are mixed into sets it up."""
 
-    backend: str = "auto"
     radix: int
     conv: nn.Module
     fc1: nn.Conv2d
     fc2: nn.Conv2d
+    rsoftmax: Any
 
 
 class _OfficialForward(_PeerAttention):
@@ -198,8 +199,7 @@ class _OfficialForward(_PeerAttention):
     dropblock_prob: float
     relu: nn.Module
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, in_channels, H, W)`` to ``(B, channels, H', W')``."""
+    def _fused_forward(self, x: Tensor) -> Tensor:
         return fused_attention(
             self.conv(x),
             bn0=self.bn0 if self.use_bn else None,
@@ -209,6 +209,7 @@ class _OfficialForward(_PeerAttention):
             bn1=self.bn1 if self.use_bn else None,
             act1=self.relu,
             fc2=self.fc2,
+            softmax=self.rsoftmax,
             radix=self.radix,
             cardinality=self.cardinality,
             backend=self.backend,
@@ -218,10 +219,7 @@ class _OfficialForward(_PeerAttention):
 class _TimmForward(_PeerAttention):
     """The fused forward of timm's ``SplitAttn``."""
 
-    rsoftmax: Any
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, in_channels, H, W)`` to ``(B, out_channels, H', W')``."""
+    def _fused_forward(self, x: Tensor) -> Tensor:
         return fused_attention(
             self.conv(x),
             bn0=self.bn0,
@@ -231,8 +229,10 @@ class _TimmForward(_PeerAttention):
             bn1=self.bn1,
             act1=self.act1,
             fc2=self.fc2,
+            softmax=self.rsoftmax,
             radix=self.radix,
-            cardinality=self.rsoftmax.cardinality,
+            # The module has none of its own, and one in the place of its softmax needs none.
+            cardinality=getattr(self.rsoftmax, "cardinality", 1),
             backend=self.backend,
         )
 
@@ -265,7 +265,8 @@ def __getattr__(name: str) -> type[nn.Module]:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     peer = _PEERS[name]
     original = getattr(importlib.import_module(peer.source), peer.name)
-    return type(name, (peer.forward, original), {"__module__": __name__})
+    body = {"__module__": __name__, "_unfused_forward": staticmethod(original.forward)}
+    return type(name, (peer.forward, original), body)
 
 
 def _fused_class(original: type[nn.Module]) -> type[nn.Module]:
@@ -279,6 +280,35 @@ def _fused_class(original: type[nn.Module]) -> type[nn.Module]:
 
 def _path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _is_wrapper(cls: type) -> bool:
+    """Whether ``cls`` is what ``fully_shard`` or ``replicate`` made of a module's class."""
+    first = cls.__bases__[0]
+    return first.__module__.startswith("torch.distributed.") and not issubclass(first, nn.Module)
+
+
+def _core(cls: type) -> type:
+    """The class that a module had before ``torch.distributed`` wrapped it."""
+    return _core(cls.__bases__[1]) if _is_wrapper(cls) else cls
+
+
+# What _over made, and what it made it from: fuse and unfuse then give back the very class.
+_made: dict[tuple[type, type], type] = {}
+
+
+def _over(cls: type, core: type) -> type:
+    """``cls`` with ``core`` at its core instead."""
+    if not _is_wrapper(cls):
+        return core
+    if (cls, core) not in _made:
+        wrapper, inner = cls.__bases__
+        prefix = cls.__name__.removesuffix(inner.__name__)
+        bases = (wrapper, _over(inner, core))
+        body = {name: value for name, value in vars(cls).items() if name != "__weakref__"}
+        made = type(prefix + bases[1].__name__, bases, body)
+        _made[cls, core], _made[made, _core(cls)] = made, cls
+    return _made[cls, core]
 
 
 def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -300,14 +330,15 @@ def unfused_class(module: nn.Module) -> type[nn.Module] | None:
 
 def _examine(name: str, module: nn.Module) -> FuseEntry | None:
     """The entry for one module, before anything is done to it; None when it is something else."""
-    cls = type(module)
     if _is_swapped(module):
         return FuseEntry(name, _path(vars(module)["_unfused_class"]), True, "already fused")
+    cls = _core(type(module))
     if cls in _OURS.values():
         return FuseEntry(name, _path(cls), True, "already fused, as built")
     known = next((_path(base) for base in cls.__mro__ if _path(base) in _KNOWN), None)
     if known == _path(cls):
-        reason = _obstacle(module)
+        replaced = "forward" in vars(module) or own_method(cls) is None
+        reason = "its forward was replaced" if replaced else None
     elif known is not None:
         reason = f"a subclass of {known}, which may compute something else"
     elif re.search("splat|split_?att", cls.__name__, re.IGNORECASE):
@@ -315,20 +346,3 @@ def _examine(name: str, module: nn.Module) -> FuseEntry | None:
     else:
         return None
     return FuseEntry(name, _path(cls), reason is None, reason)
-
-
-def _obstacle(module: nn.Module) -> str | None:
-    """Why ``module``, of a known class, would not compute the same when fused, or None."""
-    if "forward" in vars(module) or type(module).forward.__module__ != type(module).__module__:
-        return "its forward was replaced"
-    softmax = module._modules.get("rsoftmax")
-    if softmax is None:
-        return None
-    problem = _unsupported_softmax(softmax, module) or intercepted(softmax)
-    return None if problem is None else f"rsoftmax: {problem}, and it would no longer be called"
-
-
-def _unsupported_softmax(softmax: nn.Module, module: nn.Module) -> str | None:
-    if type(softmax).__module__ == type(module).__module__:
-        return None
-    return f"expected the r-softmax of {type(module).__module__}, got {type(softmax).__name__}"

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from resnest_fused.children import (
+    RELU,
+    batch_norm_args,
+    calls_are_watched,
+    counts_batches,
+    is_nothing,
+    is_pointwise,
+    is_r_softmax,
+    is_relu,
+    tensor_of,
+)
 from resnest_fused.functional import attend, split_attention
-from resnest_fused.reference import BatchNormArgs, SplitAttention, SplitAttentionConv2d
-
-# The activation of our own modules, which they have no child for.
-RELU = nn.ReLU()
+from resnest_fused.reference import SplitAttention, SplitAttentionConv2d
+from resnest_fused.tracing import as_one_node, is_traced
 
 
 def fused_attention(
@@ -24,6 +34,7 @@ def fused_attention(
     bn1: Any,
     act1: Any,
     fc2: Any,
+    softmax: Any = None,
     radix: int,
     cardinality: int,
     backend: str,
@@ -31,34 +42,41 @@ def fused_attention(
     """act0(drop(bn0(x))), then split attention with fc2(act1(bn1(fc1(gap)))), by the fused op.
 
     The modules' parameters go into the op wherever it computes what they do: a batch normalisation
-    and a ReLU in front, and 1x1 convolutions with batch normalisation and ReLU between them. Any
-    other module, and one with hooks, is called; the map is then still read and written as often.
+    and a ReLU in front, 1x1 convolutions with batch normalisation and ReLU between them, and an
+    r-softmax. Any other module, and one with hooks, is called, and all are while hooks for every
+    module are registered; the map is then still read and written as often.
 
     Args:
         x: ``(B, radix*channels, H, W)``.
         bn0, drop, act0: what is to be applied to x first; None for what there is none of.
         fc1, bn1, act1, fc2: the map from gap ``(B, channels, 1, 1)`` to logits; bn1 may be None.
+        softmax: from logits to attention, radix-major; None for the r-softmax.
         radix, cardinality, backend: as in :func:`resnest_fused.split_attention`.
     """
-    relu = _is_relu(act0)
-    norm0 = batch_norm_args(bn0) if relu and _is_nothing(drop) else None
+    absorbs = not calls_are_watched()
+    relu = act0 is RELU or (absorbs and is_relu(act0))
+    norm0 = batch_norm_args(bn0) if absorbs and relu and is_nothing(drop) else None
     if norm0 is None:
         for module in (bn0, drop, None if relu else act0):
             if module is not None:
                 x = module(x)
-    norm1 = batch_norm_args(bn1)
+    if absorbs and softmax is not None and is_r_softmax(softmax, radix, cardinality):
+        softmax = None
+    norm1 = batch_norm_args(bn1) if absorbs else None
     if (
-        (norm1 is not None or _is_nothing(bn1))
-        and _is_relu(act1)
-        and _is_pointwise(fc1, cardinality)
-        and _is_pointwise(fc2, cardinality)
+        absorbs
+        and softmax is None
+        and (norm1 is not None or is_nothing(bn1))
+        and is_relu(act1)
+        and is_pointwise(fc1, cardinality)
+        and is_pointwise(fc2, cardinality)
     ):
         out = split_attention(
             x,
-            _tensor(fc1, "weight"),
-            _tensor(fc1, "bias"),
-            _tensor(fc2, "weight"),
-            _tensor(fc2, "bias"),
+            tensor_of(fc1, "weight"),
+            tensor_of(fc1, "bias"),
+            tensor_of(fc2, "weight"),
+            tensor_of(fc2, "bias"),
             radix=radix,
             cardinality=cardinality,
             bn0=norm0,
@@ -78,6 +96,7 @@ def fused_attention(
         out = attend(
             x,
             mlp,
+            softmax,
             radix=radix,
             cardinality=cardinality,
             bn0=norm0,
@@ -86,7 +105,7 @@ def fused_attention(
         )
     # After the call, so that a call that raises leaves the counts as they were.
     for bn, norm in ((bn0, norm0), (bn1, norm1)):
-        if norm is not None and norm.batch_stats and _counts_batches(bn):
+        if norm is not None and norm.batch_stats and counts_batches(bn):
             bn.num_batches_tracked.add_(1)
     return out
 
@@ -99,142 +118,37 @@ def _as_input(gap: Tensor, x: Tensor, fc1: nn.Module) -> Tensor:
     return gap.to(x.dtype if parameter is None else parameter.dtype)
 
 
-def intercepted(module: Any) -> str | None:
-    """What would be lost if ``module`` were not called, or None."""
-    state = vars(module)
-    if "forward" in state:
-        return "its forward was replaced"
-    if (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-    ):
-        return "it has hooks"
-    return None
-
-
-class FoldedNorm(nn.Identity):
-    """In a norm's place when it has been folded into the convolution in front of it.
+class FusedModule(nn.Module):
+    """What fused modules of every kind share: how they are called, and traced.
 
     Attributes:
-        originals: the convolution and the norm, as they were; no part of this module's state.
-        place: the parent of the convolution and its name there.
-        dtype: of the convolution when it was folded.
+        backend: as in :func:`resnest_fused.split_attention`.
     """
 
-    def __init__(self, conv: nn.Conv2d, norm: nn.Module, parent: nn.Module, name: str) -> None:
-        super().__init__()
-        # In tuples, as modules that were attributes would become children.
-        self.originals = (conv, norm)
-        self.place = (parent, name)
-        self.dtype = conv.weight.dtype
-        self.train(norm.training)
+    backend: str = "auto"
+    # The forward that a module had which ``fuse`` made one of this class.
+    _unfused_forward: Callable[..., Any]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x; in training mode an error, as there are no statistics to follow."""
-        if self.training:
-            raise RuntimeError(
-                "this module's batch normalisation is folded for inference: "
-                "call resnest_fused.unfuse before training"
-            )
-        return x
+        """What the unfused module gives for x; while ``torch.fx`` traces, a node that calls it."""
+        if is_traced(x):
+            return as_one_node(self, x)
+        unfused = vars(self).get("_unfused_class")
+        if unfused is not None and unfused.forward is not self._unfused_forward:
+            return unfused.forward(self, x)  # it was replaced after fuse
+        return self._fused_forward(x)
+
+    def _fused_forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(self).__name__}: call "
+            "resnest_fused.unfuse(model) first, or build the model with unfused modules"
+        )
 
 
-def _is_nothing(module: Any) -> bool:
-    if type(module) is FoldedNorm:
-        return not module.training  # where it is called, and raises
-    return module is None or (type(module) is nn.Identity and intercepted(module) is None)
-
-
-def _is_relu(module: Any) -> bool:
-    return module is RELU or (type(module) is nn.ReLU and intercepted(module) is None)
-
-
-def computes_as_conv(kind: type) -> bool:
-    # A parametrized one does: reading its weight computes it, and that is all a call would do.
-    return kind is nn.Conv2d or (
-        issubclass(kind, nn.Conv2d)
-        and kind.forward is nn.Conv2d.forward
-        and kind._conv_forward is nn.Conv2d._conv_forward
-    )
-
-
-def _is_pointwise(fc: Any, cardinality: int) -> bool:
-    return (
-        computes_as_conv(type(fc))
-        and fc.kernel_size == (1, 1)
-        and fc.padding == (0, 0)
-        and fc.groups == cardinality
-        and intercepted(fc) is None
-    )
-
-
-def _norm_kind(kind: type) -> str | None:
-    """Which batch normalisation a class computes: "plain", "sync", "frozen", or None for none."""
-    if kind is nn.BatchNorm2d:
-        return "plain"
-    if issubclass(kind, nn.BatchNorm2d) and kind.forward is nn.BatchNorm2d.forward:
-        return "plain"
-    if issubclass(kind, nn.SyncBatchNorm) and kind.forward is nn.SyncBatchNorm.forward:
-        return "sync"
-    # torchvision's and detectron2's, whose weight and bias are buffers too.
-    return "frozen" if kind.__name__ == "FrozenBatchNorm2d" else None
-
-
-def _tensor(module: nn.Module, name: str) -> Any:
-    """``module.name`` without the cost of ``nn.Module.__getattr__`` where it is a parameter."""
-    parameters = module._parameters
-    return parameters[name] if name in parameters else getattr(module, name)
-
-
-def _counts_batches(bn: Any) -> bool:
-    return bn.training and bn.track_running_stats and bn.num_batches_tracked is not None
-
-
-def batch_norm_args(bn: Any) -> BatchNormArgs | None:
-    """The batch normalisation that ``bn`` computes in its present mode, or None to call it."""
-    kind = None if bn is None else _norm_kind(type(bn))
-    if kind is None or intercepted(bn) is not None:
-        return None
-    buffers = bn._buffers
-    if kind == "frozen":
-        if not isinstance(getattr(bn, "eps", None), float):
-            return None
-        statistics = buffers["running_mean"], buffers["running_var"]
-        return BatchNormArgs(bn.weight, bn.bias, *statistics, eps=bn.eps, batch_stats=False)
-    training = bn.training
-    # Without tracking, running statistics neither take part nor change while training.
-    running = not training or bn.track_running_stats
-    mean = buffers["running_mean"] if running else None
-    if bn.momentum is not None:
-        momentum = bn.momentum
-    elif _counts_batches(bn):
-        momentum = 1.0 / (float(bn.num_batches_tracked) + 1.0)  # a cumulative average
-    else:
-        momentum = 0.0
-    return BatchNormArgs(
-        _tensor(bn, "weight"),
-        _tensor(bn, "bias"),
-        mean,
-        buffers["running_var"] if running else None,
-        momentum,
-        bn.eps,
-        training or mean is None,
-        _process_group(bn) if kind == "sync" and training else None,
-    )
-
-
-def _process_group(bn: nn.SyncBatchNorm) -> str | None:
-    """The name of the group whose processes share ``bn``'s statistics; None for this one alone."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return None
-    group: Any = bn.process_group or distributed.group.WORLD
-    return group.group_name if distributed.get_world_size(group) > 1 else None
-
-
-class FusedSplitAttention(SplitAttention):
+class FusedSplitAttention(FusedModule, SplitAttention):
     """:class:`SplitAttention` by one fused op: same arguments, state_dict and results.
 
     ``(B, radix*channels, H, W)``, radix-major, to ``(B, channels, H, W)`` in the input's dtype and
@@ -246,10 +160,9 @@ class FusedSplitAttention(SplitAttention):
         ValueError, TypeError: as :func:`resnest_fused.split_attention`.
     """
 
-    backend: str = "auto"
+    _unfused_forward = staticmethod(SplitAttention.forward)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, radix*channels, H, W)`` to ``(B, channels, H, W)``."""
+    def _fused_forward(self, x: Tensor) -> Tensor:
         modules = self._modules
         return fused_attention(
             x,
@@ -263,7 +176,7 @@ class FusedSplitAttention(SplitAttention):
         )
 
 
-class FusedSplitAttentionConv2d(SplitAttentionConv2d):
+class FusedSplitAttentionConv2d(FusedModule, SplitAttentionConv2d):
     """:class:`SplitAttentionConv2d` in two steps: the convolution, and one op for all after it.
 
     Same arguments, state_dict and results. With ``nn.BatchNorm2d`` (or ``nn.SyncBatchNorm``, or a
@@ -271,10 +184,9 @@ class FusedSplitAttentionConv2d(SplitAttentionConv2d):
     convolution's output and a few numbers per sample and channel. See :class:`FusedSplitAttention`.
     """
 
-    backend: str = "auto"
+    _unfused_forward = staticmethod(SplitAttentionConv2d.forward)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, in_channels, H, W)`` to ``(B, channels, H', W')``."""
+    def _fused_forward(self, x: Tensor) -> Tensor:
         return fused_attention(
             self.conv(x),
             bn0=self.bn0,

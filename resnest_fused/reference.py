@@ -12,6 +12,7 @@ Symbols: B batch, R radix, K cardinality, C channels, I inter_channels. Source: 
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnest_fused import sync
+from resnest_fused.tracing import as_one_node, is_traced
 
 NormLayer = Callable[[int], nn.Module]
 IntOrPair = int | tuple[int, int]
@@ -67,6 +69,8 @@ def as_splits(x: Tensor, radix: int) -> tuple[Tensor, ...]:
     Views of the channels keep x's memory format, which a view with R as a dimension of its own
     does not: on channels_last maps PyTorch then runs several times slower.
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
     features = x.shape[1]
     if features % radix:
         raise ValueError(f"x: expected channels divisible by radix={radix}, got {features}")
@@ -173,10 +177,10 @@ def prologue(x: Tensor, bn0: BatchNormArgs | None, relu: bool, training: bool) -
     return F.relu(x) if relu or bn0 is not None else x
 
 
-def attend(x: Tensor, mlp: Callable[[Tensor], Tensor], radix: int, cardinality: int) -> Tensor:
-    """The whole of the split attention around ``mlp``, the map from gap to logits."""
+def attend(x: Tensor, attention_of: Callable[[Tensor], Tensor], radix: int) -> Tensor:
+    """The whole of the split attention around any map from gap to attention."""
     splits = as_splits(x, radix)
-    attention = r_softmax(mlp(pool(splits)), radix, cardinality)
+    attention = attention_of(pool(splits))
     # Under autocast the FCs may run in a narrower dtype than x's; out keeps x's.
     return recombine(splits, attention.to(x.dtype))
 
@@ -203,7 +207,7 @@ def split_attention(
     mlp = plain_mlp(
         fc1_weight, fc1_bias, fc2_weight, fc2_bias, bn1, cardinality=cardinality, training=training
     )
-    return attend(x, mlp, radix, cardinality)
+    return attend(x, lambda gap: r_softmax(mlp(gap), radix, cardinality), radix)
 
 
 def plain_mlp(
@@ -233,7 +237,7 @@ def plain_mlp(
 
 
 class _AttentionModule(nn.Module):
-    """What both modules share: ``fc1``, ``bn1``, ``fc2`` and the map from gap to logits."""
+    """What both modules share: ``fc1``, ``bn1``, ``fc2`` and the map from gap to attention."""
 
     channels: int
     radix: int
@@ -250,10 +254,13 @@ class _AttentionModule(nn.Module):
         reduction: int,
         norm_layer: NormLayer | None,
     ) -> None:
+        channels, radix, cardinality = _check_counts(
+            channels=channels, radix=radix, cardinality=cardinality
+        )
         if inter_channels is None:
-            _check_counts(reduction=reduction)
+            (reduction,) = _check_counts(reduction=reduction)
             inter_channels = default_inter_channels(channels, radix, reduction)
-        _check_counts(inter_channels=inter_channels)
+        (inter_channels,) = _check_counts(inter_channels=inter_channels)
         for name, features in (("channels", channels), ("inter_channels", inter_channels)):
             if features % cardinality:
                 raise ValueError(
@@ -268,20 +275,24 @@ class _AttentionModule(nn.Module):
         self.bn1 = None if norm_layer is None else norm_layer(inter_channels)
         self.fc2 = nn.Conv2d(inter_channels, channels * radix, 1, groups=cardinality)
 
-    def _mlp(self, gap: Tensor) -> Tensor:
+    def _attention(self, gap: Tensor) -> Tensor:
         h = self.fc1(gap)
         if self.bn1 is not None:
             h = self.bn1(h)
-        return self.fc2(F.relu(h))
+        return r_softmax(self.fc2(F.relu(h)), self.radix, self.cardinality)
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, radix={self.radix}, cardinality={self.cardinality}"
 
 
-def _check_counts(**counts: int) -> None:
+def _check_counts(**counts: int) -> list[int]:
+    """The counts as plain integers, which NumPy's are not."""
     for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, Integral):
+            raise TypeError(f"{name} must be an integer, got {count!r}")
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
+    return [int(count) for count in counts.values()]
 
 
 class SplitAttention(_AttentionModule):
@@ -300,6 +311,7 @@ class SplitAttention(_AttentionModule):
 
     Raises:
         ValueError: when a count is below 1 or ``cardinality`` does not divide.
+        TypeError: when a count is no integer.
     """
 
     def __init__(
@@ -312,12 +324,13 @@ class SplitAttention(_AttentionModule):
         norm_layer: NormLayer | None = nn.BatchNorm2d,
     ) -> None:
         super().__init__()
-        _check_counts(channels=channels, radix=radix, cardinality=cardinality)
         self._add_attention(channels, radix, cardinality, inter_channels, reduction, norm_layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, radix*channels, H, W)`` to ``(B, channels, H, W)``."""
-        return attend(x, self._mlp, self.radix, self.cardinality)
+        if is_traced(x):
+            return as_one_node(self, x)
+        return attend(x, self._attention, self.radix)
 
 
 class SplitAttentionConv2d(_AttentionModule):
@@ -335,6 +348,7 @@ class SplitAttentionConv2d(_AttentionModule):
 
     Raises:
         ValueError: when a count is below 1 or ``cardinality`` does not divide.
+        TypeError: when a count is no integer.
     """
 
     bn0: nn.Module | None
@@ -355,7 +369,7 @@ class SplitAttentionConv2d(_AttentionModule):
         norm_layer: NormLayer | None = nn.BatchNorm2d,
     ) -> None:
         super().__init__()
-        _check_counts(
+        in_channels, channels, radix, cardinality = _check_counts(
             in_channels=in_channels, channels=channels, radix=radix, cardinality=cardinality
         )
         self.conv = nn.Conv2d(
@@ -379,4 +393,6 @@ class SplitAttentionConv2d(_AttentionModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, in_channels, H, W)`` to ``(B, channels, H', W')``."""
-        return attend(self._prologue(x), self._mlp, self.radix, self.cardinality)
+        if is_traced(x):
+            return as_one_node(self, x)
+        return attend(self._prologue(x), self._attention, self.radix)

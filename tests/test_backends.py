@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -277,6 +278,63 @@ def test_a_wrong_environment_is_named(tmp_path: Path) -> None:
     )
 
 
+# Says what a call raises for a small map, one piece of work, and for a large one, of many pieces;
+# the op itself too, which a program that torch.export wrote calls without the package's functions.
+RAISED = """
+import sys, torch, resnest_fused as rf
+torch.set_num_threads(2)
+op = torch.ops.resnest_fused.batch_statistics
+
+def module(backend):
+    module = rf.FusedSplitAttention(32).eval()
+    module.backend = backend
+    return module
+
+for backend in "auto", "native", "reference":
+    for x in torch.ones(2, 64, 2, 2), torch.ones(8, 64, 56, 56):
+        for call in module(backend), torch.no_grad()(module(backend)), op:
+            try:
+                call(x)
+            except Exception as error:
+                print(backend, type(error).__name__, error)
+status = rf.backends()[0]
+print("report", status.available, status.reason)
+"""
+
+
+def test_a_wrong_cpu_capability_is_one_error(tmp_path: Path) -> None:
+    """Never the reference in silence, unless it is asked for."""
+    run = _python(RAISED, tmp_path, RESNEST_FUSED_CPU_CAPABILITY="AVX2")
+    assert run.returncode == 0, run.stderr
+    reason = "RESNEST_FUSED_CPU_CAPABILITY: expected baseline, avx2 or avx512, got 'AVX2'"
+    of_op = f"RuntimeError {reason}"
+    expected = [
+        f"{backend} {error}"
+        for backend in ("auto", "native")
+        for _ in ("small", "large")
+        for error in (f"ValueError {reason}", f"ValueError {reason}", of_op)
+    ]
+    expected += [f"reference {of_op}"] * 2
+    assert run.stdout.splitlines() == [*expected, f"report False {reason}"]
+
+
+def test_empty_variables_are_unset_and_the_machine_s_best_is_the_limit(tmp_path: Path) -> None:
+    names = ("BACKEND", "CPU_CAPABILITY", "AUTOTUNE", "CUDA_STRATEGY")
+    unset = _python(RAISED, tmp_path, **{f"RESNEST_FUSED_{name}": "" for name in names})
+    known = re.fullmatch(r"report True C\+\+ kernels for cpu, (\w+), .*\n", unset.stdout)
+    assert known, unset.stdout + unset.stderr
+    run = _python(RAISED, tmp_path, RESNEST_FUSED_CPU_CAPABILITY="avx512")
+    if known[1] == "avx512":
+        assert run.stdout == unset.stdout
+    else:
+        reason = (
+            f"RESNEST_FUSED_CPU_CAPABILITY: expected at most {known[1]}, the best of this machine, "
+            "got 'avx512'"
+        )
+        assert run.stdout.splitlines()[0] == f"auto ValueError {reason}", run.stderr
+        assert run.stdout.splitlines()[-1] == f"report False {reason}"
+
+
 # Triton
 
 
@@ -302,8 +360,14 @@ def test_triton_runs_on_gpus(
 
 
 def test_a_wrong_autotune_is_named(on_gpu: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    _pretend(monkeypatch, "not built, no nvcc", "", "the library is not there")
     monkeypatch.setenv("RESNEST_FUSED_AUTOTUNE", "yes")
     reason = "RESNEST_FUSED_AUTOTUNE: expected 0 or 1, got 'yes'"
-    with pytest.raises(RuntimeError, match=reason):
-        choose("triton", on_gpu)
+    for backend in ("triton", "auto"):
+        with pytest.raises(ValueError, match=f"^{reason}$"):
+            choose(backend, on_gpu)
     assert not rf.backends()[1].available and rf.backends()[1].reason == reason
+    assert choose("auto", torch.empty(1)) == "native", "it is read for Triton alone"
+    for unset in ("", "0"):
+        monkeypatch.setenv("RESNEST_FUSED_AUTOTUNE", unset)
+        assert choose("auto", on_gpu) == "triton"

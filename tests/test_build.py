@@ -164,7 +164,7 @@ def test_version_is_the_same_everywhere() -> None:
     ("environ", "sentence"),
     [
         ({"RESNEST_FUSED_CUDA": "on"}, "RESNEST_FUSED_CUDA must be 0 or 1, not 'on'"),
-        ({"RESNEST_FUSED_SKIP_NATIVE": ""}, "RESNEST_FUSED_SKIP_NATIVE must be 0 or 1, not ''"),
+        ({"RESNEST_FUSED_SKIP_NATIVE": " "}, "RESNEST_FUSED_SKIP_NATIVE must be 0 or 1, not ' '"),
     ],
 )
 def test_impossible_switch_ends_the_build_with_one_sentence(
@@ -173,6 +173,17 @@ def test_impossible_switch_ends_the_build_with_one_sentence(
     result = run_setup(**environ)
     assert result.returncode != 0
     assert result.stderr == f"resnest_fused: {sentence}.\n"
+
+
+def test_an_empty_switch_is_unset(setup_py: ModuleType) -> None:
+    """As compose files set what is not given."""
+    for environ, expected in (
+        ({}, None),
+        ({"N": ""}, None),
+        ({"N": "0"}, False),
+        ({"N": "1"}, True),
+    ):
+        assert setup_py.read_switch("N", environ) is expected
 
 
 def test_skip_native_needs_no_compiler() -> None:

@@ -27,11 +27,11 @@ import torch.nn.functional as F
 from test_fuse import features, randomise, square_errors
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import resnest_fused as rf
-from resnest_fused import sync
+from resnest_fused import FusedSplitAttentionConv2d, sync
 from resnest_fused.backends import choose
 
 WORLD = 2
@@ -383,6 +383,54 @@ def fully_sharded(shard: tuple[str, ...], norm1: nn.Module | None = None) -> Non
         fully_shard(model.get_submodule(name), mesh=mesh)
     fully_shard(model, mesh=mesh)
     assert_trains_alike(model, plain)
+
+
+@check(
+    {
+        "parent": {"shard": ()},
+        "module": {"shard": ("0",)},
+        "child": {"shard": ("0.fc1",), "norm1": nn.GroupNorm(3, 12)},
+    }
+)
+def fully_sharded_before_fuse(shard: tuple[str, ...], norm1: nn.Module | None = None) -> None:
+    plain = net(norm1)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for name in shard:
+        fully_shard(model.get_submodule(name), mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    before = [type(module) for module in model.modules()]
+    report = rf.fuse(model)
+    assert len(report) == 1 and not report.left_alone, report
+    assert report.entries[0].kind == "resnest_fused.reference.SplitAttentionConv2d"
+    assert isinstance(model[0], FusedSplitAttentionConv2d)
+    assert isinstance(model[0], FSDPModule) == ("0" in shard)
+    assert_trains_alike(model, plain)
+    rf.unfuse(model)
+    assert [type(module) for module in model.modules()] == before
+
+
+@check()
+def unfused_after_fully_shard() -> None:
+    model = net().eval()
+    x = draw((3, 3))[0]
+    expected = model(x)
+    rf.fuse(model)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    fused = type(model[0])
+    for _ in range(2):
+        assert issubclass(type(model[0]), FusedSplitAttentionConv2d)
+        torch.testing.assert_close(model(x), expected)
+        rf.unfuse(model)
+        assert type(model[0]).__name__ == "FSDPSplitAttentionConv2d"
+        assert isinstance(model[0], FSDPModule) and isinstance(model, FSDPModule)
+        assert not isinstance(model[0], FusedSplitAttentionConv2d)
+        torch.testing.assert_close(model(x), expected)
+        model[0].reshard()
+        assert len(rf.fuse(model)) == 1
+        assert type(model[0]) is fused
 
 
 # --- the same in pytest

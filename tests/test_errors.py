@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from test_peers import official, timm
 
 import resnest_fused as rf
 from resnest_fused.functional import attend
@@ -55,7 +58,7 @@ def _norms() -> list[tuple[type[Exception], str, Callable[[dict[str, Any]], dict
                 ),
                 (
                     TypeError,
-                    f"{bn}.{field}: expected x's torch.float32 or torch.float32, got torch.float64",
+                    f"{bn}.{field}: expected x's torch.float32, got torch.float64",
                     lambda a, bn=bn, field=field: {
                         bn: a[bn]._replace(**{field: getattr(a[bn], field).double()})
                     },
@@ -68,6 +71,52 @@ def _norms() -> list[tuple[type[Exception], str, Callable[[dict[str, Any]], dict
                     },
                 ),
             ]
+            wrong.append(
+                (
+                    TypeError,
+                    f"{bn}.{field}: expected a tensor or None, got float",
+                    lambda a, bn=bn, field=field: {bn: a[bn]._replace(**{field: 1.0})},
+                )
+            )
+        wrong += [
+            (
+                TypeError,
+                f"{bn}: expected BatchNormArgs or None, got BatchNorm2d",
+                lambda a, bn=bn, features=features: {bn: torch.nn.BatchNorm2d(features)},
+            ),
+            *(
+                (
+                    TypeError,
+                    f"{bn}.eps: expected a number, got {eps!r}",
+                    lambda a, bn=bn, eps=eps: {bn: a[bn]._replace(eps=eps)},
+                )
+                for eps in (None, "1e-5")
+            ),
+            *(
+                (
+                    ValueError,
+                    f"{bn}.eps: expected {least}, got {eps}",
+                    lambda a, bn=bn, eps=eps, batch=batch: {
+                        bn: a[bn]._replace(eps=eps, batch_stats=batch)
+                    },
+                )
+                for batch, least, wrong_eps in (
+                    (True, "more than 0 with batch statistics", (0, 0.0, -1e-5, float("nan"))),
+                    (False, "at least 0", (-1, -1e-5, float("nan"))),
+                )
+                for eps in wrong_eps
+            ),
+            *(
+                (
+                    TypeError,
+                    f"{bn}.momentum: expected a number, got {momentum!r}",
+                    lambda a, bn=bn, momentum=momentum: {
+                        bn: a[bn]._replace(momentum=momentum, batch_stats=True)
+                    },
+                )
+                for momentum in (None, "0.1")
+            ),
+        ]
         for field in ("running_mean", "running_var"):
             wrong.append(
                 (
@@ -84,6 +133,37 @@ WRONG: list[tuple[type[Exception], str, Callable[[dict[str, Any]], dict[str, Any
     (ValueError, "radix: expected at least 1, got 0", lambda a: {"radix": 0}),
     (ValueError, "radix: expected at least 1, got -1", lambda a: {"radix": -1}),
     (ValueError, "cardinality: expected at least 1, got 0", lambda a: {"cardinality": 0}),
+    *(
+        (
+            TypeError,
+            f"{name}: expected an integer, got {count!r}",
+            lambda a, name=name, count=count: {name: count},
+        )
+        for name in ("radix", "cardinality")
+        for count in (2.0, np.float64(2), True, "2", None)
+    ),
+    *(
+        (
+            TypeError,
+            f"x: expected a tensor, got {type(x).__name__}",
+            lambda a, x=x: {"x": x},
+        )
+        for x in (None, np.zeros((B, R * C, 4, 5), np.float32), [[1.0]])
+    ),
+    *(
+        (
+            TypeError,
+            f"{name}: expected a tensor{or_none}, got {type(wrong).__name__}",
+            lambda a, name=name, wrong=wrong: {name: wrong},
+        )
+        for name, or_none, wrongs in (
+            ("fc1_weight", "", (None, np.zeros((INTER, C // K, 1, 1), np.float32))),
+            ("fc2_weight", "", (None, 1.0)),
+            ("fc1_bias", " or None", (np.zeros(INTER, np.float32), 0.0)),
+            ("fc2_bias", " or None", ([0.0] * (R * C), 0)),
+        )
+        for wrong in wrongs
+    ),
     (
         ValueError,
         "x: expected channels divisible by radix=5, got 24",
@@ -180,14 +260,14 @@ WRONG: list[tuple[type[Exception], str, Callable[[dict[str, Any]], dict[str, Any
     *(
         (
             TypeError,
-            f"{name}: expected x's torch.float32 or torch.float32, got torch.float16",
+            f"{name}: expected x's torch.float32, got torch.float16",
             lambda a, name=name: {name: a[name].half()},
         )
         for name in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
     ),
     (
         TypeError,
-        "fc1_weight: expected x's torch.float32 or torch.float32, got torch.int64",
+        "fc1_weight: expected x's torch.float32, got torch.int64",
         lambda a: {"fc1_weight": a["fc1_weight"].long()},
     ),
     (
@@ -264,14 +344,14 @@ def _assert_raises(
     message: str,
 ) -> None:
     """And leaves running statistics as they were."""
-    norms = [wrong[name] for name in ("bn0", "bn1") if wrong.get(name) is not None]
+    norms = [wrong[name] for name in ("bn0", "bn1") if isinstance(wrong.get(name), tuple)]
     before = copy.deepcopy(norms)
     with pytest.raises(error, match=f"^{re.escape(message)}$") as raised:
         call(**wrong)
     assert type(raised.value) is error
     for norm, kept in zip(norms, before, strict=True):
         for ours, expected in zip(norm[2:4], kept[2:4], strict=True):
-            if ours is not None and ours.device == DEVICE:
+            if isinstance(ours, torch.Tensor) and ours.device == DEVICE:
                 assert torch.equal(ours, expected), "a failing call changed running statistics"
 
 
@@ -368,18 +448,92 @@ def test_one_sample_in_training_is_refused_as_pytorch_refuses_it() -> None:
             {"channels": 8, "cardinality": 2, "inter_channels": 5},
         ),
         ("inter_channels must be at least 1, got 0", {"channels": 8, "inter_channels": 0}),
+        *(
+            (f"{name} must be an integer, got {count!r}", {"channels": 8, name: count})
+            for name in ("channels", "radix", "cardinality", "inter_channels", "reduction")
+            for count in (2.0, True, "2", np.float32(2))
+        ),
+        ("radix must be an integer, got None", {"channels": 8, "radix": None}),
     ],
 )
 def test_wrong_module_option(
     module: type[torch.nn.Module], message: str, options: dict[str, int]
 ) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    error = TypeError if "integer" in message else ValueError
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
         module(**options)
 
 
-def test_wrong_conv_module_option() -> None:
+@pytest.mark.parametrize("module", [rf.SplitAttentionConv2d, rf.FusedSplitAttentionConv2d])
+def test_wrong_conv_module_option(module: type[torch.nn.Module]) -> None:
     with pytest.raises(ValueError, match=r"^in_channels must be at least 1, got 0$"):
-        rf.FusedSplitAttentionConv2d(0, 8, 3)
+        module(0, 8, 3)
+    for name in ("in_channels", "channels", "radix", "cardinality", "inter_channels", "reduction"):
+        options = {"in_channels": 8, "channels": 8, "kernel_size": 3} | {name: 4.0}
+        with pytest.raises(TypeError, match=f"^{name} must be an integer, got 4.0$"):
+            module(**options)
+
+
+def test_numpy_s_integers_count() -> None:
+    two, sixteen = np.int64(2), np.int32(16)
+    module = rf.FusedSplitAttention(sixteen, two, two, sixteen)
+    x = torch.randn(2, 32, 4, 4)
+    torch.testing.assert_close(module(x), rf.SplitAttention.forward(module, x))
+    assert {type(module.channels), type(module.radix), type(module.cardinality)} == {int}
+    arguments = _arguments()
+    for way in WAYS.values():
+        plain = rf.split_attention(**arguments | way)
+        counted = rf.split_attention(**arguments | way | {"radix": two, "cardinality": two})
+        assert torch.equal(plain, counted)
+
+
+@pytest.mark.parametrize("wrong", [None, np.zeros((2, 16, 4, 4), np.float32), [1.0]])
+@pytest.mark.parametrize("make", [rf.SplitAttention, rf.FusedSplitAttention])
+def test_module_given_no_tensor(make: type[torch.nn.Module], wrong: object) -> None:
+    for module in (make(8), make(8).eval()):
+        message = f"^x: expected a tensor, got {type(wrong).__name__}$"
+        with pytest.raises(TypeError, match=message):
+            module(wrong)
+    conv = rf.FusedSplitAttentionConv2d(8, 8, 3)
+    with pytest.raises(TypeError, match="conv2d"):  # PyTorch's own, as before fusing
+        conv(wrong)
+
+
+@pytest.mark.parametrize("eps", [0.0, -1e-5, float("nan"), 1e-30, float("inf")])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("norm", ["bn0", "bn1"])
+def test_any_eps_gives_pytorch_s_numbers_or_an_error(norm: str, training: bool, eps: float) -> None:
+    """NaN alone is refused here and not there, where everything becomes NaN."""
+    fused = rf.FusedSplitAttentionConv2d(4, 8, 3, padding=1).train(training)
+    getattr(fused, norm).eps = eps
+    plain = copy.deepcopy(fused)
+    plain.__class__ = rf.SplitAttentionConv2d
+    x = torch.randn(4, 4, 6, 6)
+    refused = math.isnan(eps) or eps < 0 or (training and eps == 0)
+    if refused:
+        with pytest.raises(ValueError, match=rf"^{norm}\.eps: expected .*, got {eps}$"):
+            fused(x)
+    if math.isnan(eps):
+        assert plain(x).isnan().any()
+    elif refused:
+        with pytest.raises(ValueError, match="eps must be"):
+            plain(x)
+    else:
+        torch.testing.assert_close(fused(x), plain(x))
+
+
+@pytest.mark.parametrize("momentum", [-1.0, 0, 2.0, np.float32(0.5), float("inf"), float("nan")])
+def test_any_momentum_gives_pytorch_s_statistics(momentum: float) -> None:
+    fused = rf.FusedSplitAttentionConv2d(4, 8, 3, padding=1)
+    for norm in (fused.bn0, fused.bn1):
+        norm.momentum = momentum
+    plain = copy.deepcopy(fused)
+    plain.__class__ = rf.SplitAttentionConv2d
+    x = torch.randn(4, 4, 6, 6)
+    fused(x)
+    plain(x)
+    for ours, expected in zip(fused.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, expected, equal_nan=True)
 
 
 def test_module_given_what_it_cannot_take() -> None:
@@ -390,3 +544,21 @@ def test_module_given_what_it_cannot_take() -> None:
         module(torch.randn(2, 18, 4, 4))
     with pytest.raises(TypeError, match=re.escape("x: expected float32")):
         module(torch.ones(2, 16, 4, 4, dtype=torch.int32))
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("make", [official, timm], ids=["official", "timm"])
+def test_fused_peer_given_what_it_cannot_take(make: Callable[[], torch.nn.Module]) -> None:
+    module, x = make(), torch.randn(2, 16, 6, 6)
+    rf.fuse(module)
+    with pytest.raises(TypeError, match="conv2d"):  # PyTorch's own, as before fusing
+        module(None)
+    norms = [(name, norm) for name, norm in module.named_modules() if "bn" in name]
+    assert len(norms) == 2
+    for training in (True, False):
+        for _, norm in norms:
+            norm.eps = -1.0
+            with pytest.raises(ValueError, match=r"^bn[01]\.eps: expected .*, got -1.0$"):
+                module.train(training)(x)
+            norm.eps = 1e-5
+        module(x)

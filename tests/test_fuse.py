@@ -576,7 +576,7 @@ def test_folding_leaves_what_is_no_chain():
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """As DETR's: its eps is no attribute."""
+    """As DETR's, which has the name, and no eps as an attribute."""
 
     def __init__(self, features: int) -> None:
         super().__init__()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from stand_ins import FrozenBatchNorm2d
 from test_fuse import square_errors
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -130,26 +131,6 @@ def _ops_of_a_step(module: nn.Module) -> Counter[str]:
     with FusedOps() as ops:
         _step(module, _input(module))
     return ops.names
-
-
-class FrozenBatchNorm2d(nn.Module):
-    """torchvision's and detectron2's: buffers only, known by its name."""
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        for name, value in (
-            ("weight", torch.randn(features)),
-            ("bias", torch.randn(features)),
-            ("running_mean", torch.randn(features)),
-            ("running_var", torch.rand(features) + 0.5),
-        ):
-            self.register_buffer(name, value)
-        self.eps = 1e-3
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        shift = self.bias - self.running_mean * scale
-        return x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
 
 
 class LayerNorm2d(nn.LayerNorm):

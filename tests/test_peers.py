@@ -130,38 +130,7 @@ def patch_forward(module: nn.Module) -> None:
     module.forward = module.forward
 
 
-def replace(name: str, child: nn.Module) -> Callable[[nn.Module], None]:
-    return lambda m: setattr(m, name, child)
-
-
-def hook_softmax(module: nn.Module) -> None:
-    module.rsoftmax.register_forward_hook(lambda *_: None)
-
-
-OBSTACLES = {
-    "forward": (patch_forward, "its forward was replaced"),
-    "softmax-hook": (
-        hook_softmax,
-        "rsoftmax: it has hooks, and it would no longer be called",
-    ),
-}
-PEER_OBSTACLES = {
-    "official-softmax": (
-        official,
-        replace("rsoftmax", nn.Identity()),
-        "rsoftmax: expected the r-softmax of resnest.torch.splat, got Identity, "
-        "and it would no longer be called",
-    ),
-    "timm-softmax": (
-        timm,
-        replace("rsoftmax", nn.Identity()),
-        "rsoftmax: expected the r-softmax of timm.layers.split_attn, got Identity, "
-        "and it would no longer be called",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", ["fc1", "bn1", "fc2", "bn0", "conv"])
+@pytest.mark.parametrize("name", ["fc1", "bn1", "fc2", "bn0", "conv", "rsoftmax"])
 def test_hooks_on_children_run(make, name, images):
     module, ran = make(), []
     module.get_submodule(name).register_forward_hook(lambda *_: ran.append(name))
@@ -198,18 +167,103 @@ def test_folding(make, radix, images):
     assert_folds(module.double(), images.double(), norms=2)
 
 
-@pytest.mark.parametrize(("change", "reason"), OBSTACLES.values(), ids=OBSTACLES)
-def test_left_alone(make, change, reason):
+def test_a_replaced_forward_is_left_alone(make):
     module = make()
-    change(module)
-    assert reason_left_alone(module) == reason
+    patch_forward(module)
+    assert reason_left_alone(module) == "its forward was replaced"
 
 
-@pytest.mark.parametrize(("make", "change", "reason"), PEER_OBSTACLES.values(), ids=PEER_OBSTACLES)
-def test_left_alone_by_peer(make, change, reason):
+def test_a_class_s_forward_replaced_before_fuse(make, monkeypatch):
     module = make()
-    change(module)
-    assert reason_left_alone(module) == reason
+    monkeypatch.setattr(type(module), "forward", lambda self, x: x)
+    assert reason_left_alone(module) == "its forward was replaced"
+
+
+def test_a_class_s_forward_replaced_after_fuse(make, images, monkeypatch):
+    module = make()
+    kind = type(module)
+    fuse(module)
+    expected = module(images)
+    original = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: 2 * original(self, x))
+    torch.testing.assert_close(module(images), 2 * expected)
+
+
+class Flattening(nn.Module):
+    """Some other softmax, over all splits of all channels."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits.flatten(1).softmax(dim=1)
+
+
+def hook_softmax(module: nn.Module) -> None:
+    module.rsoftmax.register_forward_hook(lambda _, __, attention: attention.square())
+
+
+def patch_softmax(module: nn.Module) -> None:
+    softmax = module.rsoftmax.forward
+    module.rsoftmax.forward = lambda logits: softmax(2 * logits)
+
+
+def replace_softmax(module: nn.Module) -> None:
+    module.rsoftmax = Flattening()
+
+
+def halve_radix(module: nn.Module) -> None:
+    module.rsoftmax.radix //= 2
+
+
+SOFTMAXES = {
+    "hooked": hook_softmax,
+    "patched": patch_softmax,
+    "replaced": replace_softmax,
+    "another radix": halve_radix,
+}
+
+
+@pytest.mark.parametrize("radix", [1, 2, 4])
+@pytest.mark.parametrize("cardinality", [1, 2])
+@pytest.mark.parametrize("change", SOFTMAXES.values(), ids=SOFTMAXES)
+@pytest.mark.parametrize("before_fuse", [True, False])
+def test_another_softmax(make, before_fuse, change, cardinality, radix, images):
+    """Hooked, patched or replaced, before fuse or after, it is called."""
+    plain = make(radix, cardinality).double()
+    fused = copy.deepcopy(plain)
+    if not before_fuse:
+        assert fuse(fused)
+    change(plain)
+    change(fused)
+    if before_fuse:
+        assert fuse(fused)
+    for training in (False, True):
+        found, expected = (step(each, images, training) for each in (fused, plain))
+        for name, truth in expected.items():
+            torch.testing.assert_close(found[name], truth, rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_a_softmax_s_class_patched_after_fuse(make, images, monkeypatch):
+    module = make().double().eval()
+    plain = copy.deepcopy(module)
+    fuse(module)
+    kind = type(module.rsoftmax)
+    softmax = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, logits: softmax(self, 2 * logits))
+    torch.testing.assert_close(module(images.double()), plain(images.double()))
+
+
+def test_hooks_of_all_modules_see_every_child(make, images):
+    plain = make()
+    fused = copy.deepcopy(plain)
+    fuse(fused)
+    met = []
+    for module in (plain, fused):
+        met.append([])
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda child, *_: met[-1].append(type(child).__name__.removeprefix("Fused"))
+        )
+        module(images)
+        handle.remove()
+    assert met[0] == met[1] and {"Conv2d", "BatchNorm2d", "ReLU"} < set(met[0])
 
 
 def test_subclass_is_left_alone(make):

@@ -23,21 +23,22 @@ Capability best_capability() {
 Capability chosen_capability() {
   const Capability best = best_capability();
   const char* wanted = std::getenv("RESNEST_FUSED_CPU_CAPABILITY");
-  if (wanted == nullptr) {
+  if (wanted == nullptr || *wanted == '\0') {
     return best;
   }
   for (const Capability c : {Capability::kBaseline, Capability::kAvx2, Capability::kAvx512}) {
     if (std::string(wanted) == capability_name(c)) {
       if (c > best) {
-        throw std::runtime_error(std::string("RESNEST_FUSED_CPU_CAPABILITY: this machine has no ") +
-                                 wanted);
+        throw std::runtime_error(std::string("RESNEST_FUSED_CPU_CAPABILITY: expected at most ") +
+                                 capability_name(best) + ", the best of this machine, got '" +
+                                 wanted + "'");
       }
       return c;
     }
   }
   throw std::runtime_error(
-      std::string("RESNEST_FUSED_CPU_CAPABILITY: expected baseline, avx2 or avx512, got ") +
-      wanted);
+      std::string("RESNEST_FUSED_CPU_CAPABILITY: expected baseline, avx2 or avx512, got '") +
+      wanted + "'");
 }
 
 }  // namespace

@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
+#include <mutex>
 
 namespace resnest_fused::cpu {
 
@@ -13,7 +15,8 @@ namespace resnest_fused::cpu {
 inline constexpr int64_t kBytesPerThread = 64 * 1024;
 
 // Call f(begin, end) on pieces of [0, units) that cover it once; the pieces depend on the number
-// of threads, so f must not let a unit's result depend on its piece.
+// of threads, so f must not let a unit's result depend on its piece. What f throws is thrown here,
+// from several pieces that of the first one.
 template <typename F>
 void parallel_units(int64_t units, int64_t bytes_per_unit, const F& f) {
   const int64_t grain =
@@ -24,7 +27,25 @@ void parallel_units(int64_t units, int64_t bytes_per_unit, const F& f) {
     }
     return;
   }
-  torch::stable::parallel_for(0, units, grain, f);
+  // Caught on the thread that threw: on its way through parallel_for, which is C underneath, an
+  // exception would lose its type and its message.
+  std::mutex mutex;
+  std::exception_ptr exception;
+  int64_t thrown_at = units;
+  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+    try {
+      f(begin, end);
+    } catch (...) {
+      const std::lock_guard lock(mutex);
+      if (begin < thrown_at) {
+        thrown_at = begin;
+        exception = std::current_exception();
+      }
+    }
+  });
+  if (exception) {
+    std::rethrow_exception(exception);
+  }
 }
 
 }  // namespace resnest_fused::cpu

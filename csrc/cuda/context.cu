@@ -55,10 +55,10 @@ const Device& known_device(int index) {
 // RESNEST_FUSED_CUDA_STRATEGY names a strategy, for measurements.
 Choice choice_of_environment() {
   const char* const value = std::getenv("RESNEST_FUSED_CUDA_STRATEGY");
-  const std::string name = value ? value : "fastest";
+  const std::string name = value && *value ? value : "fastest";
   STD_TORCH_CHECK(name == "fastest" || name == "launches" || name == "persistent",
-                  "RESNEST_FUSED_CUDA_STRATEGY: expected fastest, launches or persistent, got ",
-                  name);
+                  "RESNEST_FUSED_CUDA_STRATEGY: expected fastest, launches or persistent, got '",
+                  name, "'");
   return name == "fastest"    ? Choice::kFastest
          : name == "launches" ? Choice::kLaunches
                               : Choice::kPersistent;

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from resnest_fused.backends import native, reference
@@ -20,7 +21,12 @@ class Backend(Protocol):
         """Why no call at all can run here, or None."""
 
     def can_run(self, x: Tensor) -> str | None:
-        """Why a call with this input cannot run, or None."""
+        """Why a call with this input cannot run, or None.
+
+        Raises:
+            ValueError: an environment variable that is read for it has a wrong value, which "auto"
+                must not pass by in silence.
+        """
 
     def describe(self) -> str:
         """One line on what runs, when available."""
@@ -70,7 +76,7 @@ def check_name(name: str, source: str) -> str:
 
 
 # Checked when a call needs it, so that a wrong one does not keep the package from being imported.
-_default = os.environ.get("RESNEST_FUSED_BACKEND", "auto")
+_default = os.environ.get("RESNEST_FUSED_BACKEND") or "auto"
 
 
 @contextlib.contextmanager
@@ -104,23 +110,40 @@ def choose(name: str, x: Tensor) -> str:
     """The backend that runs this call: the named one, or the first that can.
 
     Raises:
-        ValueError: when there is no such backend.
+        ValueError: when there is no such backend, or a wrong value in the environment.
         RuntimeError: when the named backend cannot run the call, with its reason.
     """
     source = "backend"
     if name == "auto":
         name, source = _default, "RESNEST_FUSED_BACKEND"
     if name != "auto":
-        reason = _BACKENDS[check_name(name, source)].can_run(x)
+        reason = _obstacle(check_name(name, source), x)
         if reason is not None:
             raise RuntimeError(f"backend {name!r} cannot run this call: {reason}")
         return name
-    for name, backend in _BACKENDS.items():
+    for name in _BACKENDS:
         if name == "triton" and triton.interpreted():
             continue  # far slower than PyTorch, for tests that ask for it
-        if backend.can_run(x) is None:
+        if _obstacle(name, x) is None:
             return name
     raise AssertionError("the reference backend runs every call")
+
+
+def _obstacle(name: str, x: Tensor) -> str | None:
+    """Why the backend of this name cannot run a call with this input, or None."""
+    if name != "reference" and _exports_to_onnx():
+        return (
+            "an ONNX graph has standard ops only; export with "
+            'resnest_fused.use_backend("reference"), or without a backend\'s name'
+        )
+    return _BACKENDS[name].can_run(x)
+
+
+def _exports_to_onnx() -> bool:
+    # Asked second, as it imports the exporter.
+    return (
+        torch.compiler.is_exporting() or torch.jit.is_tracing()
+    ) and torch.onnx.is_in_onnx_export()
 
 
 def kernels(name: str) -> FusedBackend:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnest_fused.backends.registration import latest
+
 
 def empty_map(x: Tensor, channels: int) -> Tensor:
     """An uninitialised map of so many channels, otherwise as x."""
@@ -123,10 +125,12 @@ def register(namespace: str) -> None:
 
 
 def _register(name: str, fake: Callable[..., Any]) -> None:
-    @torch.library.register_fake(name)
+    run = latest(fake)
+
+    @torch.library.register_fake(name, allow_override=True)
     def checked(first: Tensor, *args: Any) -> Any:
         # Beside a meta tensor PyTorch calls this, whatever the device of the others.
         for tensor in args:
             if isinstance(tensor, Tensor) and tensor.device != first.device:
                 raise RuntimeError(f"expected all tensors on {first.device}, got {tensor.device}")
-        return fake(first, *args)
+        return run(first, *args)

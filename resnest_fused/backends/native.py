@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnest_fused.backends import fakes
+from resnest_fused.backends import fakes, flops
 
 _C: Any = None
 _missing: str | None = None
@@ -37,26 +37,39 @@ def _load_cuda() -> str | None:
 _cuda_missing = _load_cuda() if _missing is None else _missing
 
 
+def build_info() -> dict[str, str]:
+    """Compiler, flags, versions and the instruction set chosen on this machine."""
+    return dict(_C.build_info())
+
+
+def _read_environment() -> str | None:
+    """What is wrong with RESNEST_FUSED_CPU_CAPABILITY, or None."""
+    try:
+        build_info()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+# Read on import and said when a call needs it, as RESNEST_FUSED_BACKEND is.
+_wrong_environment = _read_environment() if _missing is None else None
+
+
 def unavailable() -> str | None:
-    if _missing is None:
-        try:
-            build_info()
-        except RuntimeError as error:  # a wrong RESNEST_FUSED_CPU_CAPABILITY
-            return str(error)
-    return _missing
+    return _missing or _wrong_environment
 
 
 def can_run(x: Tensor) -> str | None:
     if _missing is not None:
         return _missing
+    if _wrong_environment is not None:
+        raise ValueError(_wrong_environment)
     if x.is_cuda:
         reason = gpu_unavailable(x.device.index)
         if reason is not None:
             return reason
     elif not (x.is_cpu or x.is_meta):  # meta: the ops trace through their fake kernels
         return f"its kernels are built for cpu and cuda, x is on {x.device.type}"
-    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
-        return "an ONNX graph has standard ops only"
     return None
 
 
@@ -100,11 +113,6 @@ def describe() -> str:
     return f"{cpu}; CUDA kernels {cuda_status()}"
 
 
-def build_info() -> dict[str, str]:
-    """Compiler, flags, versions and the instruction set chosen on this machine."""
-    return dict(_C.build_info())
-
-
 def cuda_status() -> str:
     """How the CUDA kernels were built or why not, and why they are not loaded."""
     facts = build_info()
@@ -125,3 +133,4 @@ if _C is not None:
     prologue_backward = _ops.prologue_backward.default
     recombine_backward = _ops.recombine_backward.default
     fakes.register("resnest_fused")
+    flops.register("resnest_fused")

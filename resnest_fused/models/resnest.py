@@ -1,6 +1,6 @@
 """ResNeSt in its official layout: the same state_dict keys, order, shapes and numbers."""
 
-from __future__ import annotations
+# Annotations are no strings here: of a network that torch.fx traced pickle wants their objects.
 
 import math
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from resnest_fused.modules import FusedSplitAttentionConv2d
 from resnest_fused.reference import NormLayer, SplitAttentionConv2d
+from resnest_fused.tracing import as_one_node, is_traced
 
 _EXPANSION = 4
 
@@ -50,6 +51,8 @@ class _Avd(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` to ``(B, C, ceil(H/stride), ceil(W/stride))``."""
+        if is_traced(x):
+            return as_one_node(self, x)
         if x.is_contiguous():
             return _AvgPool2d.apply(x, self.stride)
         return F.avg_pool2d(x, 3, self.stride, padding=1)

@@ -34,7 +34,7 @@ _compat, _missing = _load()
 def unavailable() -> str | None:
     if _missing is not None:
         return _missing
-    reason = _compat.wrong_settings()
+    reason = _compat.wrong_environment()
     if reason is None and not (
         _compat.INTERPRETED or torch.cuda.is_available() or torch.xpu.is_available()
     ):
@@ -50,20 +50,28 @@ def interpreted() -> bool:
 def can_run(x: Tensor) -> str | None:
     if _missing is not None:
         return _missing
-    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
-        return "an ONNX graph has standard ops only"
-    if not x.is_meta:  # there the ops trace through their fake kernels
-        return gpu_unavailable(x.device.type, x.device.index)
-    return None
+    if x.is_meta:  # there the ops trace through their fake kernels
+        return None
+    reason = gpu_unavailable(x.device.type, x.device.index)
+    if reason is None:
+        wrong = _wrong_environment()
+        if wrong is not None:
+            raise ValueError(wrong)
+    return reason
 
 
 def gpu_unavailable(kind: str, index: int | None) -> str | None:
     """Why the kernels cannot run on this device, or None."""
-    return _compat.wrong_settings() or _gpu_unavailable(kind, index)
+    return _gpu_unavailable(kind, index)
 
 
-# As in native.py: a constant for the compiler.
+def _wrong_environment() -> str | None:
+    return _compat.wrong_environment()
+
+
+# As in native.py: constants for the compiler.
 gpu_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_wrong_environment._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -23,9 +23,9 @@ def too_old() -> str | None:
 INTERPRETED: bool = too_old() is None and triton.knobs.runtime.interpret
 
 
-def wrong_settings() -> str | None:
+def wrong_environment() -> str | None:
     """What is wrong with an environment variable, or None."""
-    value = os.environ.get("RESNEST_FUSED_AUTOTUNE", "0")
+    value = os.environ.get("RESNEST_FUSED_AUTOTUNE") or "0"
     return (
         None if value in ("0", "1") else f"RESNEST_FUSED_AUTOTUNE: expected 0 or 1, got {value!r}"
     )

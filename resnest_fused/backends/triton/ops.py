@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnest_fused.backends import fakes
+from resnest_fused.backends import fakes, flops
+from resnest_fused.backends.registration import latest
 from resnest_fused.backends.triton import attention as attention_phase
 from resnest_fused.backends.triton import pool as pool_phase
 from resnest_fused.backends.triton import prologue as prologue_phase
@@ -306,10 +307,12 @@ def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-# Kept, as the ops go when it does.
-_library = torch.library.Library(NAMESPACE, "DEF")
 for _op in OPS:
-    _library.define(_op.__name__ + torch.library.infer_schema(_op, mutates_args=()))
-    for _key in ("CPU",) if INTERPRETED else ("CUDA", "XPU"):
-        _library.impl(_op.__name__, _on_its_device(_op), _key)
+    # Defined once in a process, and kept by PyTorch.
+    if not hasattr(getattr(torch.ops, NAMESPACE), _op.__name__):
+        _name = f"{NAMESPACE}::{_op.__name__}"
+        torch.library.define(_name, torch.library.infer_schema(_op, mutates_args=()))
+        _devices = "cpu" if INTERPRETED else ("cuda", "xpu")
+        torch.library.impl(_name, _devices, _on_its_device(latest(_op)))
 fakes.register(NAMESPACE)
+flops.register(NAMESPACE)

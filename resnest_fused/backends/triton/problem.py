@@ -167,6 +167,12 @@ def _take_norm(name: str, norm: Norm, features: int, elements: int, x: Tensor) -
         (norm.mean is None) == (norm.var is None),
         f"{name}_mean, {name}_var: expected both or neither",
     )
+    present = norm.batch_stats or norm.mean is not None
+    check(
+        not present or norm.eps > 0 or (norm.eps == 0 and not norm.batch_stats),
+        f"{name}_eps: expected more than 0 with batch statistics and not less without, got "
+        f"{norm.eps}",
+    )
     check(
         not norm.batch_stats or elements != 1,
         f"{name}: expected more than 1 value per channel when training",
