@@ -325,7 +325,8 @@ def unfused_class(module: nn.Module) -> type[nn.Module] | None:
     """The class that a fused module stands for; None for a module that is not fused."""
     if _is_swapped(module):
         return vars(module)["_unfused_class"]
-    return type(module).__bases__[0] if type(module) in _OURS.values() else None
+    # Their own classes come last, behind what fused modules share.
+    return type(module).__bases__[-1] if type(module) in _OURS.values() else None
 
 
 def _examine(name: str, module: nn.Module) -> FuseEntry | None:

@@ -373,7 +373,7 @@ def test_wrong_running_statistics(monkeypatch):
 
 def test_batches_not_counted(monkeypatch):
     model = fused_net()
-    monkeypatch.setattr(modules, "_counts_batches", lambda bn: False)
+    monkeypatch.setattr(modules, "counts_batches", lambda bn: False)
     found = failed(rf.verify(model, images()))
     assert ("stem", "buffers", "bn0.num_batches_tracked") in found
     assert {kind for _, kind, _ in found} == {"buffers"}
