@@ -35,7 +35,7 @@ from stopwatch import prepare, take_turns
 from torch import Tensor, nn
 
 import resnest_fused as rf
-from resnest_fused import compare
+from resnest_fused import agreement, compare
 
 OPS = {"native": torch.ops.resnest_fused, "triton": torch.ops.resnest_fused_triton}
 STRATEGY = "RESNEST_FUSED_CUDA_STRATEGY"
@@ -231,7 +231,7 @@ class Bench:
         with torch.set_grad_enabled(train):
             results = {name: calls[0]() for name, calls in steps.items()}
             for name, result in results.items():
-                error = compare.relative_error(result, results["eager"], order=2)
+                error = agreement.relative_error(result, results["eager"], order=2)
                 assert error <= NETWORK_TOLERANCE, f"{name} differs from eager by {error:.1e}"
             mode = "train step" if train else "inference"
             self.time(

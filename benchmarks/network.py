@@ -13,7 +13,7 @@ from interleave import take_turns
 from torch import Tensor, nn
 
 import resnest_fused as rf
-from resnest_fused import compare
+from resnest_fused import agreement, compare
 
 SIDE = 224
 # Bound on the relative difference of logits or loss; see interleave.py for what it is there for.
@@ -99,7 +99,7 @@ def measure(
         # These first calls are the warm-up, too.
         results = {name: call() for name, call in steps.items()}
         for name, result in results.items():
-            error = compare.relative_error(result, results["eager"])
+            error = agreement.relative_error(result, results["eager"])
             assert error <= TOLERANCE, f"{workload}: {name} differs from eager by {error:.1e}"
         # No untimed calls between: a network is far larger than the caches.
         calls = dict.fromkeys(steps, 1)

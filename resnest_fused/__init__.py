@@ -6,6 +6,7 @@ from resnest_fused.functional import split_attention
 from resnest_fused.fuse import FuseReport, fuse, unfuse
 from resnest_fused.modules import FusedSplitAttention, FusedSplitAttentionConv2d
 from resnest_fused.reference import BatchNormArgs, SplitAttention, SplitAttentionConv2d
+from resnest_fused.verify import VerifyReport, verify
 
 __all__ = [
     "BackendStatus",
@@ -15,11 +16,13 @@ __all__ = [
     "FusedSplitAttentionConv2d",
     "SplitAttention",
     "SplitAttentionConv2d",
+    "VerifyReport",
     "backends",
     "fuse",
     "models",
     "split_attention",
     "unfuse",
     "use_backend",
+    "verify",
 ]
 __version__ = "0.1.0"

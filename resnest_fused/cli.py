@@ -23,8 +23,10 @@ from typer.core import TyperGroup
 
 import resnest_fused
 from resnest_fused import compare, images, models, sources
+from resnest_fused.agreement import KINDS, Check
 from resnest_fused.backends import backends, choose, native
 from resnest_fused.fuse import FuseReport, fuse
+from resnest_fused.verify import VerifyReport
 
 _SEED = 0
 _CLASSES = 1000
@@ -199,7 +201,7 @@ def _compare(
     console.print(facts)
 
     if train:
-        agreed = _training_agrees(console, reference, fused, report, x)
+        agreed = _training_agrees(console, reference, fused, x)
     else:
         agreed = _eval_agrees(console, reference, fused, names or ["random picture"], x)
     _print_costs(console, reference, fused, compiled, repeats, x)
@@ -222,11 +224,12 @@ def _input(source: sources.Source, pictures: list[Image], size: int, train: bool
 def _eval_agrees(
     console: Console, reference: nn.Module, fused: nn.Module, names: list[str], x: Tensor
 ) -> bool:
-    with _progress("comparing"):
+    with _progress("comparing"), torch.no_grad():
         logits, tops = compare.check_eval(reference, fused, x)
+        modules, checks = compare.check_modules(fused, x)
     same = sum(top.reference == top.fused for top in tops)
     ties = sum(top.reference != top.fused and top.tied for top in tops)
-    _print_checks(console, [logits], "largest error, relative to the largest value")
+    _print_checks(console, [logits, *checks], modules)
     table = _table("input", "reference", "fused", "")
     for index, top in enumerate(tops[:_LISTED]):
         classes = (" ".join(map(str, best)) for best in (top.reference, top.fused))
@@ -236,31 +239,32 @@ def _eval_agrees(
         f"{ties} differ only between logits that are as close as the allowed error" if ties else ""
     )
     _print_table(console, title, table, note)
-    return logits.passed and all(top.passed for top in tops)
+    return logits.passed and modules.passed and all(top.passed for top in tops)
 
 
-def _training_agrees(
-    console: Console, reference: nn.Module, fused: nn.Module, report: FuseReport, x: Tensor
-) -> bool:
+def _training_agrees(console: Console, reference: nn.Module, fused: nn.Module, x: Tensor) -> bool:
     with _progress("comparing"):
-        fused_names = [entry.name for entry in report.fused]
-        checks = compare.check_train(reference, fused, fused_names, x, _target(x))
-    _print_checks(console, checks, "relative error in the 2-norm, largest over modules")
-    return all(check.passed for check in checks)
+        loss = compare.check_train(reference, fused, x, _target(x))
+        modules, checks = compare.check_modules(fused, x)
+    _print_checks(console, [loss, *checks], modules)
+    return loss.passed and modules.passed
 
 
-def _print_checks(console: Console, checks: list[compare.Check], measure: str) -> None:
-    measured = any(check.reference_error is not None for check in checks)
-    table = _table("", *(["reference"] if measured else []), "fused", "allowed", "")
+def _print_checks(console: Console, checks: list[Check], modules: VerifyReport) -> None:
+    table = _table("", "in", "reference", "fused", "allowed", "")
     for check in checks:
-        cells = [f"{check.error:.1e}", f"{check.allowed:.1e}", _mark(check.passed)]
-        if measured:
-            own = check.reference_error
-            cells.insert(0, "-" if own is None else f"{own:.1e}")
-        table.add_row(check.quantity, *cells)
-    title = f"Agreement: {measure}"
-    note = "reference and fused against float32; where there is a -, fused against reference"
-    _print_table(console, title, table, note if measured else "")
+        # Those of the whole network come first, and have another name.
+        kind = f"module {check.kind}" if check.kind in KINDS else check.kind
+        dtype = str(check.dtype).removeprefix("torch.")
+        own = "-" if check.reference_error is None else f"{check.reference_error:.1e}"
+        errors = (own, f"{check.error:.1e}", f"{check.allowed:.1e}")
+        table.add_row(kind, dtype, *errors, _mark(check.passed))
+    title = "Agreement: relative errors, of modules the one nearest to what is allowed"
+    note = "where there is a -, fused against reference; else both against a wider run"
+    _print_table(console, title, table, note)
+    for entry in modules.entries:
+        if not entry.passed:
+            console.print(str(entry))
 
 
 def _print_costs(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import math
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,30 +15,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from resnest_fused.agreement import Check, relative_error, worst
+from resnest_fused.verify import VerifyReport, verify
+
 # In float32 1e-5, which is 84 units of rounding; in float64 as many.
 _UNITS = 1e-5 / torch.finfo(torch.float32).eps
-
-
-class Check(NamedTuple):
-    """One quantity's agreement; errors are those of :func:`relative_error`.
-
-    Attributes:
-        quantity: what is compared.
-        reference_error: the reference's error against its own run in float32, or None when the
-            fused result is compared with the reference's directly.
-        error: the fused result's error, against that float32 run or against the reference.
-        allowed: the largest error that passes.
-    """
-
-    quantity: str
-    reference_error: float | None
-    error: float
-    allowed: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether the error is a number no larger than allowed."""
-        return self.error <= self.allowed
 
 
 class TopFive(NamedTuple):
@@ -69,40 +49,20 @@ class Timing(NamedTuple):
     high: float
 
 
-def relative_error(result: Tensor, expected: Tensor, order: float = math.inf) -> float:
-    """|result - expected| / |expected| in the norm of ``order``, in float64; NaN for any NaN.
-
-    The norm is the largest value when ``order`` is infinite, and the root of the squares' sum
-    when it is 2.
-    """
-    if expected.numel() == 0:
-        return 0.0
-    result, expected = result.double().flatten(), expected.double().flatten()
-    difference = torch.linalg.vector_norm(result - expected, order)
-    # Both zero throughout is agreement, not 0/0.
-    scale = torch.linalg.vector_norm(expected, order)
-    return 0.0 if difference == 0 else (difference / scale).item()
-
-
 def check(
-    quantity: str,
-    reference: Tensor,
-    fused: Tensor,
-    exact: Tensor | None,
-    allowed: float,
-    order: float = math.inf,
+    kind: str, reference: Tensor, fused: Tensor, exact: Tensor | None, allowed: float
 ) -> Check:
     """Compare a fused result with the reference's, or with ``exact`` when that is given.
 
     Against ``exact`` the fused error may be 1.5 times the reference's and one unit of rounding,
     and ``allowed`` where that is more.
     """
+    dtype = reference.dtype
     if exact is None:
-        return Check(quantity, None, relative_error(fused, reference, order), allowed)
-    own = relative_error(reference, exact, order)
-    error = relative_error(fused, exact, order)
-    eps = torch.finfo(reference.dtype).eps
-    return Check(quantity, own, error, max(1.5 * own + eps, allowed))
+        return Check(kind, "", dtype, None, relative_error(fused, reference), allowed)
+    own = relative_error(reference, exact)
+    error = relative_error(fused, exact)
+    return Check(kind, "", dtype, own, error, max(1.5 * own + torch.finfo(dtype).eps, allowed))
 
 
 def check_eval(reference: nn.Module, fused: nn.Module, x: Tensor) -> tuple[Check, list[TopFive]]:
@@ -135,95 +95,30 @@ def _top_five(logits: Tensor, fused_logits: Tensor, gap: Tensor) -> TopFive:
     return TopFive(best.tolist(), fused_best.tolist(), bool(apart <= gap))
 
 
-def check_train(
-    reference: nn.Module, fused: nn.Module, names: Iterable[str], x: Tensor, target: Tensor
-) -> list[Check]:
-    """Agreement of a training step: the loss, and every fused module's results where it stands.
+def check_train(reference: nn.Module, fused: nn.Module, x: Tensor, target: Tensor) -> Check:
+    """Agreement of the loss of a training step, in half the dtype's digits.
 
-    Rounding alone moves the gradient of a whole network by percents, as normalisation over few
-    samples and the edges of ReLU amplify it. So modules are compared one by one: each gets the
-    input and the output gradient that it meets in the reference's step. Reported are the largest
-    errors over modules, in the 2-norm, as a single ReLU that rounding turns on or off changes
-    single gradients by as much as they are large. Loss and modules must share half the dtype's
-    digits; in 16-bit dtypes modules are measured against float32, and may err by 1.5 times what the
-    reference does. The networks are left as they were, in training mode.
+    Of gradients nothing can be said here: rounding alone moves those of a whole network by
+    percents, as normalisation over few samples and the edges of ReLU amplify it. They are
+    :func:`check_modules`'s. The networks are left as they were, in training mode.
 
     Args:
         reference, fused: networks with the same weights, in x's dtype.
-        names: the fused modules, by their names in the network.
         x, target: a batch of input, and of class indices ``(B,)``.
     """
-    loss, met = _record(reference.train(), list(names), x, target)
+    loss = step(copy.deepcopy(reference.train()), x, target)
     fused_loss = step(copy.deepcopy(fused.train()), x, target)
-    half = torch.finfo(x.dtype).eps ** 0.5
-    by_quantity: dict[str, list[Check]] = {}
-    for name, (entering, dout) in met.items():
-        module = reference.get_submodule(name)
-        results = _run_module(module, entering, dout)
-        fused_results = _run_module(fused.get_submodule(name), entering, dout)
-        exact = None
-        if _is_narrow(x.dtype):
-            exact = _run_module(module, entering.float(), dout.float())
-        for quantity, result in results.items():
-            by_quantity.setdefault(quantity, []).append(
-                check(
-                    quantity,
-                    result,
-                    fused_results[quantity],
-                    exact[quantity] if exact else None,
-                    half,
-                    order=2,
-                )
-            )
-    return [check("loss", loss, fused_loss, None, half), *map(_worst, by_quantity.values())]
+    return check("loss", loss, fused_loss, None, torch.finfo(x.dtype).eps ** 0.5)
 
 
-def _record(
-    model: nn.Module, names: list[str], x: Tensor, target: Tensor
-) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """The loss of a step, and by module the input and the output gradient that it met."""
-    model = copy.deepcopy(model)
-    inputs: dict[str, Tensor] = {}
-    gradients: dict[str, Tensor] = {}
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
-        def record(_: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
-            inputs[name] = args[0].detach().clone()
-            out.register_hook(lambda gradient: gradients.__setitem__(name, gradient))
-
-        return record
-
-    for name in names:
-        model.get_submodule(name).register_forward_hook(hook(name))
-    loss = step(model, x, target)
-    return loss, {name: (inputs[name], gradients[name]) for name in names}
-
-
-def _run_module(module: nn.Module, x: Tensor, dout: Tensor) -> dict[str, Tensor]:
-    """Forward and backward of a copy of ``module`` in x's dtype."""
-    module = copy.deepcopy(module).to(x.dtype)
-    x = x.clone().requires_grad_()
-    out = module(x)
-    out.backward(dout)
-    assert x.grad is not None
-    gradients = [p.grad.flatten() for p in module.parameters() if p.grad is not None]
-    running = [b.flatten() for b in module.buffers() if b.is_floating_point()]
-    return {
-        "module outputs": out.detach(),
-        "module input gradients": x.grad,
-        # Together, as fc1.bias has none but rounding when a normalisation follows.
-        "module parameter gradients": torch.cat(gradients),
-        "module running statistics": torch.cat(running),
-    }
-
-
-def _worst(checks: list[Check]) -> Check:
-    """The largest errors of one quantity over modules, with the largest that is allowed."""
-    # By torch, whose max keeps NaN.
-    _, own, errors, allowed = zip(*checks, strict=True)
-    error = torch.tensor(errors, dtype=torch.float64).max().item()
-    own_error = None if None in own else max(own)
-    return Check(checks[0].quantity, own_error, error, max(allowed))
+def check_modules(fused: nn.Module, x: Tensor) -> tuple[VerifyReport, list[Check]]:
+    """:func:`resnest_fused.verify`'s report, and of its checks the worst by kind and dtype."""
+    report = verify(fused, x)
+    groups: dict[tuple[str, torch.dtype], list[Check]] = {}
+    for entry in report.entries:
+        for each in entry.checks:
+            groups.setdefault((each.kind, each.dtype), []).append(each)
+    return report, [worst(group) for group in groups.values()]
 
 
 def step(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from resnest_fused import fold as folding
+from resnest_fused import proof
 from resnest_fused.backends import check_name
 from resnest_fused.children import own_method
 from resnest_fused.modules import (
@@ -89,7 +90,9 @@ class FuseReport:
         return "\n".join(lines)
 
 
-def fuse(model: nn.Module, *, backend: str = "auto", fold: bool = False) -> FuseReport:
+def fuse(
+    model: nn.Module, *, backend: str = "auto", fold: bool = False, verify: bool = False
+) -> FuseReport:
     """Fuse every split-attention module of ``model`` that can be, in place.
 
     Known are our own ``SplitAttention`` and ``SplitAttentionConv2d``, ``SplAtConv2d`` of the
@@ -117,6 +120,10 @@ def fuse(model: nn.Module, *, backend: str = "auto", fold: bool = False) -> Fuse
             a convolution, in ResNeSt's blocks and in every ``nn.Sequential``. The state_dict then
             holds the folded weights instead, without gradients, and a call in training mode raises;
             :func:`unfuse` brings back the original layers.
+        verify: try every module that would be fused now first, as it is and fused, in float64 on
+            synthetic inputs (some time and memory, but the model stays as it is); one that would
+            compute something else is left alone, and the report says by how much it differs.
+            Folding comes after that; :func:`resnest_fused.verify` looks at both, on real inputs.
 
     Returns:
         The report, one entry for each module; a module used in several places is reported once.
@@ -128,6 +135,8 @@ def fuse(model: nn.Module, *, backend: str = "auto", fold: bool = False) -> Fuse
     """
     check_name(backend, "backend")
     found = [(module, _examine(name, module)) for name, module in _named_modules(model)]
+    if verify:
+        found = [(module, _tried(module, entry, backend)) for module, entry in found]
     if fold and any(module.training for module in model.modules()):
         raise ValueError("fold: expected a model in eval mode throughout; call model.eval() first")
     entries = []
@@ -148,6 +157,14 @@ def fuse(model: nn.Module, *, backend: str = "auto", fold: bool = False) -> Fuse
     if fold:
         folding.fold_network(model)
     return FuseReport(tuple(entries), folding.count_folded(model))
+
+
+def _tried(module: nn.Module, entry: FuseEntry | None, backend: str) -> FuseEntry | None:
+    """The entry, or that of a module left alone as its results would change."""
+    if entry is None or not entry.fused or entry.reason is not None:
+        return entry
+    problem = proof.difference(module, _fused_class(type(module)), backend)
+    return entry._replace(fused=problem is None, reason=problem)
 
 
 def unfuse(model: nn.Module) -> None:
@@ -304,6 +321,14 @@ def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _is_swapped(module: nn.Module) -> bool:
     return "_unfused_class" in vars(module)
+
+
+def unfused_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class that a fused module stands for; None for a module that is not fused."""
+    if _is_swapped(module):
+        return vars(module)["_unfused_class"]
+    # Their own classes come last, behind what fused modules share.
+    return type(module).__bases__[-1] if type(module) in _OURS.values() else None
 
 
 def _examine(name: str, module: nn.Module) -> FuseEntry | None:

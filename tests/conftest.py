@@ -9,6 +9,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 
+import hypothesis
 import pytest
 import torch
 
@@ -25,6 +26,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("native", "triton"),
         default="native",
         help="whose kernels the tests are about (default: %(default)s)",
+    )
+    parser.addoption(
+        "--seed",
+        type=int,
+        default=0,
+        help="other random numbers for every test, the same again for the same seed",
     )
 
 
@@ -46,6 +53,13 @@ def pytest_configure(config: pytest.Config) -> None:
     import cases  # and with it the package
 
     cases.BACKEND = config.getoption("--kernels", "native")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if seed := config.getoption("--seed", 0):
+        for item in items:
+            if hypothesis.is_hypothesis_test(item.obj):
+                item.obj = hypothesis.seed(seed)(item.obj)  # which else has one by its name
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -89,7 +103,8 @@ def gpu_errors(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> None:
-    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+    start = request.config.getoption("--seed", 0)
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode(), start))
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """An independent truth for split attention: loops over groups and splits, extended precision.
 
 Nothing here comes from the package. NumPy's ``longdouble`` (80 bits on x86) makes it a truth for
-float64 as well; every gradient is written out.
+float64 as well; every gradient is written out. In float32 or float64 the same formulas are what a
+plain loop computes: each operation rounded to nearest, each sum taken one term after the other.
+That is a measure for rounding errors which no CPU and no library has a part in.
 
 Where an index stands, for radix R, cardinality K, C channels, I inter_channels, group k, split r:
 x[b, r*C + k*C/K + i], gap[b, k*C/K + i], hidden[b, k*I/K + j], logits[b, k*R*C/K + r*C/K + i].
@@ -17,9 +19,39 @@ import torch
 Array = np.ndarray
 
 
-def wide(tensor: torch.Tensor) -> Array:
-    """The tensor's values, exactly, in extended precision."""
-    return tensor.detach().double().cpu().numpy().astype(np.longdouble)
+def wide(tensor: torch.Tensor, dtype: type[np.floating] = np.longdouble) -> Array:
+    """The tensor's values, exactly, in extended precision or another wide enough dtype."""
+    return tensor.detach().double().cpu().numpy().astype(dtype)
+
+
+def _sum(values: Array, *axes: int) -> Array:
+    """Over these axes; NumPy's own order depends on strides and, in places, on the CPU."""
+    kept = [axis for axis in range(values.ndim) if axis not in axes]
+    rows = values.transpose(*kept, *axes).reshape(*(values.shape[axis] for axis in kept), -1)
+    if rows.shape[-1] == 0:
+        return np.zeros(rows.shape[:-1], values.dtype)
+    return np.add.accumulate(rows, axis=-1)[..., -1]
+
+
+def _product(a: Array, b: Array) -> Array:
+    """Of matrices, without a BLAS, which each CPU has its own kernels of."""
+    result = np.zeros((a.shape[0], b.shape[1]), a.dtype)
+    for column, row in zip(a.T, b, strict=True):
+        result += column[:, None] * row
+    return result
+
+
+def _exp(values: Array) -> Array:
+    """Rounded to nearest, as NumPy's in float32 and float64 is not everywhere."""
+    with np.errstate(over="ignore"):  # to infinity, as it should
+        return np.exp(values.astype(np.longdouble)).astype(values.dtype)
+
+
+def _statistics(values: Array) -> tuple[Array, Array]:
+    """Mean and biased variance of each feature of values (B, features, pixels)."""
+    count = values.dtype.type(values.shape[0] * values.shape[2])
+    mean = _sum(values, 0, 2) / count
+    return mean, _sum((values - mean[:, None]) ** 2, 0, 2) / count
 
 
 class BatchNorm:
@@ -34,13 +66,12 @@ class BatchNorm:
         self.of_batch = of_batch
         self.count = values.shape[0] * values.shape[2]
         if of_batch:
-            self.mean = values.sum(axis=(0, 2)) / self.count
-            self.var = ((values - self.mean[:, None]) ** 2).sum(axis=(0, 2)) / self.count
+            self.mean, self.var = _statistics(values)
         else:
             self.mean, self.var = p[f"{name}_running_mean"], p[f"{name}_running_var"]
         self.gamma = p.get(f"{name}_weight", np.ones_like(self.mean))
         beta = p.get(f"{name}_bias", np.zeros_like(self.mean))
-        self.invstd = 1 / np.sqrt(self.var + np.longdouble(eps))
+        self.invstd = 1 / np.sqrt(self.var + values.dtype.type(eps))
         self.xhat = (values - self.mean[:, None]) * self.invstd[:, None]
         self.out = self.xhat * self.gamma[:, None] + beta[:, None]
 
@@ -50,11 +81,12 @@ class BatchNorm:
 
     def backward(self, dout: Array) -> tuple[Array, Array, Array, Array]:
         """The gradients of values, gamma and beta, and the size of what cancels in the first."""
-        dgamma, dbeta = (dout * self.xhat).sum(axis=(0, 2)), dout.sum(axis=(0, 2))
+        dgamma, dbeta = _sum(dout * self.xhat, 0, 2), _sum(dout, 0, 2)
+        count = dout.dtype.type(self.count)
         terms = [dout]
         if self.of_batch:
-            terms.append(-dbeta[:, None] / self.count)
-            terms.append(-self.xhat * dgamma[:, None] / self.count)
+            terms.append(-dbeta[:, None] / count)
+            terms.append(-self.xhat * dgamma[:, None] / count)
         slope = (self.gamma * self.invstd)[:, None]
         size = sum(np.abs(term) for term in terms) * np.abs(slope)
         return sum(terms) * slope, dgamma, dbeta, size
@@ -75,13 +107,17 @@ class Truth:
 
 
 def prologue_input(
-    x: torch.Tensor, params: dict[str, torch.Tensor], prologue: str, eps: float
+    x: torch.Tensor,
+    params: dict[str, torch.Tensor],
+    prologue: str,
+    eps: float,
+    dtype: type[np.floating] = np.longdouble,
 ) -> tuple[Array, BatchNorm | None]:
     """What the prologue's ReLU gets, (B, features, pixels), and bn0 where there is one."""
-    values = wide(x).reshape(x.shape[0], x.shape[1], -1)
+    values = wide(x, dtype).reshape(x.shape[0], x.shape[1], -1)
     if prologue in ("none", "relu"):
         return values, None
-    p = {name: wide(tensor) for name, tensor in params.items() if name.startswith("bn0_")}
+    p = {name: wide(tensor, dtype) for name, tensor in params.items() if name.startswith("bn0_")}
     bn0 = BatchNorm("bn0", values, p, prologue == "batch", eps)
     return bn0.out, bn0
 
@@ -96,6 +132,7 @@ def split_attention(
     prologue: str = "none",
     eps: float = 1e-5,
     dout: torch.Tensor | None = None,
+    dtype: type[np.floating] = np.longdouble,
 ) -> Truth:
     """Evaluate the call, and its gradients when ``dout`` is given.
 
@@ -104,12 +141,12 @@ def split_attention(
     ``norm`` is bn1, "none", "running" or "batch" by the statistics it takes; ``prologue`` is what
     x goes through: "none", "relu", or "running" or "batch" for bn0 and a ReLU.
     """
-    p = {name: wide(tensor) for name, tensor in params.items()}
+    p = {name: wide(tensor, dtype) for name, tensor in params.items()}
     batch, features, height, width = x.shape
     channels, pixels = features // radix, height * width
     inter = p["fc1_weight"].shape[0]
     group, inner = channels // cardinality, inter // cardinality
-    before, bn0 = prologue_input(x, params, prologue, eps)
+    before, bn0 = prologue_input(x, params, prologue, eps, dtype)
     passed = before > 0 if prologue != "none" else True
     z = np.where(passed, before, 0)
     w1 = p["fc1_weight"].reshape(inter, group)
@@ -129,12 +166,12 @@ def split_attention(
     def hidden_slice(k: int) -> slice:
         return slice(k * inner, (k + 1) * inner)
 
-    gap = np.zeros((batch, channels), np.longdouble)
-    hidden = np.zeros((batch, inter), np.longdouble)
+    gap = np.zeros((batch, channels), dtype)
+    hidden = np.zeros((batch, inter), dtype)
     for k in range(cardinality):
         for r in range(radix):
-            gap[:, gap_slice(k)] += z[:, x_slice(k, r)].sum(axis=2) / pixels
-        hidden[:, hidden_slice(k)] = gap[:, gap_slice(k)] @ w1[hidden_slice(k)].T
+            gap[:, gap_slice(k)] += _sum(z[:, x_slice(k, r)], 2) / dtype(pixels)
+        hidden[:, hidden_slice(k)] = _product(gap[:, gap_slice(k)], w1[hidden_slice(k)].T)
     if "fc1_bias" in p:
         hidden += p["fc1_bias"]
 
@@ -146,23 +183,23 @@ def split_attention(
     active = normed > 0
     relu = np.where(active, normed, 0)
 
-    logits = np.zeros((batch, features), np.longdouble)
-    attention = np.zeros((batch, features), np.longdouble)
-    out = np.zeros((batch, channels, pixels), np.longdouble)
+    logits = np.zeros((batch, features), dtype)
+    attention = np.zeros((batch, features), dtype)
+    out = np.zeros((batch, channels, pixels), dtype)
     for k in range(cardinality):
         for r in range(radix):
             rows = logit_slice(k, r)
-            logits[:, rows] = relu[:, hidden_slice(k)] @ w2[rows].T
+            logits[:, rows] = _product(relu[:, hidden_slice(k)], w2[rows].T)
             if "fc2_bias" in p:
                 logits[:, rows] += p["fc2_bias"][rows]
         of_group = [logits[:, logit_slice(k, r)] for r in range(radix)]
         if radix == 1:
-            attention[:, logit_slice(k, 0)] = 1 / (1 + np.exp(-of_group[0]))
+            attention[:, logit_slice(k, 0)] = 1 / (1 + _exp(-of_group[0]))
         else:
             peak = np.max(of_group, axis=0)
-            total = sum(np.exp(logit - peak) for logit in of_group)
+            total = sum(_exp(logit - peak) for logit in of_group)
             for r in range(radix):
-                attention[:, logit_slice(k, r)] = np.exp(of_group[r] - peak) / total
+                attention[:, logit_slice(k, r)] = _exp(of_group[r] - peak) / total
         for r in range(radix):
             weights = attention[:, logit_slice(k, r), None]
             out[:, gap_slice(k)] += weights * z[:, x_slice(k, r)]
@@ -176,7 +213,7 @@ def split_attention(
     if dout is None:
         return truth
 
-    g = wide(dout).reshape(batch, channels, pixels)
+    g = wide(dout, dtype).reshape(batch, channels, pixels)
     dattention = np.zeros_like(attention)
     dlogits = np.zeros_like(logits)
     dw2 = np.zeros_like(w2)
@@ -184,7 +221,7 @@ def split_attention(
     for k in range(cardinality):
         for r in range(radix):
             products = g[:, gap_slice(k)] * z[:, x_slice(k, r)]
-            dattention[:, logit_slice(k, r)] = products.sum(axis=2)
+            dattention[:, logit_slice(k, r)] = _sum(products, 2)
         mixed = sum(
             attention[:, logit_slice(k, r)] * dattention[:, logit_slice(k, r)] for r in range(radix)
         )
@@ -192,10 +229,10 @@ def split_attention(
             rows = logit_slice(k, r)
             a, da = attention[:, rows], dattention[:, rows]
             dlogits[:, rows] = a * (1 - a) * da if radix == 1 else a * (da - mixed)
-            dw2[rows] = dlogits[:, rows].T @ relu[:, hidden_slice(k)]
-            drelu[:, hidden_slice(k)] += dlogits[:, rows] @ w2[rows]
+            dw2[rows] = _product(dlogits[:, rows].T, relu[:, hidden_slice(k)])
+            drelu[:, hidden_slice(k)] += _product(dlogits[:, rows], w2[rows])
 
-    grads = {"fc2_weight": dw2, "fc2_bias": dlogits.sum(axis=0)}
+    grads = {"fc2_weight": dw2, "fc2_bias": _sum(dlogits, 0)}
     dhidden = np.where(active, drelu, 0)
     if bn1 is not None:
         dnormed = dhidden[:, :, None]
@@ -209,12 +246,12 @@ def split_attention(
     dw1 = np.zeros_like(w1)
     dz = np.zeros_like(z)
     for k in range(cardinality):
-        dw1[hidden_slice(k)] = dhidden[:, hidden_slice(k)].T @ gap[:, gap_slice(k)]
-        dgap = dhidden[:, hidden_slice(k)] @ w1[hidden_slice(k)]
+        dw1[hidden_slice(k)] = _product(dhidden[:, hidden_slice(k)].T, gap[:, gap_slice(k)])
+        dgap = _product(dhidden[:, hidden_slice(k)], w1[hidden_slice(k)])
         for r in range(radix):
             direct = attention[:, logit_slice(k, r), None] * g[:, gap_slice(k)]
-            dz[:, x_slice(k, r)] = direct + dgap[:, :, None] / pixels
-    grads |= {"fc1_weight": dw1, "fc1_bias": dhidden.sum(axis=0)}
+            dz[:, x_slice(k, r)] = direct + dgap[:, :, None] / dtype(pixels)
+    grads |= {"fc1_weight": dw1, "fc1_bias": _sum(dhidden, 0)}
 
     grads["x"] = dbefore = np.where(passed, dz, 0)
     if bn0 is not None:

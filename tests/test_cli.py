@@ -16,7 +16,16 @@ from PIL import Image
 from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
-from resnest_fused import SplitAttentionConv2d, compare, fuse, images, models, modules, sources
+from resnest_fused import (
+    SplitAttentionConv2d,
+    agreement,
+    compare,
+    fuse,
+    images,
+    models,
+    modules,
+    sources,
+)
 from resnest_fused.backends import NAMES, native
 from resnest_fused.cli import _Backend, app
 
@@ -60,15 +69,16 @@ def break_attention(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Tensor], T
 
 
 def read_errors(output: str) -> dict[str, float]:
-    """The fused error by quantity, from the table of agreement."""
-    rows = re.findall(r"^(\w[\w ]+?) {2,}.*?(\S+) +\S+ +(?:ok|DIFFERS)", output, re.MULTILINE)
-    return {name: float(error) for name, error in rows if "e" in error}
+    """The fused error by quantity and dtype, from the table of agreement."""
+    row = r"^(\w[\w ]+?) {2,}(\w+) +\S+ +(\S+) +\S+ +(?:ok|DIFFERS)"
+    rows = re.findall(row, output, re.MULTILINE)
+    return {f"{name}, {dtype}": float(error) for name, dtype, error in rows if "e" in error}
 
 
 def test_photo_through_resnest50() -> None:
     result = run("compare", "--image", CHINA, "--repeats", "1")
     assert result.exit_code == 0, result.output
-    assert read_errors(result.output)["logits"] <= 1e-5
+    assert read_errors(result.output)["logits, float32"] <= 1e-5
     assert "16 modules (SplitAttentionConv2d)" in result.output
     assert "china.jpg: (1, 3, 224, 224), float32, contiguous" in result.output
     assert "random: classes mean nothing" in result.output
@@ -131,8 +141,12 @@ def test_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("compare", "--repeats", "1", "--train")
     assert result.exit_code == 1, result.output
     errors = read_errors(result.output)
-    assert errors["module outputs"] < 1e-5 < 5e-3 < errors["module input gradients"]
-    assert errors["module parameter gradients"] > 5e-3
+    assert (
+        errors["module outputs, float64"] < 1e-8 < 5e-3 < errors["module input gradients, float64"]
+    )
+    assert errors["module parameter gradients, float64"] > 5e-3
+    assert "DIFFERS: 2, resnest_fused.reference.SplitAttentionConv2d" in result.output
+    assert "DIFFERS: 3, resnest_fused.reference.SplitAttentionConv2d" in result.output
 
 
 @pytest.mark.usefixtures("tiny")
@@ -322,20 +336,20 @@ def test_randomized_norms_make_attention_count() -> None:
         logits = model(x)
         model.layer3[1].conv2.fc2.weight.mul_(1.01)
         wrong = model(x)
-    assert compare.relative_error(logits, exact) < 2e-6
-    assert compare.relative_error(wrong, exact) > 1e-4
+    assert agreement.relative_error(logits, exact) < 2e-6
+    assert agreement.relative_error(wrong, exact) > 1e-4
 
 
 def test_relative_error() -> None:
     nan = torch.tensor([1.0, float("nan")])
-    assert compare.relative_error(torch.tensor([1.0, 4.0]), torch.tensor([2.0, 4.0])) == 0.25
-    assert compare.relative_error(torch.zeros(2), torch.zeros(2)) == 0
-    assert compare.relative_error(torch.ones(2), torch.zeros(2)) == float("inf")
-    assert compare.relative_error(torch.zeros(0), torch.zeros(0)) == 0
+    assert agreement.relative_error(torch.tensor([1.0, 4.0]), torch.tensor([2.0, 4.0])) == 0.25
+    assert agreement.relative_error(torch.zeros(2), torch.zeros(2)) == 0
+    assert agreement.relative_error(torch.ones(2), torch.zeros(2)) == float("inf")
+    assert agreement.relative_error(torch.zeros(0), torch.zeros(0)) == 0
     for pair in ((nan, nan), (nan, torch.ones(2)), (torch.ones(2), nan)):
-        error = compare.relative_error(*pair)
+        error = agreement.relative_error(*pair)
         assert error != error
-        assert not compare.Check("", None, error, 1.0).passed
+        assert not agreement.Check("", "", torch.float32, None, error, 1.0).passed
 
 
 def test_check_in_a_16_bit_dtype() -> None:
@@ -344,7 +358,7 @@ def test_check_in_a_16_bit_dtype() -> None:
     own = (reference[1].float() - 0.5).item()
     allowed = 1.5 * own + torch.finfo(torch.bfloat16).eps
     found = compare.check("x", reference, exact.bfloat16(), exact, 0)
-    assert found == compare.Check("x", own, 0.0, pytest.approx(allowed))
+    assert found == agreement.Check("x", "", torch.bfloat16, own, 0.0, pytest.approx(allowed))
     assert not compare.check("x", reference, exact.bfloat16() * 1.1, exact, 0).passed
 
 
@@ -363,9 +377,11 @@ def test_networks_are_left_as_they_were() -> None:
     torch.manual_seed(0)
     reference = tiny_network()
     fused = copy.deepcopy(reference)
-    names = [entry.name for entry in fuse(fused).fused]
+    fuse(fused)
     before = copy.deepcopy(reference.state_dict())
-    compare.check_train(reference, fused, names, images.random_images(4, 32, 0), torch.arange(4))
+    x = images.random_images(4, 32, 0)
+    compare.check_train(reference, fused, x, torch.arange(4))
+    compare.check_modules(fused, x)
     for network in (reference, fused):
         assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
         assert all(p.grad is None for p in network.parameters())
@@ -412,7 +428,7 @@ def test_official_resnest50(options: tuple[str, ...]) -> None:
     assert result.exit_code == 0, result.output
     assert "16 modules (SplAtConv2d)" in result.output
     if "--train" not in options:
-        assert read_errors(result.output)["logits"] <= 1e-5
+        assert read_errors(result.output)["logits, float32"] <= 1e-5
         assert "the same for 2 of 2" in result.output
 
 

@@ -33,7 +33,7 @@ from test_cpu_kernels import (  # noqa: F401
     test_empty_batch,
     test_float32_parameters,
     test_in_eval_one_sample_s_nan_and_infinity_stay_in_it,
-    test_mean_error_is_no_larger_than_eager_s,
+    test_mean_error_is_no_larger_than_a_loop_s,
     test_nan_in_a_parameter_passes_on,
     test_nan_passes_on_as_in_pytorch,
     test_odd_sizes,

@@ -1,0 +1,265 @@
+"""Runs every fused module of a model beside its unfused self, on what it meets in the model."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils._pytree import tree_map
+
+from resnest_fused import agreement
+from resnest_fused import fold as folding
+from resnest_fused.agreement import Call, Check, Form, Incomparable, tensors_of
+from resnest_fused.fuse import unfused_class
+from resnest_fused.modules import FusedSplitAttention, FusedSplitAttentionConv2d
+
+
+class VerifyEntry(NamedTuple):
+    """How one fused module compares with its unfused self.
+
+    Attributes:
+        name: the module's name in the model; "" for the model itself.
+        kind: the unfused class, as ``package.module.Class``.
+        checks: every quantity that was compared, in float64 and in the module's own dtype; of a
+            module that was met several times each quantity's worst.
+        problem: why it was not compared, or not to the end; None when it was.
+        remark: what was not checked of one that was compared, and why; None for nothing.
+    """
+
+    name: str
+    kind: str
+    checks: tuple[Check, ...]
+    problem: str | None = None
+    remark: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether it was compared and every quantity is within its bound."""
+        return self.problem is None and not self.failed
+
+    @property
+    def failed(self) -> tuple[Check, ...]:
+        """The quantities beyond their bounds."""
+        return tuple(check for check in self.checks if not check.passed)
+
+    def __str__(self) -> str:
+        name = f"{self.name or '(the model itself)'}, {self.kind}"
+        if self.problem is not None:
+            text = f"not compared: {name}: {self.problem}"
+        elif self.failed:
+            text = f"DIFFERS: {name}"
+        else:
+            nearest = agreement.worst(self.checks)
+            text = f"agrees: {name}: {len(self.checks)} quantities, nearest to its bound {nearest}"
+        if self.remark is not None:
+            text += f"; {self.remark}"
+        return "\n".join([text, *(f"    {check}" for check in self.failed)])
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """Every fused module of a model beside its unfused self, in the model's order.
+
+    A report is true when there is a fused module and all of them agree; one that was not run, or
+    could not be compared, does not. ``str(report)`` has a line for each module.
+
+    Attributes:
+        entries: one for each module.
+    """
+
+    entries: tuple[VerifyEntry, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether there is a fused module and all of them agree."""
+        return bool(self.entries) and all(entry.passed for entry in self.entries)
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def __str__(self) -> str:
+        if not self.entries:
+            return "no fused module found: fuse the model first, with resnest_fused.fuse"
+        agreeing = sum(entry.passed for entry in self.entries)
+        title = f"{agreeing} of {len(self.entries)} fused modules agree with their unfused selves"
+        return "\n".join([title, *map(str, self.entries)])
+
+
+def verify(model: nn.Module, /, *inputs: Any, **options: Any) -> VerifyReport:
+    """Run every fused module beside its unfused self, on what it meets in one call of the model.
+
+    ``model(*inputs, **options)`` is run once, and differentiated where gradients are enabled and
+    something requires one: a random projection of the outputs, so whatever they mean. Then each
+    module that :func:`resnest_fused.fuse` fused, or that was built fused, is run on the inputs and
+    output gradients that it met, forward and backward, and so is the module that it stands for:
+    the same object with its original class, and with its norms where they were folded. Both run
+    with the model's parameters, buffers, children, hooks, training modes, autocast and
+    ``requires_grad`` as they are now. So this finds what :func:`resnest_fused.fuse` could not
+    see, as a class that was patched afterwards.
+
+    Outputs, gradients of inputs and parameters, and buffers are compared twice. In float64, against
+    each other: the 2-norm of a difference (of outputs the largest) may be 1.5e-8 of the result.
+    In the dtypes that the call has, against the unfused module in float64: the fused one may
+    err by 1.5 times what the unfused one does, a rounding of the narrowest dtype, and sqrt(N)
+    roundings of float32 for a sum of N elements in any order; gradients also by four of N
+    elements, which a rounding turns on or off at the edge of a ReLU. What is beyond that is drawn
+    five times, and the median counts. Buffers of integers must be equal. A tensor's size counts as
+    at least the average over all parameters' gradients, or buffers. Folded layers hold rounded
+    weights: modules with them are compared in their dtype alone, and without those parameters.
+
+    Nothing is left changed: parameters, their ``.grad``, buffers, attributes of modules, modes,
+    hooks, and the states of PyTorch's random generators, also when the model raises. What hooks
+    and children do elsewhere, they do several times more. Random modules get the same random
+    numbers in both runs, and are compared in float64 alone, as other dtypes draw others.
+
+    A compiled model runs eagerly, and the module in a ``DataParallel`` or
+    ``DistributedDataParallel`` without its wrapper, on this process's inputs alone. Processes that
+    share a ``SyncBatchNorm`` must all call this, each with inputs of its own; on the CPU PyTorch's
+    module refuses to run, so it cannot be compared there. Reentrant checkpoints, which PyTorch
+    allows no such differentiation of, raise its RuntimeError; for FSDP call this before sharding.
+
+    Args:
+        model: any module, with fused modules in it or fused itself.
+        inputs, options: its arguments.
+
+    Returns:
+        The report; a module used in several places has one entry, a module that the call did not
+        run is reported so and has not passed.
+
+    Raises:
+        TypeError: when ``model`` is not a module.
+        Exception: whatever the model raises. What a module raises when it runs alone is reported.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    ours = FusedSplitAttention, FusedSplitAttentionConv2d
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if unfused_class(module) is not None or isinstance(module, ours)
+    }
+    if not found:
+        return VerifyReport(())
+    inner = model
+    while isinstance(inner, DataParallel | DistributedDataParallel):
+        inner = inner.module
+    tensors = [*model.parameters(), *model.buffers(), *tensors_of((inputs, options))]
+    random = agreement.RandomStates(tensors)
+    try:
+        with _eagerly():
+            calls = _record(inner, list(found.values()), inputs, options)
+            entries = [_compare(name, module, calls[module]) for name, module in found.items()]
+    finally:
+        random.restore()
+    return VerifyReport(tuple(entries))
+
+
+def _eagerly() -> contextlib.AbstractContextManager[Any]:
+    # Only where something can have been compiled: importing Dynamo takes seconds.
+    if "torch._dynamo" in sys.modules:
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
+
+
+def _compare(name: str, module: nn.Module, calls: list[Call]) -> VerifyEntry:
+    original = unfused_class(module)
+    kind = original or type(module)
+    entry = VerifyEntry(name, f"{kind.__module__}.{kind.__qualname__}", ())
+    if original is None:
+        return entry._replace(problem="a subclass of a fused class, which has no unfused self")
+    if not calls:
+        return entry._replace(problem="not run by this call of the model")
+
+    @contextlib.contextmanager
+    def unfused() -> Iterator[None]:
+        with agreement.preserved(module):
+            module.__class__ = original
+            folding.unfold(module)
+            yield
+
+    folded = folding.count_folded(module) > 0
+    forms = Form("unfused", module, unfused), Form("fused", module, contextlib.nullcontext)
+    checks: dict[tuple[str, str, torch.dtype], list[Check]] = {}
+    remarks: dict[str, None] = {}
+    problem = None
+    for call in calls:
+        try:
+            found, remark = agreement.compare(*forms, call, folded)
+        except Incomparable as error:
+            problem = str(error)
+            continue
+        for check in found:
+            checks.setdefault((check.kind, check.tensor, check.dtype), []).append(check)
+        backward = None if call.gradients else "forward only, as no gradient came to it"
+        remarks |= dict.fromkeys(text for text in (remark, backward) if text is not None)
+    worst = tuple(agreement.worst(several) for several in checks.values())
+    return entry._replace(checks=worst, problem=problem, remark="; ".join(remarks) or None)
+
+
+def _record(
+    model: nn.Module, modules: list[nn.Module], inputs: Any, options: dict[str, Any]
+) -> dict[nn.Module, list[Call]]:
+    """What each of the modules meets in one call of the model."""
+    calls: dict[nn.Module, list[Call]] = {module: [] for module in modules}
+    edges: list[tuple[nn.Module, int, list[GradientEdge | None]]] = []
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        def keep(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return value.detach().clone().requires_grad_(value.requires_grad)
+
+        args, kwargs = tree_map(keep, (args, kwargs))
+        call = Call(args, kwargs, grad_enabled=torch.is_grad_enabled())
+        device = call.tensors[0].device.type if call.tensors else "cpu"
+        if torch.is_autocast_enabled(device):
+            call = call._replace(autocast=torch.get_autocast_dtype(device))
+        calls[module].append(call)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        # Before anything changes the output in place.
+        ways = [get_gradient_edge(t) if t.requires_grad else None for t in tensors_of(output)]
+        edges.append((module, len(calls[module]) - 1, ways))
+
+    with agreement.preserved(model):
+        agreement.stand_in(model, None, lambda _, buffer: buffer.detach().clone())
+        handles: list[Any] = []
+        try:
+            for module in modules:
+                handles.append(
+                    module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
+                )
+                handles.append(module.register_forward_hook(leave))
+            output = model(*inputs, **options)
+        finally:
+            # Before a backward pass, in which checkpoints call modules again.
+            for handle in handles:
+                handle.remove()
+        gradients = _differentiate(output, [way for _, _, ways in edges for way in ways if way])
+    for module, index, ways in edges:
+        met = tuple(next(gradients) if way else None for way in ways)
+        if any(gradient is not None for gradient in met):
+            calls[module][index] = calls[module][index]._replace(gradients=met)
+    return calls
+
+
+def _differentiate(output: Any, edges: list[GradientEdge]) -> Iterator[Tensor | None]:
+    """The gradients of a random projection of the output; None for what it does not depend on."""
+    ends = [tensor for tensor in tensors_of(output) if tensor.requires_grad]
+    if not ends or not edges:
+        return iter([None] * len(edges))
+    generator = torch.Generator().manual_seed(0)
+    weights = []
+    for end in ends:
+        # Of either sign and none near zero: a narrow dtype is not to lose them.
+        sizes = torch.rand(end.shape, generator=generator) + 0.5
+        signs = torch.rand(end.shape, generator=generator) - 0.5
+        weights.append(sizes.copysign(signs).to(end))
+    return iter(torch.autograd.grad(ends, edges, weights, allow_unused=True))
