@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import Identity
 
 from resnest_fused import agreement
 from resnest_fused.agreement import Call, Form, Incomparable
@@ -77,7 +78,7 @@ def _features(module: nn.Module, radix: Any) -> int | None:
 
 def _randomise(module: nn.Module, generator: torch.Generator) -> None:
     if "conv" in module._modules:
-        module._modules["conv"] = nn.Identity()
+        module._modules["conv"] = Identity()
 
     def parameter(tensor: Tensor) -> Tensor:
         fan_in = tensor[0].numel() if tensor.dim() > 1 else 1
