@@ -209,7 +209,6 @@ def attend(
             training=training,
             backend=backend,
         )
-    chosen = choose(backend, x)
     _check_map(x, radix, cardinality)
     _check_bn0(x, bn0, training)
     chosen = choose(backend, x)
