@@ -112,7 +112,9 @@ class Call(NamedTuple):
         def move(value: Any) -> Any:
             if not (isinstance(value, Tensor) and value.is_floating_point()):
                 return value
-            factor = 1 + (torch.rand(value.shape, generator=generator) - 0.5).to(value) / 8
+            factor = (
+                1 + (torch.rand(value.shape, generator=generator, device="cpu") - 0.5).to(value) / 8
+            )
             return (value.detach() * factor).requires_grad_(value.requires_grad)
 
         args, kwargs, gradients = tree_map(move, (self.args, self.kwargs, self.gradients))
@@ -382,7 +384,7 @@ def compare(
     drawn = [_errors(truth, results(unfused, call), results(fused, call))]
     rounding = _rounding(drawn, call, narrowest)
     if not all(check.passed for check in rounding):
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         for _ in range(_REDRAWS):
             moved = call.moved(generator)
             truth = results(unfused, moved, torch.float64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +18,13 @@ _SHAPES = ((5, 6, 5), (3, 1, 1), (4, 9, 12))
 _LAYOUTS = (torch.contiguous_format, torch.channels_last, torch.contiguous_format)
 
 _UNTRIED = "it cannot be tried out"
+
+
+def _draw(
+    random: Callable[..., Tensor], shape: Iterable[int], generator: torch.Generator
+) -> Tensor:
+    # Whatever the default device is, as generators have one of their own.
+    return random(tuple(shape), generator=generator, dtype=torch.float64, device="cpu")
 
 
 def difference(module: nn.Module, fused: type[nn.Module], backend: str) -> str | None:
@@ -46,7 +53,7 @@ def difference(module: nn.Module, fused: type[nn.Module], backend: str) -> str |
 
     forms = Form("unfused", module, contextlib.nullcontext), Form("fused", module, as_fused)
     random = agreement.RandomStates(tensors)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     try:
         with torch.inference_mode(False), agreement.preserved(module):
             _randomise(module, generator)
@@ -82,14 +89,14 @@ def _randomise(module: nn.Module, generator: torch.Generator) -> None:
 
     def parameter(tensor: Tensor) -> Tensor:
         fan_in = tensor[0].numel() if tensor.dim() > 1 else 1
-        values = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        values = _draw(torch.randn, tensor.shape, generator)
         return (values / fan_in**0.5).to(tensor.device)
 
     def buffer(name: str, tensor: Tensor) -> Tensor:
         # Those of a normalisation: of a frozen one weight and bias too.
         if name not in ("running_mean", "running_var", "weight", "bias"):
             return agreement.copied(tensor, torch.float64)
-        values = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+        values = _draw(torch.rand, tensor.shape, generator)
         return (values + (0.5 if name in ("running_var", "weight") else -0.5)).to(tensor.device)
 
     agreement.stand_in(module, parameter, buffer)
@@ -107,8 +114,7 @@ def _call(
     batch, *size = shape
 
     def draw(*sizes: int) -> Tensor:
-        drawn = torch.randn(sizes, generator=generator, dtype=torch.float64)
-        return drawn.to(device, memory_format=layout)
+        return _draw(torch.randn, sizes, generator).to(device, memory_format=layout)
 
     # Samples that differ in their means, as bn1 divides by their spread.
     x = draw(batch, features, *size) + draw(batch, features, 1, 1)

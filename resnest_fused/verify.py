@@ -255,11 +255,11 @@ def _differentiate(output: Any, edges: list[GradientEdge]) -> Iterator[Tensor | 
     ends = [tensor for tensor in tensors_of(output) if tensor.requires_grad]
     if not ends or not edges:
         return iter([None] * len(edges))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     weights = []
     for end in ends:
         # Of either sign and none near zero: a narrow dtype is not to lose them.
-        sizes = torch.rand(end.shape, generator=generator) + 0.5
-        signs = torch.rand(end.shape, generator=generator) - 0.5
+        sizes = torch.rand(end.shape, generator=generator, device="cpu") + 0.5
+        signs = torch.rand(end.shape, generator=generator, device="cpu") - 0.5
         weights.append(sizes.copysign(signs).to(end))
     return iter(torch.autograd.grad(ends, edges, weights, allow_unused=True))

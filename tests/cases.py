@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +62,23 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 # The gradient that ``out.sum()`` sends back is one number, expanded.
 DOUT_LAYOUTS = LAYOUTS | {"sum": lambda t: t.new_ones(()).expand(t.shape)}
+
+
+@contextlib.contextmanager
+def fill_memory() -> Iterator[Callable[[int], None]]:
+    """A function that makes glibc fill what is allocated with a byte, and what is freed with its
+    complement, until the block ends."""
+    perturb = -6  # M_PERTURB of malloc.h
+    mallopt = ctypes.CDLL(None).mallopt
+
+    def fill(byte: int) -> None:
+        assert mallopt(perturb, byte ^ 0xFF)
+        assert (torch.empty(5000, dtype=torch.uint8) == byte).all()
+
+    try:
+        yield fill
+    finally:
+        mallopt(perturb, 0)
 
 
 @dataclass(frozen=True)

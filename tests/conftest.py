@@ -3,7 +3,6 @@ the cores, and random numbers are the test's own."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 import zlib
@@ -109,17 +108,11 @@ def seed(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture
 def fill_memory() -> Iterator[Callable[[int], None]]:
-    """A function that makes glibc fill what is allocated with a byte, and what is freed with its
-    complement."""
-    perturb = -6  # M_PERTURB of malloc.h
-    mallopt = ctypes.CDLL(None).mallopt
+    """As ``cases.fill_memory``."""
+    import cases
 
-    def fill(byte: int) -> None:
-        assert mallopt(perturb, byte ^ 0xFF)
-        assert (torch.empty(5000, dtype=torch.uint8) == byte).all()
-
-    yield fill
-    mallopt(perturb, 0)
+    with cases.fill_memory() as fill:
+        yield fill
 
 
 @pytest.fixture

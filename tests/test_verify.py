@@ -194,7 +194,7 @@ def test_what_no_gradient_reaches_is_said():
 @pytest.mark.parametrize("inside", [False, True], ids=["around", "inside"])
 def test_autocast(inside):
     model = fused_net()
-    autocast = torch.autocast("cpu", torch.bfloat16)
+    autocast = torch.autocast(torch.get_default_device().type, torch.bfloat16)
     if inside:
         model.forward = autocast(model.forward)
     with contextlib.nullcontext() if inside else autocast:
@@ -296,6 +296,20 @@ def test_infinite_values_that_agree():
         assert_passes(rf.verify(model, x))
         x[:] = float("nan")  # leaves nothing to compare
         assert not rf.verify(model, x)
+
+
+@pytest.mark.cpu
+def test_any_default_device():
+    torch.set_default_device("meta")
+    try:
+        model = Net().to_empty(device="cpu")
+    finally:
+        torch.set_default_device(None)
+    randomise(model)
+    x = images()
+    with torch.device("meta"):
+        assert len(rf.fuse(model, verify=True)) == 3
+        assert_passes(rf.verify(model, x))
 
 
 # --- what is found
