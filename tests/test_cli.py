@@ -135,6 +135,7 @@ def test_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     assert errors["module parameter gradients"] > 5e-3
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("train", [False, True])
 def test_compile(train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
