@@ -3,9 +3,11 @@ the cores, and random numbers are the test's own."""
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import hypothesis
@@ -54,7 +56,16 @@ def pytest_configure(config: pytest.Config) -> None:
     cases.BACKEND = config.getoption("--kernels", "native")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    cases: Counter[str] = Counter()
+    for item in items:
+        # Of a module's mark and of a function's the product.
+        of_cases = math.prod(mark.args[0] for mark in item.iter_markers("one_in"))
+        function = item.nodeid.partition("[")[0]
+        if cases[function] % of_cases:
+            item.add_marker("long")
+        cases[function] += 1
     if seed := config.getoption("--seed", 0):
         for item in items:
             if hypothesis.is_hypothesis_test(item.obj):

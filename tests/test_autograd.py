@@ -45,12 +45,14 @@ def _as_function(call: Call):
     return function, [call.tensor(name).detach().requires_grad_() for name in names]
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("case", FORMS, ids=str)
 def test_gradcheck(case: Case) -> None:
     function, inputs = _as_function(draw(case))
     assert torch.autograd.gradcheck(function, inputs)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("case", FORMS, ids=str)
 def test_gradgradcheck(case: Case) -> None:
     function, inputs = _as_function(draw(case))

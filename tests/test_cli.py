@@ -149,6 +149,7 @@ def test_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "DIFFERS: 3, resnest_fused.reference.SplitAttentionConv2d" in result.output
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("train", [False, True])
 def test_compile(train: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,6 +184,7 @@ OTHER_NORMS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("norm", OTHER_NORMS.values(), ids=OTHER_NORMS)
 def test_any_norm(norm: Callable[[int], nn.Module], training: bool) -> None:
@@ -229,6 +230,7 @@ def _broken_norm(features: int) -> nn.Module:
     return nn.Sequential(nn.GroupNorm(2, features), Break())
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("norm0", [None, nn.BatchNorm2d], ids=["attention", "conv"])
 def test_graph_break_between_the_fcs(norm0: NormLayer, memory_format: torch.memory_format) -> None:
@@ -246,6 +248,7 @@ def test_graph_break_between_the_fcs(norm0: NormLayer, memory_format: torch.memo
     assert _fused_ops(recorder.backward) == [LAST_PHASES[0], *sums, LAST_PHASES[1]]
 
 
+@pytest.mark.long
 def test_graph_break_and_any_batch() -> None:
     module, twin = _modules(nn.BatchNorm2d, _broken_norm)
     compiled = torch.compile(module, backend="aot_eager", dynamic=True)
@@ -253,6 +256,7 @@ def test_graph_break_and_any_batch() -> None:
         _assert_same_step(compiled, module, twin, _randn(batch, 16, 3, 5))
 
 
+@pytest.mark.long
 def test_graph_break_with_inductor() -> None:
     module, twin = _modules(nn.BatchNorm2d, _broken_norm)
     _assert_same_step(torch.compile(module), module, twin, _randn(4, 16, 3, 5))
@@ -284,6 +288,7 @@ any_module = pytest.mark.parametrize(("norm0", "norm1"), MODULES.values(), ids=M
 SIZES = ((4, 3, 5), (2, 3, 5), (7, 6, 2), (33, 4, 4))
 
 
+@pytest.mark.one_in(5)
 @any_module
 @pytest.mark.parametrize("training", [True, False])
 def test_any_size_runs_in_one_graph(training: bool, norm0: NormLayer, norm1: NormLayer) -> None:
@@ -298,6 +303,7 @@ def test_any_size_runs_in_one_graph(training: bool, norm0: NormLayer, norm1: Nor
     assert counter.frame_count == 1
 
 
+@pytest.mark.one_in(3)
 @any_module
 def test_any_size_with_gradients(norm0: NormLayer, norm1: NormLayer) -> None:
     module, twin = _modules(norm0, norm1)
@@ -315,6 +321,7 @@ def test_any_size_with_gradients(norm0: NormLayer, norm1: NormLayer) -> None:
     torch.testing.assert_close(module.state_dict(), twin.state_dict())
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("norm1", [nn.BatchNorm2d, _group_norm], ids=["batch", "group"])
 def test_inductor(norm1: NormLayer) -> None:
     """The ops among others that Inductor fuses, with channels_last activations."""

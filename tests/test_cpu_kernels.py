@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,6 +85,7 @@ def odd_cases() -> list[Case]:
     ]
 
 
+@pytest.mark.one_in(3)
 @one_thread
 @pytest.mark.parametrize("case", odd_cases(), ids=str)
 def test_odd_sizes(case: Case) -> None:
@@ -106,6 +108,7 @@ def test_smallest_sizes(sizes: tuple[int, ...], prologue: str, norm: str, layout
         np.testing.assert_allclose(value.cpu().numpy(), truth, rtol=1e-6, atol=1e-9, err_msg=name)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "case",
     [
@@ -139,6 +142,7 @@ def test_resnest50_stages(case: Case) -> None:
     check(case)
 
 
+@pytest.mark.one_in(5)
 @one_thread
 @pytest.mark.parametrize(
     "case",
@@ -160,6 +164,7 @@ def test_strides_of_x(case: Case) -> None:
     check(case)
 
 
+@pytest.mark.one_in(5)
 @one_thread
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("dout_layout", DOUT_LAYOUTS)
@@ -170,6 +175,7 @@ def test_strides_of_dout(prologue: str, dout_layout: str, layout: str) -> None:
     check(Case(3, 20, 6, 5, 2, 2, 14, dtype, **options))
 
 
+@pytest.mark.one_in(5)
 @one_thread
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("norm", ["none", "running"])
@@ -178,28 +184,29 @@ def test_float32_parameters(prologue: str, norm: str, dtype: torch.dtype) -> Non
     check(Case(4, 24, 5, 5, 2, 2, 12, dtype, torch.float32, norm=norm, prologue=prologue))
 
 
-@one_thread
-@given(
-    batch=st.integers(1, 9),
-    cardinality=st.integers(1, 4),
-    group=st.integers(1, 20),
-    inner=st.integers(1, 9),
-    height=st.integers(1, 9),
-    width=st.integers(1, 20),
-    radix=st.integers(1, 4),
-    dtype=st.sampled_from(DTYPES),
-    wide=st.booleans(),
-    layout=st.sampled_from(sorted(LAYOUTS)),
-    dout_layout=st.sampled_from(sorted(DOUT_LAYOUTS)),
-    bias=st.booleans(),
-    norm=st.sampled_from(NORMS),
-    affine=st.booleans(),
-    prologue=st.sampled_from(PROLOGUES),
-    wanted=st.sets(st.sampled_from(DIFFERENTIABLE)),
-    seed=st.integers(0, 2**32 - 1),
-)
-@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
-def test_any_call(
+# Arguments of check_any_call.
+ANY_CALL: dict[str, st.SearchStrategy[Any]] = {
+    "batch": st.integers(1, 9),
+    "cardinality": st.integers(1, 4),
+    "group": st.integers(1, 20),
+    "inner": st.integers(1, 9),
+    "height": st.integers(1, 9),
+    "width": st.integers(1, 20),
+    "radix": st.integers(1, 4),
+    "dtype": st.sampled_from(DTYPES),
+    "wide": st.booleans(),
+    "layout": st.sampled_from(sorted(LAYOUTS)),
+    "dout_layout": st.sampled_from(sorted(DOUT_LAYOUTS)),
+    "bias": st.booleans(),
+    "norm": st.sampled_from(NORMS),
+    "affine": st.booleans(),
+    "prologue": st.sampled_from(PROLOGUES),
+    "wanted": st.sets(st.sampled_from(DIFFERENTIABLE)),
+    "seed": st.integers(0, 2**32 - 1),
+}
+
+
+def check_any_call(
     batch: int,
     cardinality: int,
     group: int,
@@ -242,6 +249,21 @@ def test_any_call(
     check(case, wanted)
 
 
+@one_thread
+@given(**ANY_CALL)
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+def test_any_call(**call: Any) -> None:
+    check_any_call(**call)
+
+
+@pytest.mark.long
+@one_thread
+@given(**ANY_CALL)
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
+def test_many_calls(**call: Any) -> None:
+    check_any_call(**call)
+
+
 DRAWS = 48
 
 
@@ -253,6 +275,7 @@ def _draws(prologue: str, norm: str, dtype: torch.dtype) -> Iterator[Call]:
         yield draw(Case(6, 24, 5, 5, radix, 2, 16, dtype, **options))
 
 
+@pytest.mark.one_in(5)
 @one_thread
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("prologue", "norm"), FORMS)
@@ -343,6 +366,7 @@ def _assert_same_bits(ours: list[Tensor], expected: list[Tensor]) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("run", [_forward, _forward_and_backward])
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize(("prologue", "norm"), FORMS[1:])
@@ -396,6 +420,7 @@ def test_what_memory_held_before_makes_no_difference(
     _assert_same_bits(*results)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("prologue", ["none", "relu", "running"])

@@ -1,14 +1,12 @@
-"""The CUDA kernels, run on the CPU: numbers, strategies, schedules, sanitizers, mistakes.
+"""The CUDA kernels, run on the CPU: numbers, strategies, schedules.
 
-They pass the CPU kernels' tests, on a device of small blocks. Builds with sanitizers run some of
-the tests once more, and kernels with a mistake must fail.
+They pass the CPU kernels' tests, on a device of small blocks. test_cuda_sanitizers.py runs some of
+the tests once more.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +14,7 @@ import oracle
 import pytest
 import torch
 from cases import Call, Case, check, draw, draw_any
-from cuda_on_host import mistakes
-from cuda_on_host.build import KINDS, PROCESSORS, run_python
-from cuda_on_host.kernels import Kernels, build_kernels
-from cuda_on_host.mistakes import MISTAKES, Mistake, build_mistakes
+from cuda_on_host.kernels import LIBRARY, Kernels, build_kernels
 from test_cpu_kernels import (  # noqa: F401
     DTYPES,
     FORMATS,
@@ -33,6 +28,7 @@ from test_cpu_kernels import (  # noqa: F401
     test_empty_batch,
     test_float32_parameters,
     test_in_eval_one_sample_s_nan_and_infinity_stay_in_it,
+    test_many_calls,
     test_mean_error_is_no_larger_than_a_loop_s,
     test_nan_in_a_parameter_passes_on,
     test_nan_passes_on_as_in_pytorch,
@@ -46,28 +42,17 @@ from test_cpu_kernels import (  # noqa: F401
 from test_op import ARGUMENTS, CASES
 from torch import Tensor
 
-# The first test waits for the builds, the first one of a mistake for all mistakes.
-pytestmark = [pytest.mark.usefixtures("kernels"), pytest.mark.timeout(1200)]
-# The library for tests that are run once more, by a build with a sanitizer.
-LIBRARY = "RESNEST_FUSED_ON_HOST_LIBRARY"
-# A folder for builds that outlives the tests.
-BUILD = "RESNEST_FUSED_ON_HOST_BUILD"
-outermost = pytest.mark.skipif(LIBRARY in os.environ, reason="starts builds of its own")
+# The first test waits for the build.
+pytestmark = [
+    pytest.mark.usefixtures("kernels"),
+    pytest.mark.timeout(1200),
+    pytest.mark.one_in(3),
+]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(os.environ.get(BUILD) or tmp_path_factory.mktemp("kernels"))
-
-
-@pytest.fixture(scope="module")
-def libraries(folder: Path) -> dict[str, Path]:
-    return build_kernels(folder)
-
-
-@pytest.fixture(scope="module")
-def loaded(request: pytest.FixtureRequest) -> Kernels:
-    library = os.environ.get(LIBRARY) or request.getfixturevalue("libraries")["plain"]
+def loaded() -> Kernels:
+    library = os.environ.get(LIBRARY) or build_kernels("plain")["plain"]
     return Kernels(Path(library))
 
 
@@ -266,73 +251,3 @@ def test_a_launch_that_fails_is_an_error(kernels: Kernels) -> None:
         call.forward()
     kernels.reset()
     call.forward()
-
-
-# --- sanitizers, and kernels with a mistake
-
-
-@outermost
-@pytest.mark.parametrize("kind", ["thread", "address"])
-def test_sanitizers_find_nothing(kind: str, libraries: dict[str, Path]) -> None:
-    names = [
-        "schedules_make_no_difference",
-        "strategies_make_no_difference",
-        "smallest_sizes",
-        "groups_of_different_sizes",
-    ]
-    if kind == "address":  # where sizes and addresses matter, and which is faster
-        names += [
-            "in_eval_a_sample_does_not_depend_on_its_batch",
-            "single_phases",
-            "numbers_of_any_sizes_are_finite",
-        ]
-    tests = [f"{__file__}::test_{name}" for name in names]
-    arguments = ("-m", "pytest", "-p", "no:cacheprovider", "-x", "-q", "-s", *tests)
-    result = run_python(kind, *arguments, timeout=1000, **{LIBRARY: str(libraries[kind])})
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
-@pytest.fixture(scope="module")
-def said(
-    folder: Path, libraries: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, int], tuple[str, int]]:
-    """What is said of a mistake of that kind and number, and the exit status."""
-    to = tmp_path_factory.mktemp("mistakes")
-    wrong = build_mistakes(folder, to)
-
-    def make_all(kind: str) -> None:
-        (to / kind).mkdir()
-        arguments = (mistakes.__file__, str(wrong[kind]), kind, str(to / kind))
-        result = run_python(kind, *arguments, timeout=600)
-        assert result.returncode == 0, result.stderr
-
-    with ThreadPoolExecutor(PROCESSORS) as pool:
-        list(pool.map(make_all, wrong))
-
-    def read(kind: str, number: int) -> tuple[str, int]:
-        text, _, status = (to / kind / f"{number}.txt").read_text().rpartition("\n")
-        return text, int(status)
-
-    return read
-
-
-@outermost
-@pytest.mark.parametrize("kind", KINDS)
-def test_without_a_mistake_nothing_is_found(
-    kind: str, said: Callable[[str, int], tuple[str, int]]
-) -> None:
-    text, status = said(kind, 0)
-    assert status == 0, text
-
-
-@outermost
-@pytest.mark.parametrize("mistake", MISTAKES, ids=str)
-def test_mistakes_are_found(mistake: Mistake, said: Callable[[str, int], tuple[str, int]]) -> None:
-    finding = {
-        "plain": "AssertionError",
-        "thread": "ThreadSanitizer: data race",
-        "address": "AddressSanitizer: heap-",  # whatever lies beside the tensor
-    }
-    text, status = said(mistake.kind, MISTAKES.index(mistake) + 1)
-    assert status != 0, text
-    assert finding[mistake.kind] in text, text

@@ -3,43 +3,43 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from cuda_on_host import toys
-from cuda_on_host.build import HERE, KINDS, build, run_python
+from cuda_on_host.build import HERE, KINDS, Source, build, run_python
 from torch import Tensor
 
 
-@pytest.fixture(scope="module")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = os.environ.get("RESNEST_FUSED_ON_HOST_BUILD") or tmp_path_factory.mktemp("toys")
-    return build("toys", [HERE / "toy.cu"], Path(folder))
+def library(kind: str) -> str:
+    return str(build({kind: [Source(HERE / "toy.cu")]})[kind])
 
 
 @pytest.fixture
-def plain(libraries: dict[str, Path]) -> toys.Toys:
-    return toys.Toys(str(libraries["plain"]))
+def plain() -> toys.Toys:
+    return toys.Toys(library("plain"))
 
 
-def run_toy(kind: str, name: str, libraries: dict[str, Path]) -> subprocess.CompletedProcess[str]:
-    return run_python(kind, str(HERE / "toys.py"), str(libraries[kind]), name)
+def run_toy(kind: str, name: str) -> subprocess.CompletedProcess[str]:
+    return run_python(kind, str(HERE / "toys.py"), library(kind), name)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_right_kernels(kind: str, libraries: dict[str, Path]) -> None:
-    result = run_toy(kind, "right", libraries)
+def _long_with_sanitizer(*cases: tuple[str, ...]) -> list[object]:
+    return [pytest.param(*c, marks=[pytest.mark.long] if c[0] != "plain" else []) for c in cases]
+
+
+@pytest.mark.parametrize("kind", _long_with_sanitizer(*((kind,) for kind in KINDS)))
+def test_right_kernels(kind: str) -> None:
+    result = run_toy(kind, "right")
     assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize(
     ("kind", "name", "report"),
-    [
+    _long_with_sanitizer(
         ("plain", "no_barrier", "expected {128.0}, got"),
         ("thread", "no_barrier", "ThreadSanitizer: data race .*sum_blocks"),
         ("thread", "no_acquire", "ThreadSanitizer: data race .*relay"),
@@ -48,10 +48,10 @@ def test_right_kernels(kind: str, libraries: dict[str, Path]) -> None:
         ("address", "beyond_shared", "AddressSanitizer: heap-buffer-overflow .*read_shared"),
         ("address", "beyond_global", "AddressSanitizer: heap-buffer-overflow .*read_shared"),
         ("address", "misaligned", "runtime error: reference binding to misaligned .*float4"),
-    ],
+    ),
 )
-def test_wrong_kernels(kind: str, name: str, report: str, libraries: dict[str, Path]) -> None:
-    result = run_toy(kind, name, libraries)
+def test_wrong_kernels(kind: str, name: str, report: str) -> None:
+    result = run_toy(kind, name)
     assert result.returncode != 0
     summary = result.stderr.replace("\n", " ")
     assert re.search(report, summary), result.stderr

@@ -93,6 +93,7 @@ def _assert_same(outs: list[Tensor], module: nn.Module, inputs: list[Tensor]) ->
             torch.testing.assert_close(out, module(x))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_program_with_the_op(strict: bool, tmp_path: Path) -> None:
     module, inputs = _block(), _inputs()
@@ -156,6 +157,7 @@ def test_a_program_that_trains(backend: str) -> None:
         torch.testing.assert_close(gradients, {n: p.grad for n, p in twin.named_parameters()})
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)  # half a minute of g++, and more on a machine that others use
 def test_aot_inductor_with_the_op(tmp_path: Path) -> None:
     module, inputs = _block(), _inputs()
@@ -167,6 +169,7 @@ def test_aot_inductor_with_the_op(tmp_path: Path) -> None:
         _run_elsewhere(Path(package), inputs)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_aot_inductor_of_standard_ops(tmp_path: Path) -> None:
     module, inputs = _block(), _inputs()
@@ -202,6 +205,7 @@ ONNX_MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = 
 }
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("make", "shape"), ONNX_MODULES.values(), ids=ONNX_MODULES)
 def test_onnx(make: Callable[[], nn.Module], shape: tuple[int, int, int], tmp_path: Path) -> None:
     """Without being asked for: standard ops, for any batch, height and width."""

@@ -142,6 +142,7 @@ def _op(name: str) -> Any:
 # --- what PyTorch asks of an op
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_opcheck(name: str, case: Case) -> None:
@@ -150,6 +151,7 @@ def test_opcheck(name: str, case: Case) -> None:
     torch.library.opcheck(_op(name), (), ARGUMENTS[name](draw(case)), test_utils=CHECKS)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("every_other", [0, 1])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_opcheck_backward_of_some(case: Case, every_other: int) -> None:

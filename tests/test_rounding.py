@@ -1,4 +1,4 @@
-"""The judgement of rounding errors: finds evaluations that are worse than a loop, and only those."""
+"""The judgement of rounding errors finds evaluations that are worse than a loop, and only those."""
 
 from __future__ import annotations
 

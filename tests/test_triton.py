@@ -52,6 +52,8 @@ from resnest_fused.backends.triton import launch, pool
 from resnest_fused.backends.triton.compat import INTERPRETED
 from resnest_fused.backends.triton.problem import Map, Norm, make_map
 
+pytestmark = pytest.mark.one_in(5)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_interpreter() -> Iterator[None]:

@@ -20,6 +20,7 @@ def _kernels() -> set[str]:
     return {name for module in modules for name in vars(module) if name.endswith("_kernel")}
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "hip:gfx942"])
 def test_every_kernel_compiles(target: str, tmp_path: Path) -> None:

@@ -10,10 +10,13 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+from cuda_on_host import cache
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
@@ -42,7 +45,7 @@ class Kind:
 
 
 KINDS = {
-    "plain": Kind(("-O1",), ("-O2",)),
+    "plain": Kind(("-O0",), ("-O2",)),
     "thread": Kind(
         ("-O1", "-fsanitize=thread"),
         ("-O2", "-DCUDA_ON_HOST_THREAD"),
@@ -59,23 +62,22 @@ KINDS = {
 }
 
 
-def build(
-    name: str,
-    sources: Sequence[Path],
-    folder: Path,
-    *,
-    kinds: Iterable[str] = KINDS,
-    includes: Sequence[Path] = (),
-    torch: bool = False,
-    extra_flags: Sequence[str] = (),
-) -> dict[str, Path]:
-    """The library of these sources and of the runtime, by kind; with ``torch`` they may use it.
+class Source(NamedTuple):
+    """A file to compile, with flags of its own."""
 
-    Compiles as many files at a time as there are processors. What is in ``folder`` already is taken
-    if it is newer than every source and every header.
+    path: Path
+    flags: Sequence[str] = ()
+
+
+RUNTIME = Source(HERE / "runtime.cpp")
+
+
+def build(sources: Mapping[str, Sequence[Source]], *, torch: bool = False) -> dict[str, Path]:
+    """The library of each kind's sources and of the runtime; with ``torch`` they may use it.
+
+    Compiles as many files at a time as there are processors, those that the cache does not have.
     """
-    kinds = list(kinds)
-    flags = [*FLAGS, f"-I{HERE / 'include'}", *(f"-I{path}" for path in includes)]
+    flags = [*FLAGS, f"-I{HERE / 'include'}"]
     link_flags: list[str] = []
     if torch:
         from torch.utils import cpp_extension
@@ -83,54 +85,52 @@ def build(
         flags += [f"-isystem{path}" for path in cpp_extension.include_paths()]
         flags.append(f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}")
         link_flags = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch_cpu"]
-    runtime = HERE / "runtime.cpp"
-    inputs = [
-        *sources,
-        *HERE.glob("*"),
-        *(path for root in (HERE / "include", *includes) for path in root.rglob("*")),
-    ]
-    newest = max(path.stat().st_mtime for path in inputs if path.is_file())
-    folder.mkdir(parents=True, exist_ok=True)
+    compiler = run([*COMPILER, "-v"])
 
-    def is_new(path: Path) -> bool:
-        return path.exists() and path.stat().st_mtime > newest
+    def compile_one(source: Source, kind_flags: Sequence[str]) -> Path:
+        command = [*COMPILER, *flags, *kind_flags, *source.flags]
+        # What is compiled is what the key is of: the source with all that it includes.
+        text = run([*command, "-x", "c++", "-E", str(source.path)])
 
-    def compile_one(kind: str, source: Path) -> Path:
-        result = folder / f"{name}-{kind}-{source.parent.name}-{source.name}.o"
-        if not is_new(result):
-            is_runtime = source == runtime
-            extra = KINDS[kind].runtime_flags if is_runtime else KINDS[kind].flags
-            arguments = [*flags, *extra, *extra_flags, "-x", "c++", "-c", str(source)]
-            run([*COMPILER, *arguments, "-o", str(result)])
-        return result
+        def make(path: Path) -> None:
+            run([*command, "-x", "c++-cpp-output", "-c", "-", "-o", str(path)], text)
+
+        return cache.get(".o", shlex.join(command).encode(), compiler, text, make=make)
 
     def link(kind: str, objects: Sequence[Path]) -> Path:
-        result = folder / f"{name}-{kind}.so"
-        if not is_new(result):
-            files = map(str, objects)
-            extra = KINDS[kind].flags
-            run([*COMPILER, "-shared", *extra, *files, *link_flags, "-o", str(result)])
-        return result
+        command = [*COMPILER, "-shared", *KINDS[kind].flags, *map(str, objects), *link_flags]
+
+        def make(path: Path) -> None:
+            run([*command, "-o", str(path)])
+
+        # The objects' names tell their contents.
+        return cache.get(".so", shlex.join(command).encode(), compiler, make=make)
 
     with ThreadPoolExecutor(PROCESSORS) as pool:
         try:
             # The kinds that take longest are the last ones: first they, to end together.
             futures = {
-                kind: [pool.submit(compile_one, kind, source) for source in (*sources, runtime)]
-                for kind in reversed(kinds)
+                kind: [
+                    *(pool.submit(compile_one, source, KINDS[kind].flags) for source in of_kind),
+                    pool.submit(compile_one, RUNTIME, KINDS[kind].runtime_flags),
+                ]
+                for kind, of_kind in reversed(sources.items())
             }
-            objects = {kind: [future.result() for future in futures[kind]] for kind in kinds}
-            return dict(zip(kinds, pool.map(link, kinds, objects.values()), strict=True))
+            objects = {kind: [future.result() for future in futures[kind]] for kind in sources}
+            libraries = dict(zip(objects, pool.map(link, objects, objects.values()), strict=True))
         except RuntimeError:
             pool.shutdown(cancel_futures=True)
             raise
+    cache.prune()
+    return libraries
 
 
-def run(command: Sequence[str]) -> None:
-    """Run a compiler; what it says is in the error."""
-    result = subprocess.run(command, capture_output=True, text=True)
+def run(command: Sequence[str], text: bytes | None = None) -> bytes:
+    """What a compiler writes, given a text to read; what it complains of is in the error."""
+    result = subprocess.run(command, input=text, capture_output=True)
     if result.returncode != 0:
-        raise RuntimeError(f"{shlex.join(command)}\n{result.stdout}{result.stderr}")
+        raise RuntimeError(f"{shlex.join(command)}\n{result.stderr.decode()}")
+    return result.stdout
 
 
 def run_python(

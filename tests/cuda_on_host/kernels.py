@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
-from cuda_on_host.build import CSRC, HERE, KINDS, build
+from cuda_on_host.build import CSRC, HERE, Source, build
 
 from resnest_fused.backends import native
 
@@ -27,6 +28,8 @@ DEVICE = {
     "l2_bytes": 32 * 1024,
     "bytes_per_microsecond": 100_000,
 }
+# The library for tests that are run once more, by a build with a sanitizer.
+LIBRARY = "RESNEST_FUSED_ON_HOST_LIBRARY"
 STRATEGIES = {"fastest": 0, "launches": 1, "persistent": 2}
 # Of the native backend, by the ops that they are.
 KERNELS = {
@@ -48,24 +51,25 @@ KERNELS = {
 
 
 def build_kernels(
-    folder: Path,
-    *,
-    csrc: Path = CSRC,
-    kinds: Iterable[str] = KINDS,
-    extra_flags: Sequence[str] = (),
+    *kinds: str, csrc: Path = CSRC, changed: Mapping[str, Collection[str]] = MappingProxyType({})
 ) -> dict[str, Path]:
-    """The kernels' library by kind of build, from the sources in ``csrc``."""
-    sources = [path for path in sorted(csrc.glob("cuda/*.cu")) if path.name not in REAL_DEVICE]
-    sources += [csrc / "problem.cpp", HERE / "library.cpp"]
-    return build(
-        "kernels",
-        sources,
-        folder,
-        kinds=kinds,
-        includes=[csrc],
-        torch=True,
-        extra_flags=extra_flags,
-    )
+    """The kernels' library by kind of build.
+
+    The files that are ``changed`` in a kind come from another ``csrc``, unoptimised, and in front:
+    of a function that several files have, the linker takes the first.
+    """
+    names = [path.relative_to(CSRC) for path in sorted(CSRC.glob("cuda/*.cu"))]
+    names = [name for name in names if name.name not in REAL_DEVICE] + [Path("problem.cpp")]
+
+    def sources(kind: str) -> list[Source]:
+        others = changed.get(kind, ())
+        return [
+            *(Source(csrc / n, ["-O0", f"-I{csrc}"]) for n in names if n.name in others),
+            *(Source(CSRC / n, [f"-I{CSRC}"]) for n in names if n.name not in others),
+            Source(HERE / "library.cpp", [f"-I{CSRC}"]),
+        ]
+
+    return build({kind: sources(kind) for kind in kinds}, torch=True)
 
 
 class Kernels:

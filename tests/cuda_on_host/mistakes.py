@@ -147,20 +147,18 @@ def make_all(csrc: Path) -> None:
         path.write_text(text)
 
 
-def build_mistakes(original: Path, folder: Path) -> dict[str, Path]:
-    """A library of each kind; ``original`` is where build_kernels put the right ones."""
+def build_mistakes(folder: Path) -> dict[str, Path]:
+    """A library of each kind; the changed sources go to ``folder``."""
     from cuda_on_host.build import CSRC
     from cuda_on_host.kernels import build_kernels
 
     csrc = folder / "csrc"
     shutil.copytree(CSRC, csrc)
     make_all(csrc)
-    for kind in {mistake.kind for mistake in MISTAKES}:
-        compiled_anew = {mistake.source for mistake in MISTAKES if mistake.kind == kind}
-        for compiled in original.glob(f"kernels-{kind}-*.o"):
-            if not any(compiled.name.endswith(f"-{source}.o") for source in compiled_anew):
-                shutil.copyfile(compiled, folder / compiled.name)
-    return build_kernels(folder, csrc=csrc, extra_flags=["-O0"])
+    changed: dict[str, set[str]] = {}
+    for mistake in MISTAKES:
+        changed.setdefault(mistake.kind, set()).add(mistake.source)
+    return build_kernels(*changed, csrc=csrc, changed=changed)
 
 
 def main() -> None:
