@@ -77,11 +77,11 @@ def test_fused_changes_the_attention_only(reference: models.ResNeSt) -> None:
 
 @pytest.mark.parametrize("size", [64, 75])
 def test_fused_equals_reference_in_eval(size: int) -> None:
-    reference, fused = build().eval(), build(fused=True).eval()
-    x = torch.randn(2, 3, size, size)
+    reference, fused = build().double().eval(), build(fused=True).double().eval()
+    x = torch.randn(2, 3, size, size, dtype=torch.float64)
     with torch.no_grad():
         expected = reference(x)
-        torch.testing.assert_close(fused(x), expected, rtol=0, atol=1e-5 * expected.abs().max())
+        torch.testing.assert_close(fused(x), expected, rtol=0, atol=1e-10 * expected.abs().max())
 
 
 def test_any_size_and_number_of_classes() -> None:
