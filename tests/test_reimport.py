@@ -13,10 +13,12 @@ import sys
 from pathlib import Path
 
 import resnest_fused as rf
+from resnest_fused.backends import native
 
 
 def test_what_was_made_before_goes_on_and_what_is_edited_runs(tmp_path: Path) -> None:
     shutil.copytree(Path(rf.__file__).parent, tmp_path / "resnest_fused")
+    shutil.copy(native._C.__file__, tmp_path / "resnest_fused")  # elsewhere, if from a checkout
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]),
