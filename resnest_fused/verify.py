@@ -109,10 +109,11 @@ def verify(model: nn.Module, /, *inputs: Any, **options: Any) -> VerifyReport:
     In the dtypes that the call has, against the unfused module in float64: the fused one may
     err by 1.5 times what the unfused one does, a rounding of the narrowest dtype, and sqrt(N)
     roundings of float32 for a sum of N elements in any order; gradients also by four of N
-    elements, which a rounding turns on or off at the edge of a ReLU. What is beyond that is drawn
-    five times, and the median counts. Buffers of integers must be equal. A tensor's size counts as
-    at least the average over all parameters' gradients, or buffers. Folded layers hold rounded
-    weights: modules with them are compared in their dtype alone, and without those parameters.
+    elements, which a rounding turns on or off at the edge of a ReLU. What is beyond its bound is
+    drawn again with inputs moved a little, and differs if it is beyond in ten draws (in float64 in
+    three). Buffers of integers must be equal. A tensor's size counts as at least the average over
+    all parameters' gradients, or buffers. Folded layers hold rounded weights: modules with them are
+    compared in their dtype alone, and without those parameters.
 
     Nothing is left changed: parameters, their ``.grad``, buffers, attributes of modules, modes,
     hooks, and the states of PyTorch's random generators, also when the model raises. What hooks

@@ -312,6 +312,15 @@ def test_any_default_device():
         assert_passes(rf.verify(model, x))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+def test_equal_images_raise_no_alarm(dtype):
+    """Normalised they are 0 but for rounding, which then decides what a ReLU passes."""
+    for size in (3, 5, 7):
+        model = nn.Sequential(rf.SplitAttentionConv2d(4, 8, 3), rf.SplitAttention(4)).to(dtype)
+        rf.fuse(model)
+        assert_passes(rf.verify(model, images(dtype)[:1].expand(size, -1, -1, -1)), 2)
+
+
 # --- what is found
 
 
