@@ -685,9 +685,10 @@ def test_peers_modules(kind, dtype, training, monkeypatch):
 
 
 @pytest.mark.peers
-def test_a_peer_s_active_dropblock():
+@pytest.mark.parametrize("kind", ["timm"])
+def test_a_peer_s_active_dropblock(kind):
     DropBlock2d = importlib.import_module("timm.layers").DropBlock2d
-    module = peer("timm", drop_layer=lambda: DropBlock2d(0.3, 3))
+    module = peer(kind, drop_layer=lambda: DropBlock2d(0.3, 3))
     assert rf.fuse(module, verify=True)
     report = rf.verify(module, features(8, 16, 9, 8))
     assert_passes(report, 1)
