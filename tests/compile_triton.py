@@ -2,8 +2,9 @@
 
     python tests/compile_triton.py cuda:80 hip:gfx942 [--one-in 3]
 
-Prints a line for each target. With ``--one-in`` only so many of the calls are compiled for. Kernels are compiled as calls of the ops would have them, whose
-arguments come from the tests. The environment must not ask for Triton's interpreter.
+Prints a line for each target. Kernels are compiled as calls of the ops would have them, whose
+arguments come from the tests; with ``--one-in`` for a part of the calls. The environment must not
+ask for Triton's interpreter.
 """
 
 from __future__ import annotations
