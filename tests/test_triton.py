@@ -33,7 +33,6 @@ from test_op import (  # noqa: F401
     test_batch_statistics_of_a_large_mean,
     test_batch_statistics_of_a_pixel_unlike_the_others,
     test_counts_that_do_not_fit_are_refused,
-    test_crumbs,
     test_dx_of_a_mean_far_from_zero,
     test_fake_kernels_know_the_strides,
     test_gradients_that_are_not_needed_have_no_elements,
@@ -42,6 +41,7 @@ from test_op import (  # noqa: F401
     test_phases_of_an_empty_batch,
     test_sums_of_the_pool_s_backward,
     test_tensors_that_do_not_fit_are_refused,
+    test_what_is_saved,
 )
 from torch import Tensor
 from triton import language as tl

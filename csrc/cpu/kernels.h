@@ -9,11 +9,10 @@ namespace resnest_fused::cpu {
 
 struct Kernels {
   // All phases: split_attention.cpp.
-  static void forward(const Map& map, const AttentionTensors& tensors, const Tensor& out,
-                      const Crumbs* crumbs);
-  static void backward(const Map& map, const AttentionTensors& tensors, const Tensor& dout,
-                       const Tensor& gap, const Tensor& hidden, const Tensor& attention,
-                       const Gradients& grads);
+  static void forward(const Map& map, const Mlp& mlp, const Tensor& out,
+                      const TrainResults* train);
+  static void backward(const Map& map, const Mlp& mlp, const Tensor& dout,
+                       const SavedArguments& saved, const GradientResults& grads);
 
   // One phase each: phases.cpp.
   static void batch_statistics(const Map& map, const Tensor& mean, const Tensor& var);

@@ -3,5 +3,5 @@
 #include "cuda/kernels.h"
 
 STABLE_TORCH_LIBRARY_IMPL(resnest_fused, CUDA, m) {
-  resnest_fused::implement_ops<resnest_fused::cuda::Kernels>(m);
+  resnest_fused::implement_ops<resnest_fused::Calls<resnest_fused::cuda::Kernels>>(m);
 }

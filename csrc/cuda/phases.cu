@@ -77,7 +77,7 @@ void Kernels::pool_backward(const Map& map, const Tensor& dout, const Tensor& da
                             const_data<T>(map.x), prologue, run.at(partial)});
     pool_backward_finish<A>(
         context, {w.batch, tiling.chunks, w.radix, w.channels, w.channels, w.relu, run.at(partial),
-                  norm_of<A>(map.prologue.bn0), prologue.invstd, data<A>(sums), data<A>(dattention),
+                  norm_of<A>(map.bn0), prologue.invstd, data<A>(sums), data<A>(dattention),
                   nullptr, nullptr});
   });
 }

@@ -41,8 +41,8 @@ inline Parameter parameter(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? Parameter{tensor->const_data_ptr(), dtype_of(*tensor)} : Parameter{};
 }
 
-inline Result result(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? Result{tensor->mutable_data_ptr(), dtype_of(*tensor)} : Result{};
+inline Result result(const Tensor& gradient) {
+  return is_needed(gradient) ? Result{gradient.mutable_data_ptr(), dtype_of(gradient)} : Result{};
 }
 
 template <typename T>
@@ -56,7 +56,7 @@ T* data(const Tensor& tensor) {
 }
 
 template <typename A>
-Norm<A> norm_of(const NormTensors& norm) {
+Norm<A> norm_of(const NormArguments& norm) {
   return {parameter(norm.weight), parameter(norm.bias), parameter(norm.mean), parameter(norm.var),
           static_cast<A>(norm.eps)};
 }
@@ -84,9 +84,9 @@ inline Workload workload_of(const Map& map, Pass pass, std::initializer_list<con
   w.element_size = static_cast<int64_t>(map.x.element_size());
   w.channels_last = p.layout == Layout::kNhwc;
   w.aligned = is_aligned(maps);
-  w.relu = map.prologue.relu;
-  w.bn0 = map.prologue.bn0.present();
-  w.batch_stats = map.prologue.bn0.batch_stats;
+  w.relu = map.relu;
+  w.bn0 = is_present(map.bn0);
+  w.batch_stats = map.bn0.batch_stats;
   return w;
 }
 
@@ -137,7 +137,7 @@ class Run {
                const A* mean_dz_xhat = nullptr, unsigned* counters = nullptr,
                int64_t counter_count = 0) const {
     if (prologue.scale || counter_count > 0) {
-      cuda::prepare<A>(context, {work.features(), norm_of<A>(map.prologue.bn0), prologue, mean_dz,
+      cuda::prepare<A>(context, {work.features(), norm_of<A>(map.bn0), prologue, mean_dz,
                                  mean_dz_xhat, counters, counter_count});
     }
   }
@@ -156,7 +156,7 @@ class Run {
     const int64_t last = features.pixels - (of_features.chunks - 1) * full;
     combine<A>(context, {{count, work.features(), rows, squares, static_cast<double>(full),
                           static_cast<double>(last)},
-                         norm_of<A>(map.prologue.bn0),
+                         norm_of<A>(map.bn0),
                          data<A>(mean),
                          data<A>(var),
                          prologue});

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -33,22 +33,9 @@ class Backend(Protocol):
 
 
 class FusedBackend(Backend, Protocol):
-    """A backend with kernels of its own.
+    """A backend with kernels of its own: a function for each op, with its flat arguments."""
 
-    Arguments and results are those of the ops in ``csrc/ops.cpp``: the first three are
-    ``split_attention``, ``split_attention_train`` and ``split_attention_backward``, the others have
-    their op's name.
-    """
-
-    def forward(self, *args: Any) -> Tensor: ...
-    def forward_train(self, *args: Any) -> tuple[Tensor, ...]: ...
-    def backward(self, *args: Any) -> tuple[Tensor, ...]: ...
-    def batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
-    def pool(self, *args: Any) -> Tensor: ...
-    def recombine(self, *args: Any) -> Tensor: ...
-    def pool_backward(self, *args: Any) -> tuple[Tensor, Tensor]: ...
-    def prologue_backward(self, *args: Any) -> tuple[Tensor, Tensor]: ...
-    def recombine_backward(self, *args: Any) -> Tensor: ...
+    def __getattr__(self, op: str) -> Callable[..., Any]: ...
 
 
 class BackendStatus(NamedTuple):
