@@ -307,9 +307,7 @@ def _phases(
     needed = [True, bn0, bn0, *[True] * 6]
 
     def backward() -> tuple[Tensor, ...]:
-        return ops.split_attention_backward(
-            dout, *m, *of_batch0, *fcs, *of_batch1, *saved, needed
-        )
+        return ops.split_attention_backward(dout, *m, *of_batch0, *fcs, *of_batch1, *saved, needed)
 
     def eval_by_launches() -> Tensor:
         return ops.split_attention(*m, *given0, *fcs, *running1)

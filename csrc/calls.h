@@ -58,14 +58,10 @@ struct Calls {
     };
     const int64_t bn0_size = map.bn0.batch_stats ? p.features() : 0;
     const int64_t bn1_size = mlp.bn1.batch_stats ? p.inter : 0;
-    const TrainResults results{empty_map(map, p.channels),
-                               sums({p.batch, p.channels}),
-                               sums({p.batch, p.inter}),
-                               sums({p.batch, p.radix, p.channels}),
-                               sums({bn0_size}),
-                               sums({bn0_size}),
-                               sums({bn1_size}),
-                               sums({bn1_size})};
+    const TrainResults results{empty_map(map, p.channels), sums({p.batch, p.channels}),
+                               sums({p.batch, p.inter}),   sums({p.batch, p.radix, p.channels}),
+                               sums({bn0_size}),           sums({bn0_size}),
+                               sums({bn1_size}),           sums({bn1_size})};
     K::forward(map, mlp, results.out, &results);
     return results;
   }

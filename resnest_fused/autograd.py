@@ -161,12 +161,14 @@ def _reference_gradients(
     """The gradients as a differentiable graph over dout and the inputs."""
     args = _aliases(_TRAIN, (*x, *bn0, *fcs, *bn1))
     (z, relu, radix), bn0, fcs, bn1 = _TRAIN.unpack(args)
-    *weights, cardinality = fcs
     out = reference.split_attention(
         z,
-        *weights,
+        fcs.fc1_weight,
+        fcs.fc1_bias,
+        fcs.fc2_weight,
+        fcs.fc2_bias,
         radix=radix,
-        cardinality=cardinality,
+        cardinality=fcs.cardinality,
         bn0=_known(bn0),
         bn1=_known(bn1),
         relu=relu,
@@ -313,9 +315,7 @@ class _Pool(torch.autograd.Function):
                     totals = sync.all_reduce(totals, group)
                 mean_dz, mean_dz_xhat = (totals / elements).to(dgap.dtype).unbind()
         if needed["x"]:
-            grads["x"] = run.recombine_backward(
-                dout, *args, attention, dgap, mean_dz, mean_dz_xhat
-            )
+            grads["x"] = run.recombine_backward(dout, *args, attention, dgap, mean_dz, mean_dz_xhat)
         return (*unused, *_POOL.gradients(grads))
 
 

@@ -198,7 +198,9 @@ class Op:
         order = [*of_tensors, *of_others]
         self._merged = _picker([order.index(i) for i in places])
         self._differentiable = [
-            (i, argument.name) for i, argument in enumerate(self.arguments) if argument.differentiable
+            (i, argument.name)
+            for i, argument in enumerate(self.arguments)
+            if argument.differentiable
         ]
         ends = [0]
         for parameter in self.parameters:
@@ -246,7 +248,9 @@ def _read(name: str, annotation: Any) -> Parameter:
 
 def _argument(name: str, annotation: Any) -> Argument:
     differentiable = get_origin(annotation) is Annotated
-    return Argument(name, _KINDS[get_args(annotation)[0] if differentiable else annotation], differentiable)
+    return Argument(
+        name, _KINDS[get_args(annotation)[0] if differentiable else annotation], differentiable
+    )
 
 
 def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
@@ -372,9 +376,7 @@ def pool_backward(dout: Tensor, map: MapArguments, bn0: NormArguments) -> PoolBa
     """The first read of the backward."""
     x, radix = map.x, map.radix
     sums = (x.shape[0], 4, radix, map.channels) if map.relu else (0,)
-    return PoolBackwardResults(
-        empty_sums(x, x.shape[0], radix, map.channels), empty_sums(x, *sums)
-    )
+    return PoolBackwardResults(empty_sums(x, x.shape[0], radix, map.channels), empty_sums(x, *sums))
 
 
 @_op

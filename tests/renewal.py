@@ -96,7 +96,11 @@ def made_before_goes_on(renewals: list[Callable[[], ModuleType]]) -> None:
 def edited_runs(renew: Callable[[], ModuleType], old: int, new: int) -> None:
     """An op's function, a phase, a fake kernel and a FLOP formula, marked with a number."""
     for file, place, mark in (
-        ("backends/triton/ops.py", "def batch_statistics(", "    return x.new_empty({0}), x.new_empty(0)\n"),
+        (
+            "backends/triton/ops.py",
+            "def batch_statistics(",
+            "    return x.new_empty({0}), x.new_empty(0)\n",
+        ),
         ("backends/triton/pool.py", "def pool(", "    return m.empty({0})\n"),
         ("ops.py", "def batch_statistics(", "    return x.new_empty({0}), x.new_empty(0)\n"),
         ("backends/flops.py", "def split_attention(", "    return {0}\n"),

@@ -45,8 +45,7 @@ struct SavedPointers {
 };
 
 template <typename T>
-void forward(const Map& map, const Mlp& mlp, const SavedPointers<Acc<T>>& saved,
-             T* out) {
+void forward(const Map& map, const Mlp& mlp, const SavedPointers<Acc<T>>& saved, T* out) {
   using A = Acc<T>;
   const Problem& p = map.problem;
   const NormArguments &bn0 = map.bn0, &bn1 = mlp.bn1;
@@ -143,7 +142,8 @@ void backward(const Map& map, const Mlp& mlp, const Tensor& dout_tensor,
 
   const auto dgap = uninitialized<A>(p.batch * p.channels);
   attention_backward<A>(
-      p, params, bn1.batch_stats, const_data<A>(saved.gap), const_data<A>(saved.hidden), a, dattention,
+      p, params, bn1.batch_stats, const_data<A>(saved.gap), const_data<A>(saved.hidden), a,
+      dattention,
       {needs_dx || needs_bn0 ? dgap.get() : nullptr, dfc1_weight.get(), dfc1_bias.get(),
        dfc2_weight.get(), dfc2_bias.get(), dbn1_weight.get(), dbn1_bias.get()});
 
@@ -189,8 +189,8 @@ void Kernels::forward(const Map& map, const Mlp& mlp, const Tensor& out,
     if (train) {
       cpu::forward<T>(map, mlp,
                       {data<A>(train->gap), data<A>(train->hidden), data<A>(train->attention),
-                       data<A>(train->bn0_mean), data<A>(train->bn0_var),
-                       data<A>(train->bn1_mean), data<A>(train->bn1_var)},
+                       data<A>(train->bn0_mean), data<A>(train->bn0_var), data<A>(train->bn1_mean),
+                       data<A>(train->bn1_var)},
                       data<T>(out));
       return;
     }
@@ -205,9 +205,8 @@ void Kernels::forward(const Map& map, const Mlp& mlp, const Tensor& out,
 
 void Kernels::backward(const Map& map, const Mlp& mlp, const Tensor& dout,
                        const SavedArguments& saved, const GradientResults& grads) {
-  for_dtype(map.problem.dtype, [&](auto tag) {
-    cpu::backward<decltype(tag)>(map, mlp, dout, saved, grads);
-  });
+  for_dtype(map.problem.dtype,
+            [&](auto tag) { cpu::backward<decltype(tag)>(map, mlp, dout, saved, grads); });
 }
 
 }  // namespace resnest_fused::cpu

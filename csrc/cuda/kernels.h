@@ -9,8 +9,7 @@ namespace resnest_fused::cuda {
 
 struct Kernels {
   // All phases: split_attention.cu.
-  static void forward(const Map& map, const Mlp& mlp, const Tensor& out,
-                      const TrainResults* train);
+  static void forward(const Map& map, const Mlp& mlp, const Tensor& out, const TrainResults* train);
   static void backward(const Map& map, const Mlp& mlp, const Tensor& dout,
                        const SavedArguments& saved, const GradientResults& grads);
 

@@ -75,10 +75,9 @@ void Kernels::pool_backward(const Map& map, const Tensor& dout, const Tensor& da
     cuda::pool_backward<T>(context, run.form,
                            {run.sizes, tiling, run.blocks(w.batch), const_data<T>(dout),
                             const_data<T>(map.x), prologue, run.at(partial)});
-    pool_backward_finish<A>(
-        context, {w.batch, tiling.chunks, w.radix, w.channels, w.channels, w.relu, run.at(partial),
-                  norm_of<A>(map.bn0), prologue.invstd, data<A>(sums), data<A>(dattention),
-                  nullptr, nullptr});
+    pool_backward_finish<A>(context, {w.batch, tiling.chunks, w.radix, w.channels, w.channels,
+                                      w.relu, run.at(partial), norm_of<A>(map.bn0), prologue.invstd,
+                                      data<A>(sums), data<A>(dattention), nullptr, nullptr});
   });
 }
 

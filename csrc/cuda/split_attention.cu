@@ -14,9 +14,9 @@ template <typename T>
 struct Forward {
   using A = Acc<T>;
 
-  Forward(const Run<T>& run, const Plan& plan, const ForwardWorkspace& space,
-          const Mlp& mlp, const TrainResults* train, const Prologue<A>& prologue,
-          const Tensor& out, int64_t first, int64_t samples)
+  Forward(const Run<T>& run, const Plan& plan, const ForwardWorkspace& space, const Mlp& mlp,
+          const TrainResults* train, const Prologue<A>& prologue, const Tensor& out, int64_t first,
+          int64_t samples)
       : run(run), plan(plan), train(train), samples(samples) {
     const Workload& w = run.work;
     const Tiling& tiling = plan.tiling;
@@ -104,8 +104,8 @@ struct Forward {
 };
 
 template <typename T>
-void forward(const Context& context, const Map& map, const Mlp& mlp,
-             const Tensor& out, const TrainResults* train) {
+void forward(const Context& context, const Map& map, const Mlp& mlp, const Tensor& out,
+             const TrainResults* train) {
   using A = Acc<T>;
   Workload w = workload_of(map, train ? Pass::kTrain : Pass::kEval, {&map.x, &out});
   w.bn1_batch_stats = mlp.bn1.batch_stats;
@@ -132,8 +132,8 @@ void forward(const Context& context, const Map& map, const Mlp& mlp,
 }
 
 template <typename T>
-void backward(const Context& context, const Map& map, const Mlp& mlp,
-              const Tensor& dout, const SavedArguments& saved, const GradientResults& grads) {
+void backward(const Context& context, const Map& map, const Mlp& mlp, const Tensor& dout,
+              const SavedArguments& saved, const GradientResults& grads) {
   using A = Acc<T>;
   const Tensor& dx = is_needed(grads.dx) ? grads.dx : dout;
   const Workload w = workload_of(map, Pass::kBackward, {&map.x, &dout, &dx, &saved.attention});
@@ -159,10 +159,11 @@ void backward(const Context& context, const Map& map, const Mlp& mlp,
   hidden_gradient<A>(context, plan,
                      {sizes, w.batch, hidden_blocks(w, w.batch), run.at(space.dlogits),
                       parameter(mlp.fc2_weight), dhidden});
-  batch_norm_backward<A>(context, plan,
-                         {w.batch, w.inter, mlp.bn1.batch_stats, norm_of<A>(mlp.bn1),
-                          const_data<A>(saved.hidden), dhidden, run.at(space.u), result(grads.dbn1_weight),
-                          result(grads.dbn1_bias), result(grads.dfc1_bias)});
+  batch_norm_backward<A>(
+      context, plan,
+      {w.batch, w.inter, mlp.bn1.batch_stats, norm_of<A>(mlp.bn1), const_data<A>(saved.hidden),
+       dhidden, run.at(space.u), result(grads.dbn1_weight), result(grads.dbn1_bias),
+       result(grads.dfc1_bias)});
   GradientsArgs<A> products{};
   products.sizes = sizes;
   products.batch = w.batch;
@@ -178,9 +179,10 @@ void backward(const Context& context, const Map& map, const Mlp& mlp,
   gradients<A>(context, plan, products);
 
   if (needs_bn0) {
-    prologue_backward<A>(context, {w.batch, w.radix, w.channels, static_cast<double>(w.pixels),
-                                   run.at(space.sums), const_data<A>(saved.attention), run.at(space.dgap),
-                                   result(grads.dbn0_weight), result(grads.dbn0_bias), prologue});
+    prologue_backward<A>(
+        context, {w.batch, w.radix, w.channels, static_cast<double>(w.pixels), run.at(space.sums),
+                  const_data<A>(saved.attention), run.at(space.dgap), result(grads.dbn0_weight),
+                  result(grads.dbn0_bias), prologue});
   }
   if (is_needed(grads.dx)) {
     recombine_backward<T>(context, run.form,

@@ -2,8 +2,8 @@
 
 Installed, it stands beside the package's Python files. A package that stands beside its C++ and
 CUDA sources, in a checkout, takes it from where it is installed, if it was built from the same
-sources: it carries their hash. The table of ops, which C++ is generated from, counts as one. Only the standard library is imported, as ``setup.py`` runs this
-file for the hash.
+sources: it carries their hash. The table of ops, which C++ is generated from, counts as one. Only
+the standard library is imported, as ``setup.py`` runs this file for the hash.
 """
 
 from __future__ import annotations

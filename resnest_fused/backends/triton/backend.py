@@ -94,4 +94,3 @@ def describe() -> str:
     where = "in Triton's interpreter, on the CPU" if _compat.INTERPRETED else "for GPUs"
     tuned = ", tuned at first calls" if _compat.autotunes() else ""
     return f"Triton {_compat.VERSION} kernels {where}{tuned}"
-
