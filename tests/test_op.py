@@ -1,4 +1,4 @@
-"""The ops as PyTorch sees them: schema, fake kernels, results, phases, arguments that do not fit."""
+"""The ops as PyTorch sees them: schema, fakes, results, phases, arguments that do not fit."""
 
 from __future__ import annotations
 
