@@ -40,8 +40,14 @@ def _norm(bn: BatchNormArgs | None, batch_stats: bool) -> NormArguments:
     return NormArguments(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, False)
 
 
-def _records(*tensors: Tensor | None) -> bool:
-    if not torch.is_grad_enabled() or all(t is None or not t.requires_grad for t in tensors):
+def _records(op: Op, args: Sequence[Any]) -> bool:
+    """Whether a call of the op with these arguments is to be differentiated."""
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in op.differentiable(args):
+        if tensor is not None and tensor.requires_grad:
+            break
+    else:
         return False
     if torch.jit.is_tracing():
         raise RuntimeError(
@@ -66,7 +72,7 @@ def split_attention(
     gradient to compute nothing is saved.
     """
     args = (*x, *_norm(bn0, bn0_batch_stats), *fcs, *_norm(bn1, bn1_batch_stats))
-    if _records(*_TRAIN.tensors(args)):
+    if _records(_TRAIN, args):
         results = _SplitAttention.apply(backend, *args)
     elif bn0_batch_stats or bn1_batch_stats:
         results = kernels(backend).split_attention_train(*args)
@@ -91,29 +97,31 @@ class _SplitAttention(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.backend, *args = inputs
+        _, gap, hidden, attention, mean0, var0, mean1, var1 = output
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*_TRAIN.tensors(args), *output[1:])
+        place = _TRAIN.place
+        if args[place["bn0_batch_stats"]]:
+            args[place["bn0_mean"]], args[place["bn0_var"]] = mean0, var0
+        if args[place["bn1_batch_stats"]]:
+            args[place["bn1_mean"]], args[place["bn1_var"]] = mean1, var1
+        ctx.save_for_backward(*_TRAIN.tensors(args), gap, hidden, attention)
         ctx.others = _TRAIN.others(args)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, *_: None) -> Any:
         if dout is None:
             return (None, *_TRAIN.gradients({}))
-        *tensors, gap, hidden, attention, mean0, var0, mean1, var1 = ctx.saved_tensors
-        x, bn0, fcs, bn1 = _TRAIN.unpack(_TRAIN.merge(tensors, ctx.others))
-        if bn0.batch_stats:
-            bn0 = bn0._replace(mean=mean0, var=var0)
-        if bn1.batch_stats:
-            bn1 = bn1._replace(mean=mean1, var=var1)
+        *tensors, gap, hidden, attention = ctx.saved_tensors
+        args = _TRAIN.merge(tensors, ctx.others)
         needed = _TRAIN.needed(ctx.needs_input_grad[1:])
         grads: Iterable[Tensor | None]
         if torch.is_grad_enabled():
             # The gradient is itself to be differentiated: take it through the reference formulas.
-            grads = _reference_gradients(dout, x, bn0, fcs, bn1, needed)
+            grads = _reference_gradients(dout, args, needed)
         else:
             grads = kernels(ctx.backend).split_attention_backward(
-                *(dout, *x, *bn0, *fcs, *bn1, gap, hidden, attention, [*needed.values()])
+                dout, *args, gap, hidden, attention, [*needed.values()]
             )
         found = zip(needed.items(), grads, strict=True)
         by_name = {name: grad for (name, wanted), grad in found if wanted}
@@ -151,27 +159,22 @@ def _gradients(
 
 
 def _reference_gradients(
-    dout: Tensor,
-    x: MapArguments,
-    bn0: NormArguments,
-    fcs: FcArguments,
-    bn1: NormArguments,
-    needed: dict[str, bool],
+    dout: Tensor, args: Sequence[Any], needed: dict[str, bool]
 ) -> Iterable[Tensor | None]:
     """The gradients as a differentiable graph over dout and the inputs."""
-    args = _aliases(_TRAIN, (*x, *bn0, *fcs, *bn1))
-    (z, relu, radix), bn0, fcs, bn1 = _TRAIN.unpack(args)
+    args = _aliases(_TRAIN, args)
+    m, bn0, fcs, bn1 = _TRAIN.unpack(args)
     out = reference.split_attention(
-        z,
+        m.x,
         fcs.fc1_weight,
         fcs.fc1_bias,
         fcs.fc2_weight,
         fcs.fc2_bias,
-        radix=radix,
+        radix=m.radix,
         cardinality=fcs.cardinality,
         bn0=_known(bn0),
         bn1=_known(bn1),
-        relu=relu,
+        relu=m.relu,
     )
     return _gradients(_TRAIN, args, [out], [dout], needed).values()
 
@@ -198,12 +201,12 @@ def attend(
         norm = norm._replace(mean=statistics.mean, var=statistics.var)
         shared = _Shared(True, statistics.elements, group)
     args = (*x, *norm)
-    if _records(*_POOL.tensors(args)):
+    if _records(_POOL, args):
         gap, *carriers = _Pool.apply(backend, *shared, *args)
     else:
         gap, carriers = kernels(backend).pool(*args), [None] * 3
     attention = attention_of(gap[..., None, None])[..., 0, 0].to(gap.dtype)
-    if _records(*_POOL.tensors(args), attention):
+    if _records(_RECOMBINE, (*args, attention)):
         out = _Recombine.apply(backend, *shared, *carriers, *args, attention)
     else:
         out = kernels(backend).recombine(*args, attention)

@@ -10,6 +10,7 @@ Everything that knows an op's signature reads it here: the schemas, the C++ stru
 
 # No deferred annotations: the table is made of them.
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
@@ -178,8 +179,11 @@ class Op:
         arguments: of all parameters, in the order of the schema.
         results: the names of the results; none where the result is a single tensor.
         group_of_results: the type that holds several results, else None.
-        tensors: picks the tensors out of the flat arguments, in their order.
+        differentiable: picks the differentiable ones out of the flat arguments, in their order.
+        tensors: picks the tensors.
         others: picks what is no tensor.
+        place: where each argument stands, by its name.
+        unpack: makes the parameters of the function from the flat arguments.
     """
 
     def __init__(self, fake: Callable[..., Any]) -> None:
@@ -198,17 +202,11 @@ class Op:
         order = [*of_tensors, *of_others]
         self._merged = _picker([order.index(i) for i in places])
         self._differentiable = [
-            (i, argument.name)
-            for i, argument in enumerate(self.arguments)
-            if argument.differentiable
+            (i, a.name) for i, a in enumerate(self.arguments) if a.differentiable
         ]
-        ends = [0]
-        for parameter in self.parameters:
-            ends.append(ends[-1] + len(parameter.arguments))
-        self._slices = [
-            (p.group, start, end)
-            for p, start, end in zip(self.parameters, ends[:-1], ends[1:], strict=True)
-        ]
+        self.differentiable = _picker([place for place, _ in self._differentiable])
+        self.place = {a.name: i for i, a in enumerate(self.arguments)}
+        self.unpack = _unpacker(self.parameters)
 
     @property
     def schema(self) -> str:
@@ -216,13 +214,6 @@ class Op:
         arguments = ", ".join(f"{a.kind} {a.name}" for a in self.arguments)
         results = ", ".join(f"Tensor {name}" for name in self.results)
         return f"{self.name}({arguments}) -> {f'({results})' if results else 'Tensor'}"
-
-    def unpack(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        """The parameters of the op's function from the flat arguments."""
-        return tuple(
-            args[start] if group is None else group._make(args[start:end])
-            for group, start, end in self._slices
-        )
 
     def merge(self, tensors: Sequence[Any], others: Sequence[Any]) -> tuple[Any, ...]:
         """The flat arguments from what ``tensors`` and ``others`` picked."""
@@ -234,7 +225,7 @@ class Op:
 
     def gradients(self, by_name: Mapping[str, Tensor | None]) -> tuple[Tensor | None, ...]:
         """A gradient or None for each argument, as an autograd Function returns them."""
-        return tuple(by_name.get(argument.name) for argument in self.arguments)
+        return tuple([by_name.get(name) for name in self.place])
 
 
 def _read(name: str, annotation: Any) -> Parameter:
@@ -253,10 +244,23 @@ def _argument(name: str, annotation: Any) -> Argument:
     )
 
 
+# The two functions below write code, as it runs at each call: it is fast, and torch.compile traces
+# it, which it does not do with operator.itemgetter.
+
+
 def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     """Picks the values at these places, as a tuple."""
-    # Written out, as it runs at each call, and torch.compile does not trace operator.itemgetter.
     return eval(f"lambda args: ({''.join(f'args[{place}], ' for place in places)})")
+
+
+def _unpacker(parameters: Sequence[Parameter]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """Makes the parameters from the flat arguments."""
+    places = itertools.count()
+    made = []
+    for parameter in parameters:
+        values = ", ".join(f"args[{next(places)}]" for _ in parameter.arguments)
+        made.append(f"{parameter.group.__name__}({values})" if parameter.group else values)
+    return eval(f"lambda args: ({', '.join(made)},)")
 
 
 TABLE: dict[str, Op] = {}
