@@ -101,7 +101,7 @@ struct CombineStatistics {
 template <typename A>
 void combine_statistics(const PartialStatistics<A>& partial, int64_t features, A* mean /* (F) */,
                         A* var /* (F) */) {
-  parallel_units(features, 4 * partial.rows * static_cast<int64_t>(sizeof(A)),
+  parallel_items(features, 4 * partial.rows * static_cast<int64_t>(sizeof(A)),
                  [&](int64_t begin, int64_t end) {
                    dispatch<CombineStatistics<A>>(&partial, features, begin, end, mean, var);
                  });

@@ -73,7 +73,7 @@ RF_INLINE Vec<A> activation(Vec<A> x, const Affine<A>& at) {
   return passed_by_relu<Isa, A>(n, n);
 }
 
-// Mean and biased variance of x by feature over batch and pixels. Reads R units. Each pool unit's
+// Mean and biased variance of x by feature over batch and pixels. Reads R units. Each work item's
 // mean and sum of squared deviations come first; they are then combined in float64.
 template <typename T>
 void batch_statistics(const Problem& problem, const T* x /* (B, R*C, H, W) */,

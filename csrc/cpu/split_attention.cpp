@@ -8,7 +8,7 @@
 #include "cpu/pool.h"
 #include "cpu/recombine.h"
 #include "cpu/tensors.h"
-#include "cpu/units.h"
+#include "cpu/work_items.h"
 
 namespace resnest_fused::cpu {
 namespace {
@@ -61,7 +61,7 @@ void forward(const Map& map, const AttentionTensors& tensors, const CrumbPointer
     prologue.bn0.set_statistics(crumbs.bn0_mean, crumbs.bn0_var, bn0.eps);
     prologue.set_scale_and_shift();
   }
-  const int64_t units = units_per_sample(p);
+  const int64_t items = items_per_sample(p);
   const auto partial_buffer = uninitialized<A>(p.batch * partials_per_sample(p) * p.channels);
   A* const partial = partial_buffer.get();
 
@@ -71,24 +71,24 @@ void forward(const Map& map, const AttentionTensors& tensors, const CrumbPointer
     const int64_t sample_bytes = sample_elements(p) * static_cast<int64_t>(sizeof(T));
     // Each block reads the weights again, so it should not be smaller than they are.
     const int64_t block = std::max<int64_t>(std::max(kBlockBytes, weight_bytes) / sample_bytes, 1);
-    parallel_units(p.batch, sample_bytes, [&](int64_t begin, int64_t end) {
+    parallel_items(p.batch, sample_bytes, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; b += block) {
         const int64_t last = std::min(b + block, end);
-        pool_units(p, prologue, x, b * units, last * units, partial);
+        pool_items(p, prologue, x, b * items, last * items, partial);
         pool_finish<A>(p, partial, b, last, crumbs.gap);
         A* const hidden = crumbs.hidden + b * p.inter;
         A* const attention = crumbs.attention + b * p.features();
         attention_hidden<A>(p, params, last - b, crumbs.gap + b * p.channels, hidden);
         attention_from_hidden<A>(p, params, last - b, hidden, attention);
-        recombine_units<T>(p, prologue, x, crumbs.attention, b * units, last * units, out);
+        recombine_items<T>(p, prologue, x, crumbs.attention, b * items, last * items, out);
       }
     });
     return;
   }
 
-  const int64_t bytes = unit_bytes(p, sizeof(T));
-  parallel_units(p.batch * units, bytes, [&](int64_t begin, int64_t end) {
-    pool_units(p, prologue, x, begin, end, partial);
+  const int64_t bytes = item_bytes(p, sizeof(T));
+  parallel_items(p.batch * items, bytes, [&](int64_t begin, int64_t end) {
+    pool_items(p, prologue, x, begin, end, partial);
   });
   pool_finish<A>(p, partial, 0, p.batch, crumbs.gap);
   attention_hidden<A>(p, params, p.batch, crumbs.gap, crumbs.hidden);
@@ -97,8 +97,8 @@ void forward(const Map& map, const AttentionTensors& tensors, const CrumbPointer
     params.bn1.set_statistics(crumbs.bn1_mean, crumbs.bn1_var, bn1.eps);
   }
   attention_from_hidden<A>(p, params, p.batch, crumbs.hidden, crumbs.attention);
-  parallel_units(p.batch * units, bytes, [&](int64_t begin, int64_t end) {
-    recombine_units<T>(p, prologue, x, crumbs.attention, begin, end, out);
+  parallel_items(p.batch * items, bytes, [&](int64_t begin, int64_t end) {
+    recombine_items<T>(p, prologue, x, crumbs.attention, begin, end, out);
   });
 }
 
@@ -125,12 +125,12 @@ void backward(const Map& map, const AttentionTensors& tensors, const Tensor& dou
   const Gradient<A> dfc2_weight(grads.fc2_weight), dfc2_bias(grads.fc2_bias);
   const Gradient<A> dbn1_weight(grads.bn1_weight), dbn1_bias(grads.bn1_bias);
 
-  const int64_t units = p.batch * units_per_sample(p);
-  const int64_t bytes = unit_bytes(p, sizeof(T));
+  const int64_t items = p.batch * items_per_sample(p);
+  const int64_t bytes = item_bytes(p, sizeof(T));
   const int64_t sample_sums = pool_backward_sums(prologue) * p.features();
   const auto partial = uninitialized<A>(p.batch * partials_per_sample(p) * sample_sums);
-  parallel_units(units, bytes, [&](int64_t begin, int64_t end) {
-    pool_backward_units(p, prologue, dout, x, begin, end, partial.get());
+  parallel_items(items, bytes, [&](int64_t begin, int64_t end) {
+    pool_backward_items(p, prologue, dout, x, begin, end, partial.get());
   });
   const auto sums = uninitialized<A>(p.batch * sample_sums);
   pool_backward_finish<A>(p, prologue, partial.get(), 0, p.batch, sums.get());
@@ -167,8 +167,8 @@ void backward(const Map& map, const AttentionTensors& tensors, const Tensor& dou
   }
   if (needs_dx) {
     advise_huge_pages(*grads.x);
-    parallel_units(units, bytes, [&](int64_t begin, int64_t end) {
-      recombine_backward_units<T>(p, prologue, statistics, dout, x, a, dgap.get(), begin, end,
+    parallel_items(items, bytes, [&](int64_t begin, int64_t end) {
+      recombine_backward_items<T>(p, prologue, statistics, dout, x, a, dgap.get(), begin, end,
                                   data<T>(*grads.x));
     });
   }

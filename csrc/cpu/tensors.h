@@ -39,7 +39,7 @@ struct Convert {
 template <typename To, typename From>
 void convert(const From* from, int64_t count, To* to) {
   constexpr int64_t kChunk = 4096;
-  parallel_units((count + kChunk - 1) / kChunk, kChunk * (sizeof(To) + sizeof(From)),
+  parallel_items((count + kChunk - 1) / kChunk, kChunk * (sizeof(To) + sizeof(From)),
                  [&](int64_t begin, int64_t end) {
                    const int64_t first = begin * kChunk;
                    const int64_t n = std::min(end * kChunk, count) - first;
