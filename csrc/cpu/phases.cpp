@@ -1,11 +1,11 @@
 // Single phases on the CPU: how threads share each.
 #include <memory>
 
-#include "cpu/kernels.h"
 #include "cpu/pool.h"
 #include "cpu/recombine.h"
 #include "cpu/tensors.h"
 #include "cpu/work_items.h"
+#include "kernels.h"
 
 namespace resnest_fused::cpu {
 namespace {

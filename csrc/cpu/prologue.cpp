@@ -10,8 +10,8 @@
 namespace resnest_fused::cpu {
 namespace {
 
-// Mean and squares of each (b, r, c); a work item is (b, c). Sums are of distances from the pixel in
-// the middle, as near to the mean as the pixels of a row are to each other.
+// Mean and squares of each (b, r, c); a work item is (b, c). Sums are of distances from the pixel
+// in the middle, as near to the mean as the pixels of a row are to each other.
 template <typename T>
 struct StatisticsNchw {
   template <typename Isa>

@@ -4,11 +4,11 @@
 #include <vector>
 
 #include "cpu/attention.h"
-#include "cpu/kernels.h"
 #include "cpu/pool.h"
 #include "cpu/recombine.h"
 #include "cpu/tensors.h"
 #include "cpu/work_items.h"
+#include "kernels.h"
 
 namespace resnest_fused::cpu {
 namespace {

@@ -40,7 +40,7 @@ __device__ __forceinline__ void hidden_block(const HiddenArgs<A>& args, int64_t 
   const int64_t inputs = args.sizes.group_channels(), outputs = args.sizes.group_inter();
   const Tile tile(block, args.batch, outputs);
   if (tile.group >= args.sizes.cardinality) {
-    return;  // the persistent launch gives every group of samples the largest one's blocks
+    return;  // the persistent launch gives every batch chunk the largest one's blocks
   }
   const Operand<A, Pooled<A>, false> gap{args.gap, 0, tile.group * inputs, args.batch, inputs};
   const Operand<A, Weight<A>, false> weight{

@@ -9,7 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cuda/plan.h"
+#include "cuda/tiling.h"
 
 namespace resnest_fused::cuda {
 
@@ -145,9 +145,9 @@ struct Result {
   }
 };
 
-// The sum of `kSums` values over groups of `lanes` neighbouring threads, a power of two; every
-// thread of the block must call. The result is the same in all threads of a group. Groups of more
-// than a warp use the block's shared memory: kSums values a warp.
+// The sum of `kSums` values over `lanes` neighbouring threads, a power of two, which all get it.
+// Every thread of the block must call. More lanes than a warp has use the block's shared memory:
+// kSums values a warp.
 template <int kSums, typename A>
 __device__ __forceinline__ void sum_over_lanes(A (&sums)[kSums], int lanes) {
   for (int apart = (lanes < kWarp ? lanes : static_cast<int>(kWarp)) / 2; apart > 0; apart /= 2) {

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/device.cuh"
-#include "cuda/plan.h"
+#include "cuda/tiling.h"
 #include "formulas.h"
 
 namespace resnest_fused::cuda {

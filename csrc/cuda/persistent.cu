@@ -5,13 +5,13 @@
 namespace resnest_fused::cuda {
 
 template <typename T>
-void persistent(const Context& context, const Plan& plan, Form form,
+void persistent(cudaStream_t stream, const Launch& planned, Form form,
                 const PersistentArgs<T>& args) {
   for_map<T>(form, args.pool.sizes, args.pool.tiling,
              [&](auto nhwc, auto radix, auto vector, auto prologue) {
                if constexpr (radix() == kPersistentRadix) {
-                 launch(context, persistent_kernel<T, nhwc(), radix(), vector(), prologue()>,
-                        persistent_launch(plan, nhwc(), sizeof(Acc<T>)), args);
+                 launch(stream, persistent_kernel<T, nhwc(), radix(), vector(), prologue()>,
+                        planned, args);
                } else {
                  throw std::logic_error("resnest_fused: no persistent kernel for this call");
                }
@@ -19,7 +19,7 @@ void persistent(const Context& context, const Plan& plan, Form form,
 }
 
 #define RF_INSTANTIATE(T) \
-  template void persistent<T>(const Context&, const Plan&, Form, const PersistentArgs<T>&);
+  template void persistent<T>(cudaStream_t, const Launch&, Form, const PersistentArgs<T>&);
 RF_INSTANTIATE(float)
 RF_INSTANTIATE(__half)
 RF_INSTANTIATE(__nv_bfloat16)

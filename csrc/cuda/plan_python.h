@@ -7,7 +7,8 @@
 #include <string>
 #include <vector>
 
-#include "cuda/plan.h"
+#include "cuda/planner.h"
+#include "cuda/tuning.h"
 #include "pybind.h"
 
 namespace resnest_fused::cuda {
@@ -125,6 +126,7 @@ inline Workload workload_from(const pybind11::dict& dict) {
       fields.expected(field, what);
     }
   };
+  w.wanted = {true, w.bn0, true, true, true};
   require(w.element_size == 2 || w.element_size == 4 || w.element_size == 8, "element_size",
           "2, 4 or 8");
   require(w.channels % w.cardinality == 0, "channels", "a multiple of cardinality");
@@ -173,21 +175,21 @@ inline pybind11::dict plan(const pybind11::dict& of_device, const pybind11::dict
                          arg("threads") = launch.threads,
                          arg("shared_bytes") = launch.shared_bytes));
   }
-  dict result(
-      arg("strategy") = plan.strategy == Strategy::kPersistent ? "persistent" : "launches",
-      arg("tiling") = tiling_dict(plan.tiling), arg("product_threads") = plan.product_threads,
-      arg("column_threads") = plan.column_threads, arg("group") = plan.group,
-      arg("groups") = plan.groups(w.batch), arg("persistent_blocks") = plan.persistent_blocks,
-      arg("workspace_bytes") = plan.workspace_bytes, arg("launches") = launches,
-      arg("predicted_launches") = plan.launches, arg("predicted_bytes") = plan.predicted_bytes,
-      arg("predicted_microseconds") = plan.predicted_microseconds);
+  dict result(arg("strategy") = plan.strategy == Strategy::kPersistent ? "persistent" : "launches",
+              arg("tiling") = tiling_dict(plan.tiling), arg("batch_chunk") = plan.batch_chunk,
+              arg("batch_chunks") = plan.batch_chunks(w.batch),
+              arg("persistent_blocks") = plan.persistent_blocks,
+              arg("workspace_bytes") = plan.workspace_bytes, arg("launches") = launches,
+              arg("predicted_launches") = plan.launches,
+              arg("predicted_bytes") = plan.predicted_bytes,
+              arg("predicted_microseconds") = plan.predicted_microseconds);
   if (w.batch_stats) {
     result["statistics_tiling"] = tiling_dict(statistics_tiling(device, w));
   }
   return result;
 }
 
-// The constants of plan.h.
+// The constants that tests compare with.
 inline pybind11::dict plan_limits() {
   using pybind11::arg;
   return pybind11::dict(
@@ -199,7 +201,7 @@ inline pybind11::dict plan_limits() {
       arg("usable_l2") = kUsableL2, arg("launch_microseconds") = kLaunchMicroseconds,
       arg("handover_microseconds") = kHandoverMicroseconds,
       arg("persistent_blocks") = kPersistentBlocks, arg("persistent_radix") = kPersistentRadix,
-      arg("groups_between") = kGroupsBetween, arg("most_blocks") = kMostBlocks,
+      arg("batch_chunks_between") = kBatchChunksBetween, arg("most_blocks") = kMostBlocks,
       arg("most_pixels") = kMostPixels, arg("most_channels") = kMostChannels);
 }
 

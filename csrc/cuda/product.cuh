@@ -6,7 +6,7 @@
 #pragma once
 
 #include "cuda/device.cuh"
-#include "cuda/plan.h"
+#include "cuda/tiling.h"
 
 namespace resnest_fused::cuda {
 
