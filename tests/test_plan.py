@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from build_files import ROOT
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -822,3 +824,24 @@ def test_strategy_is_refused() -> None:
 def test_largest_sample_of_an_empty_batch() -> None:
     with pytest.raises(ValueError, match="at most 2\\^50 elements"):
         plan(H200, Call(Shape(2, 1, 2**30, 2**30, 32), EVAL, 0, 8, False))
+
+
+# --- what is compiled with it
+
+
+def included_by(name: str) -> set[str]:
+    """A file of csrc/ with all of ours that it includes."""
+    text = (ROOT / "csrc" / name).read_text()
+    ours = re.findall(r'^#include "(.+)"', text, re.MULTILINE)
+    return {name}.union(*map(included_by, ours))
+
+
+def test_a_cost_recompiles_no_kernel() -> None:
+    names = [path.relative_to(ROOT / "csrc").as_posix() for path in ROOT.glob("csrc/cuda/*.cu")]
+    files = [included_by(name) for name in names]
+    assert not any("cuda/tuning.h" in of_one for of_one in files)
+    with_kernels = [of_one for of_one in files if "cuda/dispatch.h" in of_one]
+    assert with_kernels
+    for of_one in with_kernels:
+        assert "cuda/tiling.h" in of_one and "cuda/planner.h" not in of_one
+    assert "cuda/tuning.h" in included_by("cuda/planner.cpp")

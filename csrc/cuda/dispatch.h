@@ -57,4 +57,27 @@ void for_map(Form form, const MapSizes& sizes, const Tiling& tiling, F f) {
   });
 }
 
+// Define what launches.h declares, for a kernel with sums in A,
+#define RF_LAUNCH(name, Args)                                                  \
+  template <typename A>                                                        \
+  void name(cudaStream_t stream, const Launch& planned, const Args<A>& args) { \
+    launch(stream, name##_kernel<A>, planned, args);                           \
+  }                                                                            \
+  template void name(cudaStream_t, const Launch&, const Args<float>&);         \
+  template void name(cudaStream_t, const Launch&, const Args<double>&);
+
+// and for one of a map with elements T.
+#define RF_LAUNCH_ON_MAP(name, Args)                                                              \
+  template <typename T>                                                                           \
+  void name(cudaStream_t stream, const Launch& planned, Form form, const Args<T>& args) {         \
+    for_map<T>(                                                                                   \
+        form, args.sizes, args.tiling, [&](auto nhwc, auto radix, auto vector, auto prologue) {   \
+          launch(stream, name##_kernel<T, nhwc(), radix(), vector(), prologue()>, planned, args); \
+        });                                                                                       \
+  }                                                                                               \
+  template void name(cudaStream_t, const Launch&, Form, const Args<float>&);                      \
+  template void name(cudaStream_t, const Launch&, Form, const Args<double>&);                     \
+  template void name(cudaStream_t, const Launch&, Form, const Args<__half>&);                     \
+  template void name(cudaStream_t, const Launch&, Form, const Args<__nv_bfloat16>&);
+
 }  // namespace resnest_fused::cuda

@@ -18,11 +18,8 @@ void persistent(cudaStream_t stream, const Launch& planned, Form form,
              });
 }
 
-#define RF_INSTANTIATE(T) \
-  template void persistent<T>(cudaStream_t, const Launch&, Form, const PersistentArgs<T>&);
-RF_INSTANTIATE(float)
-RF_INSTANTIATE(__half)
-RF_INSTANTIATE(__nv_bfloat16)
-#undef RF_INSTANTIATE
+template void persistent(cudaStream_t, const Launch&, Form, const PersistentArgs<float>&);
+template void persistent(cudaStream_t, const Launch&, Form, const PersistentArgs<__half>&);
+template void persistent(cudaStream_t, const Launch&, Form, const PersistentArgs<__nv_bfloat16>&);
 
 }  // namespace resnest_fused::cuda
