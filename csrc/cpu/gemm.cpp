@@ -42,8 +42,8 @@ struct Size {
   int64_t items() const { return groups * row_items() * column_items(); }
 };
 
-// Call f<kRows, kColumns>(i, j) over the elements of work items [begin, end), in tiles of at most
-// `Rows` x `Columns` elements, single rows and columns where no whole tile is left.
+// Call f<kRows, kColumns>(group, i, j) over the elements of work items [begin, end), in tiles of
+// `Rows` x `Columns` elements. Where no whole tile is left it has a single row or column.
 template <int Rows, int Columns, typename F>
 RF_INLINE void for_tiles(const Size& size, int64_t begin, int64_t end, F f) {
   for (int64_t item = begin; item < end; ++item) {

@@ -28,8 +28,8 @@ struct Norm {
   }
 };
 
-// Features whose sums over rows are held on the stack at a time. They are held in float64, as
-// PyTorch's batch normalisation does on the CPU.
+// Features whose sums over rows are on the stack at a time: in float64, as in PyTorch's batch
+// normalisation on the CPU.
 constexpr int64_t kFeatureBlock = 64;
 
 // Clear the sums and call add(row, f, f - first) for rows ascending and features f in [first,

@@ -20,7 +20,7 @@ struct StatisticsNchw {
     using A = Acc<T>;
     const int64_t pixels = p->pixels();
     const auto count = static_cast<double>(pixels);
-    // Descending: the pool's ascending read meets what was read last while it is still in cache.
+    // Descending: the pool then reads in ascending order, and finds the last rows still in cache.
     for (int64_t item = end; item-- > begin;) {
       const int64_t b = item / p->channels, c = item % p->channels;
       for (int64_t r = 0; r < p->radix; ++r) {
@@ -45,8 +45,8 @@ struct StatisticsNchw {
   }
 };
 
-// Mean and squares of each (b, j, f); a work item is (b, j). Those of a tile of pixels are taken in
-// registers and join those of the work item by the rule of Chan, Golub and LeVeque (1979).
+// Mean and squares of each (b, j, f); a work item is (b, j). A tile of pixels has its own in
+// registers. They join those of the work item by the rule of Chan, Golub and LeVeque (1979).
 template <typename T>
 struct StatisticsNhwc {
   static constexpr int kTile = 8;

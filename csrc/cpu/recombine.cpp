@@ -20,8 +20,8 @@ bool streams(const Problem& p, int64_t features) {
 
 // Write `row_count` rows of `count` elements, `stride` apart, a vector at a time. column(i, lanes,
 // rows) prepares what the rows share at element i and calls rows(value), value(row) being a row's
-// vector. The last vector of a row overlaps the one before it, which writes the same values again
-// (as does the first, where streaming starts at an aligned element).
+// vector. The last vector of a row overlaps the one before it and writes the same values again. So
+// does the first, if streaming starts at an aligned element.
 template <typename Isa, typename T, typename Column>
 RF_INLINE void write_rows(bool streamed, int64_t row_count, int64_t count, T* out, int64_t stride,
                           Column column) {

@@ -1,7 +1,7 @@
 // Phase 3, recombine: the second read of x. Forward: the weighted sum over the radix; backward: dx.
 //
-// Elements do not depend on each other. Work items are taken in descending order, so that what
-// the pool read last is met first, while it is still in cache.
+// Elements do not depend on each other. Work items are taken in descending order, to find what the
+// pool read last still in cache.
 #pragma once
 
 #include "cpu/prologue.h"

@@ -13,8 +13,8 @@
 namespace resnest_fused::cpu {
 namespace {
 
-// Bytes of x that one thread takes through all three phases at a time, so that recombine finds them
-// in L2 (2 MB was 20% slower at 128@28x28, B=32, on a Xeon with 1.25 MB of it).
+// Bytes of x that one thread takes through all three phases at a time. Recombine then finds them in
+// L2: 2 MB was 20% slower at 128@28x28, B=32, on a Xeon with 1.25 MB of it.
 constexpr int64_t kBlockBytes = 1024 * 1024;
 
 int64_t sample_elements(const Problem& p) { return p.features() * p.pixels(); }
@@ -24,8 +24,8 @@ int64_t weight_elements(const Problem& p) {
 }
 
 // Whether each thread takes samples of its own through all phases; else threads share each phase,
-// and each reads a share of the FCs' weights. On its own a thread reads all of them, for every
-// block of samples: they must be few beside its samples and beside a block.
+// and each reads a share of the FCs' weights. A thread on its own reads all weights for every block
+// of samples: they must be few beside its samples and beside a block.
 bool by_sample(const Problem& p, int64_t weight_bytes) {
   const int64_t threads = torch::stable::get_num_threads();
   const bool balanced = p.batch >= 4 * threads || p.batch % threads == 0;

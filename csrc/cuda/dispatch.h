@@ -22,7 +22,7 @@ void for_flag(bool flag, F f) {
   }
 }
 
-// f(nhwc, vector): vectors of 16 bytes, or single elements, the one path of float64.
+// Call f(nhwc, vector): vectors of 16 bytes, or single elements, the one path of float64.
 template <typename T, typename F>
 void for_layout(bool nhwc, const Tiling& tiling, F f) {
   for_flag(nhwc, [&](auto is_nhwc) {
@@ -35,7 +35,7 @@ void for_layout(bool nhwc, const Tiling& tiling, F f) {
   });
 }
 
-// f(nhwc, radix, vector, prologue), radix 0 standing for any. Single elements take any radix.
+// Call f(nhwc, radix, vector, prologue). Radix 0 stands for any, as always with single elements.
 template <typename T, typename F>
 void for_map(Form form, const MapSizes& sizes, const Tiling& tiling, F f) {
   for_layout<T>(form.nhwc, tiling, [&](auto nhwc, auto vector) {

@@ -9,7 +9,7 @@
 
 namespace resnest_fused::cuda {
 
-// What decides which of a map's kernels runs, beside radix and vector.
+// Which of a map's kernels runs, beside radix and vector.
 struct Form {
   bool nhwc;
   bool prologue;

@@ -1,8 +1,7 @@
 // Evaluation in one launch: blocks take tickets for pieces of all phases. So recombine finds in L2
 // what the pool has read, and no block waits for a launch.
 //
-// Samples go through the phases in batch chunks. Step s has, in the order of its tickets, the
-// pieces of
+// Samples go through the phases in batch chunks. The tickets of step s are, in their order, for
 //   pool of chunk s,  recombine of chunk s - 2,  attention of chunk s - 1,  hidden of chunk s.
 // A piece waits for the whole phase before it of its own chunk, all of which have lower tickets.
 // Tickets are taken in order by blocks that run: the lowest unfinished one never waits in vain,
@@ -35,7 +34,7 @@ struct PersistentArgs {
 
 using Counter = ::cuda::atomic_ref<unsigned, ::cuda::thread_scope_device>;
 
-// Before a piece: what `target` pieces have written can be read by all threads of this block.
+// Before a piece: wait until all threads of this block can read what `target` pieces have written.
 __device__ __forceinline__ void wait_for(unsigned* done, int64_t target) {
   if (threadIdx.x == 0) {
     while (Counter(*done).load(::cuda::memory_order_acquire) < static_cast<unsigned>(target)) {
@@ -45,7 +44,7 @@ __device__ __forceinline__ void wait_for(unsigned* done, int64_t target) {
   __syncthreads();
 }
 
-// Behind a piece: what all threads of this block have written is there for those that wait.
+// Behind a piece: let those that wait read what all threads of this block have written.
 __device__ __forceinline__ void count(unsigned* done) {
   __syncthreads();
   if (threadIdx.x == 0) {

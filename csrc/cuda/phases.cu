@@ -1,4 +1,4 @@
-// Single phases on CUDA.
+// Single phases on CUDA: what each of their launches is given.
 #include "cuda/run.h"
 #include "kernels.h"
 
@@ -9,7 +9,7 @@ void Kernels::batch_statistics(const Map& map, const Tensor& mean, const Tensor&
   for_dtype(map.problem.dtype, [&](auto tag) {
     using T = decltype(tag);
     const Workload w = workload_of(map, Pass::kTrain, {&map.x});
-    const int64_t rows = statistics_map(w).batch * statistics_tiling(context.device, w).chunks;
+    const int64_t rows = statistics_rows(context.device, w);
     const Run<T> run(context, map, w, make_plan(context.device, w),
                      2 * rows * w.features() * w.acc_size());
     run.take_statistics(run.whole(Kernel::kStatistics), run.at(0));

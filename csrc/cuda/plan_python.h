@@ -13,7 +13,7 @@
 
 namespace resnest_fused::cuda {
 
-// The fields of a dict; std::invalid_argument, in Python ValueError, names the one that is wrong.
+// The fields of a dict. A wrong one is named by std::invalid_argument, in Python ValueError.
 class Fields {
  public:
   Fields(const char* dict_name, const pybind11::dict& dict) : name_(dict_name), dict_(dict) {}
@@ -44,7 +44,7 @@ class Fields {
     return given.cast<std::string>();
   }
 
-  // Behind the last field: no other is there.
+  // Behind the last field: refuses a dict with any other.
   void finish() const {
     if (dict_.size() == taken_.size()) {
       return;
@@ -135,8 +135,8 @@ inline Workload workload_from(const pybind11::dict& dict) {
   require(w.bn0 || !w.batch_stats, "batch_stats", "False without bn0");
   require(w.pass != Pass::kEval || !w.batch_stats, "batch_stats", "False in evaluation");
   require(w.pass != Pass::kEval || !w.bn1_batch_stats, "bn1_batch_stats", "False in evaluation");
-  // More than any memory has, and little enough for what is a small multiple of it; of one sample
-  // even where there is none.
+  // More than any memory has, and so few that small multiples fit 64 bits. An empty batch counts as
+  // one sample.
   constexpr double kMostElements = 0x1p50;
   const double samples = std::max(static_cast<double>(w.batch), 1.0);
   require(samples * static_cast<double>(w.features()) * static_cast<double>(w.pixels) <=

@@ -21,7 +21,7 @@ constexpr int64_t power_of_two_at_least(int64_t n) {
   return power;
 }
 
-// Of every block of a call.
+// Threads of every block of a call.
 int64_t block_threads(const Device& device) {
   int64_t threads = kMapThreads;
   while (threads > device.threads_per_block) {
@@ -30,7 +30,7 @@ int64_t block_threads(const Device& device) {
   return threads;
 }
 
-// Chunks of the same size, but for the last; none of them is empty.
+// Chunks of one size, but for the last; none of them is empty.
 void set_chunks(Tiling& t, int64_t pixels, int64_t at_most) {
   counted(pixels, kMostPixels);
   t.chunk_pixels = static_cast<int32_t>(std::max<int64_t>(ceil_div(pixels, at_most), 1));
@@ -109,8 +109,8 @@ bool has_persistent_kernel(const Tiling& t, const Workload& w) {
   return t.vector > 1 && w.radix == kPersistentRadix;
 }
 
-// The persistent kernel's pieces of all phases, of which those of chunks before the first and
-// behind the last are empty.
+// The persistent kernel's pieces of all phases. Those of chunks before the first and behind the
+// last are empty.
 int64_t persistent_tickets(const Workload& w, const Plan& plan) {
   const int64_t of_chunk = 2 * map_blocks(plan.tiling, plan.batch_chunk) +
                            attention_blocks(w, plan.batch_chunk) +
@@ -163,7 +163,6 @@ Workload statistics_map(Workload w) {
   return w;
 }
 
-// In NHWC in as many chunks as occupy every multiprocessor: the statistics may depend on the batch.
 Tiling statistics_tiling(const Device& device, const Workload& w) {
   const Workload map = statistics_map(w);
   Tiling t = make_tiling(device, map);
@@ -173,6 +172,10 @@ Tiling statistics_tiling(const Device& device, const Workload& w) {
     set_chunks(t, map.pixels, chunks);
   }
   return t;
+}
+
+int64_t statistics_rows(const Device& device, const Workload& w) {
+  return statistics_map(w).batch * statistics_tiling(device, w).chunks;
 }
 
 int64_t map_blocks(const Tiling& t, int64_t samples) {
@@ -205,8 +208,7 @@ int64_t Workspace::take(int64_t count, int64_t size) {
 ForwardWorkspace::ForwardWorkspace(const Device& device, const Workload& w, const Plan& plan) {
   const bool eval = w.pass == Pass::kEval;
   const int64_t samples = eval && plan.strategy == Strategy::kLaunches ? plan.batch_chunk : w.batch;
-  const int64_t rows =
-      w.batch_stats ? statistics_map(w).batch * statistics_tiling(device, w).chunks : 0;
+  const int64_t rows = w.batch_stats ? statistics_rows(device, w) : 0;
   const int64_t size = w.acc_size(), chunks = plan.tiling.chunks;
   prologue = take(w.bn0 ? kPrologueArrays * w.features() : 0, size);
   statistics = take(2 * rows * w.features(), size);
@@ -232,7 +234,7 @@ Plan make_plan(const Device& device, const Workload& w, Choice choice) {
   Plan plan{};
   plan.strategy = Strategy::kLaunches;
   plan.tiling = make_tiling(device, w);
-  map_blocks(plan.tiling, w.batch);  // can be counted
+  map_blocks(plan.tiling, w.batch);  // throws where they cannot be counted
   const int64_t batch = std::max<int64_t>(w.batch, 1);
   const int64_t unit = w.batch * w.channels * w.pixels * w.element_size;
   const int64_t x_of_sample = w.features() * w.pixels * w.element_size;

@@ -31,7 +31,7 @@ struct Wanted {
   bool x, bn0, fc1_weight, fc2_weight, fc2_bias;
 };
 
-// What a plan depends on.
+// What a plan depends on beside the device.
 struct Workload {
   Pass pass;
   int64_t batch;
@@ -43,8 +43,8 @@ struct Workload {
   int64_t element_size;  // of x, in bytes
   bool channels_last;
   bool aligned;      // every map starts at a multiple of 16 bytes
-  bool relu;         // with the prologue
-  bool bn0;          // and with bn0 in it
+  bool relu;         // there is a prologue
+  bool bn0;          // it has a bn0
   bool batch_stats;  // bn0 takes the batch's own statistics
   bool bn1_batch_stats;
   Wanted wanted;  // of a backward
@@ -74,17 +74,17 @@ struct Plan {
   double predicted_microseconds;
 
   int64_t batch_chunks(int64_t batch) const { return (batch + batch_chunk - 1) / batch_chunk; }
-  // Of the persistent launch: tickets taken, and the pieces done of each chunk in three phases.
+  // The persistent launch counts tickets taken, and for each chunk the pieces done of three phases.
   int64_t counters(int64_t batch) const {
     return strategy == Strategy::kPersistent ? 1 + 3 * batch_chunks(batch) : 0;
   }
 };
 
-// In evaluation, the fastest of: one launch a phase for all samples; the same for chunks of samples
-// whose x fits L2; the persistent launch. Training and backward have one way.
+// In evaluation the fastest of three ways: a launch a phase for all samples; the same for chunks of
+// samples whose x fits L2; the persistent launch. Training and backward have one way.
 Plan make_plan(const Device& device, const Workload& w, Choice choice = Choice::kFastest);
 
-// The launches of a call in their order, those without blocks left out.
+// The launches of a call in their order, without those that have no blocks.
 std::vector<Launch> launches_of(const Device& device, const Workload& w, const Plan& plan);
 
 // The launch of one kernel for samples [first, first + samples).
@@ -93,10 +93,13 @@ Launch launch_of(const Device& device, const Workload& w, const Plan& plan, Kern
 
 Tiling make_tiling(const Device& device, const Workload& w);
 
-// x for bn0's batch statistics: one split of all features; in NHWC, where the pixels of the batch
-// lie one behind the other, as one sample.
+// The map x as bn0's batch statistics see it: one split of all features. In NHWC it is one sample,
+// as the pixels of the batch lie one behind the other.
 Workload statistics_map(Workload w);
+// In NHWC as many chunks as occupy every multiprocessor: the statistics may depend on the batch.
 Tiling statistics_tiling(const Device& device, const Workload& w);
+// Rows of partial statistics: a chunk has one.
+int64_t statistics_rows(const Device& device, const Workload& w);
 
 // `count` in 32 bits, unless it is more than the kernels can count.
 int32_t counted(int64_t count, int64_t most);
@@ -107,7 +110,8 @@ int64_t hidden_blocks(const Workload& w, int64_t samples);
 int64_t attention_blocks(const Workload& w, int64_t samples);
 GradientBlocks gradient_blocks(const Workload& w);
 
-// What a call needs beside its arguments and results: offsets in bytes into one allocation.
+// The memory that a call needs beside its arguments and results: offsets in bytes into one
+// allocation.
 struct Workspace {
   int64_t bytes = 0;
 

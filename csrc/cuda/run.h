@@ -70,7 +70,7 @@ inline bool is_aligned(std::initializer_list<const Tensor*> maps) {
   return true;
 }
 
-// What the planner is told; `maps` are all that the call reads and writes in vectors.
+// The call as the planner sees it; `maps` are all that it reads and writes in vectors.
 inline Workload workload_of(const Map& map, Pass pass, std::initializer_list<const Tensor*> maps) {
   const Problem& p = map.problem;
   Workload w{};
@@ -116,7 +116,7 @@ class Run {
     return reinterpret_cast<E*>(data<unsigned char>(space_) + offset);
   }
 
-  // Room for bn0's parameters, and for what dx loses to the batch's statistics where it does.
+  // Room for bn0's parameters and, if dx loses something to the batch's statistics, for that.
   Prologue<A> prologue_at(int64_t offset, bool loses) const {
     if (!work.bn0) {
       return {};
@@ -148,7 +148,7 @@ class Run {
   void take_statistics(const Launch& planned, A* rows) const {
     const Workload features = statistics_map(work);
     const Tiling tiling = statistics_tiling(context.device, work);
-    A* const squares = rows + features.batch * tiling.chunks * work.features();
+    A* const squares = rows + statistics_rows(context.device, work) * work.features();
     statistics<T>(context.stream, planned, form.nhwc,
                   {sizes_of(1, features.channels, features.pixels), tiling, planned.blocks,
                    const_data<T>(map.x), rows, squares});
@@ -159,7 +159,7 @@ class Run {
                const Tensor& mean, const Tensor& var) const {
     const Workload features = statistics_map(work);
     const Tiling tiling = statistics_tiling(context.device, work);
-    const int64_t count = features.batch * tiling.chunks;
+    const int64_t count = statistics_rows(context.device, work);
     const int64_t full = tiling.chunk_pixels;
     const int64_t last = features.pixels - (tiling.chunks - 1) * full;
     cuda::combine<A>(context.stream, planned,

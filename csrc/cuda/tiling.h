@@ -7,14 +7,14 @@
 namespace resnest_fused::cuda {
 
 constexpr int64_t kWarp = 32;
-// Threads of the blocks that work on maps, and of those that multiply matrices. At most
-// kRegisters registers a thread let kBlocksPerMultiprocessor such blocks be resident on every
+// Threads of the blocks that work on maps, and of those that multiply matrices. With at most
+// kRegisters registers a thread, kBlocksPerMultiprocessor such blocks are resident on every
 // architecture from sm_75 on (65,536 registers, 1,024 threads).
 constexpr int64_t kMapThreads = 256;
 constexpr int64_t kProductThreads = 256;
 constexpr int64_t kBlocksPerMultiprocessor = 2;
 constexpr int64_t kRegisters = 128;
-// Columns and row lanes of the blocks that add up over rows.
+// Threads of the blocks that add up over rows, and the columns of each block.
 constexpr int64_t kColumnThreads = 256;
 constexpr int64_t kColumns = 8;
 // The tile of a matrix product that a block takes.
@@ -24,11 +24,11 @@ constexpr int kTileSize = kTileRows * kTileColumns;
 // The persistent kernel is compiled for radix 2, that of nearly all published models. The other
 // kernels take any.
 constexpr int64_t kPersistentRadix = 2;
-// Batch chunks between whose pool and recombine the persistent kernel runs: x of one more than
-// this many must stay in L2.
+// Batch chunks that the persistent kernel pools between a chunk's pool and its recombine. x of one
+// more than this many must stay in L2.
 constexpr int64_t kBatchChunksBetween = 2;
-// Kernels count in 32 bits the blocks of a map, its channels, and the pixels of a sample, of which
-// their loops step a little beyond the last.
+// Kernels count the blocks of a map, its channels, and a sample's pixels in 32 bits. Their loops
+// step a little beyond the last pixel.
 constexpr int64_t kMostBlocks = std::numeric_limits<int32_t>::max();
 constexpr int64_t kMostPixels = int64_t{1} << 30;
 constexpr int64_t kMostChannels = int64_t{1} << 30;

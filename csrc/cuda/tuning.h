@@ -5,17 +5,17 @@
 
 namespace resnest_fused::cuda {
 
-// Pixel chunks of a sample in NHWC: enough blocks for a single sample, few partial sums to add.
+// Chunks of a sample's pixels in NHWC. They give one sample enough blocks, and few partial sums.
 constexpr int64_t kMaxChunks = 8;
 constexpr int64_t kMinChunkPixels = 32;
 // Time that a launch costs beyond its bytes: the gap between two kernels of one stream.
 constexpr double kLaunchMicroseconds = 2.5;
 // Time from the end of a phase to the start of the next within the persistent launch.
 constexpr double kHandoverMicroseconds = 1.5;
-// The part of L2 in which data stay until they are read again, other traffic passing through it.
+// The part of L2 in which data stay until they are read again, while other traffic passes through.
 constexpr double kUsableL2 = 0.6;
-// Blocks of the persistent launch for a multiprocessor. More than fit do no harm: they find no
-// tickets left.
+// Blocks of the persistent launch for each multiprocessor. Blocks that do not fit do no harm: they
+// find no tickets left.
 constexpr int64_t kPersistentBlocks = 4;
 
 }  // namespace resnest_fused::cuda
