@@ -55,53 +55,46 @@ int64_t product_bytes(int64_t threads, int64_t acc_size) {
   return threads / kWarp * kTileSize * acc_size;
 }
 
-// A call's kernels in the order of their launches: visit(kernel) for those of the whole batch,
-template <typename Visit>
-void for_kernels_of_batch(const Workload& w, const Plan& plan, const Visit& visit) {
-  const auto visit_if = [&](bool needed, Kernel kernel) {
+// A call's kernels in the order of their launches: of_batch(kernel) for those of the whole batch,
+// then of_chunk(kernel) for those of each chunk of it.
+template <typename OfBatch, typename OfChunk>
+void for_kernels(const Workload& w, const Plan& plan, const OfBatch& of_batch,
+                 const OfChunk& of_chunk) {
+  const auto visit_if = [](bool needed, const auto& visit, Kernel kernel) {
     if (needed) {
       visit(kernel);
     }
   };
   if (w.pass == Pass::kBackward) {
-    visit_if(w.bn0, Kernel::kPrepare);
-    visit(Kernel::kPoolBackward);
-    visit(Kernel::kPoolBackwardFinish);
-    visit(Kernel::kHiddenGradient);
-    visit(Kernel::kBatchNormBackward);
-    visit(Kernel::kGradients);
-    visit_if(w.wanted.bn0, Kernel::kPrologueBackward);
-    visit_if(w.wanted.x, Kernel::kRecombineBackward);
+    visit_if(w.bn0, of_batch, Kernel::kPrepare);
+    of_batch(Kernel::kPoolBackward);
+    of_batch(Kernel::kPoolBackwardFinish);
+    of_batch(Kernel::kHiddenGradient);
+    of_batch(Kernel::kBatchNormBackward);
+    of_batch(Kernel::kGradients);
+    visit_if(w.wanted.bn0, of_batch, Kernel::kPrologueBackward);
+    visit_if(w.wanted.x, of_batch, Kernel::kRecombineBackward);
     return;
   }
   const bool persistent = plan.strategy == Strategy::kPersistent;
-  visit_if(w.batch_stats, Kernel::kStatistics);
-  visit_if(w.batch_stats, Kernel::kCombine);
-  visit_if((w.bn0 && !w.batch_stats) || persistent, Kernel::kPrepare);
-  visit_if(persistent, Kernel::kPersistent);
-}
-// and then those of each chunk of the batch.
-template <typename Visit>
-void for_kernels_of_chunk(const Workload& w, const Plan& plan, const Visit& visit) {
-  if (w.pass == Pass::kBackward || plan.strategy == Strategy::kPersistent) {
+  visit_if(w.batch_stats, of_batch, Kernel::kStatistics);
+  visit_if(w.batch_stats, of_batch, Kernel::kCombine);
+  visit_if((w.bn0 && !w.batch_stats) || persistent, of_batch, Kernel::kPrepare);
+  if (persistent) {
+    of_batch(Kernel::kPersistent);
     return;
   }
-  visit(Kernel::kPool);
-  if (w.pass == Pass::kTrain && plan.tiling.chunks > 1) {
-    visit(Kernel::kPoolFinish);
-  }
-  visit(Kernel::kHidden);
-  if (w.bn1_batch_stats) {
-    visit(Kernel::kBatchNorm);
-  }
-  visit(Kernel::kAttention);
-  visit(Kernel::kRecombine);
+  of_chunk(Kernel::kPool);
+  visit_if(w.pass == Pass::kTrain && plan.tiling.chunks > 1, of_chunk, Kernel::kPoolFinish);
+  of_chunk(Kernel::kHidden);
+  visit_if(w.bn1_batch_stats, of_chunk, Kernel::kBatchNorm);
+  of_chunk(Kernel::kAttention);
+  of_chunk(Kernel::kRecombine);
 }
 
 int64_t count_launches(const Workload& w, const Plan& plan) {
   int64_t of_batch = 0, of_chunk = 0;
-  for_kernels_of_batch(w, plan, [&](Kernel) { ++of_batch; });
-  for_kernels_of_chunk(w, plan, [&](Kernel) { ++of_chunk; });
+  for_kernels(w, plan, [&](Kernel) { ++of_batch; }, [&](Kernel) { ++of_chunk; });
   return of_batch + plan.batch_chunks(w.batch) * of_chunk;
 }
 
@@ -370,13 +363,14 @@ std::vector<Launch> launches_of(const Device& device, const Workload& w, const P
       launches.push_back(launch);
     }
   };
-  for_kernels_of_batch(w, plan, [&](Kernel kernel) { add(kernel, 0, w.batch); });
+  const auto skip = [](Kernel) {};
+  for_kernels(w, plan, [&](Kernel kernel) { add(kernel, 0, w.batch); }, skip);
   if (plan.strategy == Strategy::kPersistent) {
-    return launches;
+    return launches;  // it walks over the chunks itself
   }
   for (int64_t first = 0; first < std::max<int64_t>(w.batch, 1); first += plan.batch_chunk) {
     const int64_t samples = std::min(plan.batch_chunk, w.batch - first);
-    for_kernels_of_chunk(w, plan, [&](Kernel kernel) { add(kernel, first, samples); });
+    for_kernels(w, plan, skip, [&](Kernel kernel) { add(kernel, first, samples); });
   }
   return launches;
 }

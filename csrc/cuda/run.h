@@ -95,6 +95,7 @@ inline MapSizes sizes_of(int64_t radix, int64_t channels, int64_t pixels) {
           counted(pixels, kMostPixels)};
 }
 
+// A call with its plan and its workspace.
 template <typename T>
 class Run {
  public:
@@ -144,7 +145,7 @@ class Run {
                       mean_dz_xhat, counters, plan.counters(work.batch)});
   }
 
-  // Mean and squares of each block's pixels, in `rows`;
+  // Mean and squares of each chunk's pixels, by feature, into `rows`;
   void take_statistics(const Launch& planned, A* rows) const {
     const Workload features = statistics_map(work);
     const Tiling tiling = statistics_tiling(context.device, work);
