@@ -258,7 +258,8 @@ def native_build(wants_cuda: bool | None) -> dict[str, Any]:
     hash_sources = runpy.run_path("resnest_fused/backends/binary.py")["hash_sources"]
     write_ops = runpy.run_path("csrc/generate_ops.py")["write"]
     module_only = csrc / "ops.cpp"
-    shared = set(csrc.glob("*.cpp")) - {module_only}
+    # Of the module, too: in Python the planner of CUDA launches needs no GPU.
+    shared = {*csrc.glob("*.cpp"), *csrc.glob("cuda/*.cpp")} - {module_only}
     # torch's headers, pybind11 among them, as system ones: warnings are for our code.
     torch_includes = cpp_extension.include_paths()
     cxx_flags = CXX_FLAGS + [f"-isystem{path}" for path in torch_includes]

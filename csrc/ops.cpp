@@ -7,9 +7,9 @@
 #include <string>
 
 #include "calls.h"
-#include "cpu/kernels.h"
 #include "cpu/simd.h"
 #include "cuda/plan_python.h"
+#include "kernels.h"
 #include "ops_generated.h"
 #include "pybind.h"
 

@@ -4,17 +4,17 @@
 #include <vector>
 
 #include "cpu/attention.h"
-#include "cpu/kernels.h"
 #include "cpu/pool.h"
 #include "cpu/recombine.h"
 #include "cpu/tensors.h"
-#include "cpu/units.h"
+#include "cpu/work_items.h"
+#include "kernels.h"
 
 namespace resnest_fused::cpu {
 namespace {
 
-// Bytes of x that one thread takes through all three phases at a time, so that recombine finds them
-// in L2 (2 MB was 20% slower at 128@28x28, B=32, on a Xeon with 1.25 MB of it).
+// Bytes of x that one thread takes through all three phases at a time. Recombine then finds them in
+// L2: 2 MB was 20% slower at 128@28x28, B=32, on a Xeon with 1.25 MB of it.
 constexpr int64_t kBlockBytes = 1024 * 1024;
 
 int64_t sample_elements(const Problem& p) { return p.features() * p.pixels(); }
@@ -24,8 +24,8 @@ int64_t weight_elements(const Problem& p) {
 }
 
 // Whether each thread takes samples of its own through all phases; else threads share each phase,
-// and each reads a share of the FCs' weights. On its own a thread reads all of them, for every
-// block of samples: they must be few beside its samples and beside a block.
+// and each reads a share of the FCs' weights. A thread on its own reads all weights for every block
+// of samples: they must be few beside its samples and beside a block.
 bool by_sample(const Problem& p, int64_t weight_bytes) {
   const int64_t threads = torch::stable::get_num_threads();
   const bool balanced = p.batch >= 4 * threads || p.batch % threads == 0;
@@ -60,7 +60,7 @@ void forward(const Map& map, const Mlp& mlp, const SavedPointers<Acc<T>>& saved,
     prologue.bn0.set_statistics(saved.bn0_mean, saved.bn0_var, bn0.eps);
     prologue.set_scale_and_shift();
   }
-  const int64_t units = units_per_sample(p);
+  const int64_t items = items_per_sample(p);
   const auto partial_buffer = uninitialized<A>(p.batch * partials_per_sample(p) * p.channels);
   A* const partial = partial_buffer.get();
 
@@ -70,24 +70,24 @@ void forward(const Map& map, const Mlp& mlp, const SavedPointers<Acc<T>>& saved,
     const int64_t sample_bytes = sample_elements(p) * static_cast<int64_t>(sizeof(T));
     // Each block reads the weights again, so it should not be smaller than they are.
     const int64_t block = std::max<int64_t>(std::max(kBlockBytes, weight_bytes) / sample_bytes, 1);
-    parallel_units(p.batch, sample_bytes, [&](int64_t begin, int64_t end) {
+    parallel_items(p.batch, sample_bytes, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; b += block) {
         const int64_t last = std::min(b + block, end);
-        pool_units(p, prologue, x, b * units, last * units, partial);
+        pool_items(p, prologue, x, b * items, last * items, partial);
         pool_finish<A>(p, partial, b, last, saved.gap);
         A* const hidden = saved.hidden + b * p.inter;
         A* const attention = saved.attention + b * p.features();
         attention_hidden<A>(p, params, last - b, saved.gap + b * p.channels, hidden);
         attention_from_hidden<A>(p, params, last - b, hidden, attention);
-        recombine_units<T>(p, prologue, x, saved.attention, b * units, last * units, out);
+        recombine_items<T>(p, prologue, x, saved.attention, b * items, last * items, out);
       }
     });
     return;
   }
 
-  const int64_t bytes = unit_bytes(p, sizeof(T));
-  parallel_units(p.batch * units, bytes, [&](int64_t begin, int64_t end) {
-    pool_units(p, prologue, x, begin, end, partial);
+  const int64_t bytes = item_bytes(p, sizeof(T));
+  parallel_items(p.batch * items, bytes, [&](int64_t begin, int64_t end) {
+    pool_items(p, prologue, x, begin, end, partial);
   });
   pool_finish<A>(p, partial, 0, p.batch, saved.gap);
   attention_hidden<A>(p, params, p.batch, saved.gap, saved.hidden);
@@ -96,8 +96,8 @@ void forward(const Map& map, const Mlp& mlp, const SavedPointers<Acc<T>>& saved,
     params.bn1.set_statistics(saved.bn1_mean, saved.bn1_var, bn1.eps);
   }
   attention_from_hidden<A>(p, params, p.batch, saved.hidden, saved.attention);
-  parallel_units(p.batch * units, bytes, [&](int64_t begin, int64_t end) {
-    recombine_units<T>(p, prologue, x, saved.attention, begin, end, out);
+  parallel_items(p.batch * items, bytes, [&](int64_t begin, int64_t end) {
+    recombine_items<T>(p, prologue, x, saved.attention, begin, end, out);
   });
 }
 
@@ -123,12 +123,12 @@ void backward(const Map& map, const Mlp& mlp, const Tensor& dout_tensor,
   const Gradient<A> dfc2_weight(grads.dfc2_weight), dfc2_bias(grads.dfc2_bias);
   const Gradient<A> dbn1_weight(grads.dbn1_weight), dbn1_bias(grads.dbn1_bias);
 
-  const int64_t units = p.batch * units_per_sample(p);
-  const int64_t bytes = unit_bytes(p, sizeof(T));
+  const int64_t items = p.batch * items_per_sample(p);
+  const int64_t bytes = item_bytes(p, sizeof(T));
   const int64_t sample_sums = pool_backward_sums(prologue) * p.features();
   const auto partial = uninitialized<A>(p.batch * partials_per_sample(p) * sample_sums);
-  parallel_units(units, bytes, [&](int64_t begin, int64_t end) {
-    pool_backward_units(p, prologue, dout, x, begin, end, partial.get());
+  parallel_items(items, bytes, [&](int64_t begin, int64_t end) {
+    pool_backward_items(p, prologue, dout, x, begin, end, partial.get());
   });
   const auto sums = uninitialized<A>(p.batch * sample_sums);
   pool_backward_finish<A>(p, prologue, partial.get(), 0, p.batch, sums.get());
@@ -166,8 +166,8 @@ void backward(const Map& map, const Mlp& mlp, const Tensor& dout_tensor,
   }
   if (needs_dx) {
     advise_huge_pages(grads.dx);
-    parallel_units(units, bytes, [&](int64_t begin, int64_t end) {
-      recombine_backward_units<T>(p, prologue, statistics, dout, x, a, dgap.get(), begin, end,
+    parallel_items(items, bytes, [&](int64_t begin, int64_t end) {
+      recombine_backward_items<T>(p, prologue, statistics, dout, x, a, dgap.get(), begin, end,
                                   data<T>(grads.dx));
     });
   }

@@ -39,7 +39,7 @@ struct Convert {
 template <typename To, typename From>
 void convert(const From* from, int64_t count, To* to) {
   constexpr int64_t kChunk = 4096;
-  parallel_units((count + kChunk - 1) / kChunk, kChunk * (sizeof(To) + sizeof(From)),
+  parallel_items((count + kChunk - 1) / kChunk, kChunk * (sizeof(To) + sizeof(From)),
                  [&](int64_t begin, int64_t end) {
                    const int64_t first = begin * kChunk;
                    const int64_t n = std::min(end * kChunk, count) - first;
@@ -51,7 +51,7 @@ void convert(const From* from, int64_t count, To* to) {
 template <typename A, typename P>
 inline constexpr bool kMeets = std::is_same_v<P, float> || kReads<A, P>;
 
-// A parameter in the accumulator's type: in place where it has it already, else converted.
+// A parameter in the accumulator's type: in place if it has that already, else converted.
 template <typename A>
 class Widened {
  public:
@@ -85,7 +85,7 @@ class Widened {
   std::unique_ptr<A[]> owned_;
 };
 
-// An FC's weight as the kernels read it: as it is stored, but for float32 beside float64.
+// An FC's weight as the kernels read it: as it is stored, except float32 beside float64.
 template <typename A>
 class StoredWeight {
  public:
@@ -104,7 +104,7 @@ class StoredWeight {
   Weight weight_;
 };
 
-// The norm over F features with the statistics that it has; those of the batch come later.
+// The norm over F features with its own statistics; those of the batch come later.
 template <typename A>
 Norm<A> make_norm(const NormArguments& tensors, int64_t features) {
   Norm<A> norm;
@@ -155,7 +155,7 @@ class Gradient {
     return buffer_ ? buffer_.get() : is_needed(tensor_) ? data<A>(tensor_) : nullptr;
   }
 
-  // Into the tensor what is not there yet.
+  // Write the gradient into the tensor, unless it is there already.
   void store() const {
     if (!buffer_) {
       return;

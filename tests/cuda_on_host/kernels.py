@@ -42,8 +42,8 @@ def build_kernels(
     The files that are ``changed`` in a kind come from another ``csrc``, unoptimised, and in front:
     of a function that several files have, the linker takes the first.
     """
-    names = [path.relative_to(CSRC) for path in sorted(CSRC.glob("cuda/*.cu"))]
-    names = [name for name in names if name.name not in REAL_DEVICE] + [Path("problem.cpp")]
+    paths = [*sorted(CSRC.glob("cuda/*.cu")), *CSRC.glob("cuda/*.cpp"), CSRC / "problem.cpp"]
+    names = [path.relative_to(CSRC) for path in paths if path.name not in REAL_DEVICE]
 
     def sources(kind: str) -> list[Source]:
         others = changed.get(kind, ())

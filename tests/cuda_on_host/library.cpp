@@ -3,7 +3,7 @@
 
 #include "calls.h"
 #include "cuda/context.h"
-#include "cuda/kernels.h"
+#include "kernels.h"
 
 namespace resnest_fused::cuda {
 namespace {
