@@ -831,6 +831,8 @@ def test_largest_sample_of_an_empty_batch() -> None:
 
 def included_by(name: str) -> set[str]:
     """A file of csrc/ with all of ours that it includes."""
+    if name == "ops_generated.h":  # from the table, when the package is built
+        return {name}
     text = (ROOT / "csrc" / name).read_text()
     ours = re.findall(r'^#include "(.+)"', text, re.MULTILINE)
     return {name}.union(*map(included_by, ours))
