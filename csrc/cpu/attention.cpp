@@ -328,8 +328,7 @@ void attention_backward(const Problem& p, const AttentionParameters<A>& params, 
   template void attention_backward<A>(const Problem&, const AttentionParameters<A>&, bool,       \
                                       const A*, const A*, const A*, const A*,                    \
                                       const AttentionGradients<A>&);
-RF_INSTANTIATE(float)
-RF_INSTANTIATE(double)
+RF_FOR_EACH_ACC(RF_INSTANTIATE)
 #undef RF_INSTANTIATE
 
 }  // namespace resnest_fused::cpu

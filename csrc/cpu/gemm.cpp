@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "cpu/dtype.h"
 #include "cpu/lanes.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
@@ -231,15 +232,12 @@ void gemm_nn(int64_t groups, int64_t m, int64_t n, int64_t k, Matrices<const A> 
                  });
 }
 
-#define RF_INSTANTIATE(A, B)                                                               \
-  template void gemm_nt<A, B>(int64_t, int64_t, int64_t, int64_t, Matrices<const A>,       \
-                              Matrices<const B>, const A*, Matrices<A>);                   \
-  template void gemm_nn<A, B>(int64_t, int64_t, int64_t, int64_t, Matrices<const A>, bool, \
-                              Matrices<const B>, Matrices<A>);
-RF_INSTANTIATE(float, float)
-RF_INSTANTIATE(float, BFloat16)
-RF_INSTANTIATE(float, Half)
-RF_INSTANTIATE(double, double)
+#define RF_INSTANTIATE(T)                                                                      \
+  template void gemm_nt<Acc<T>, T>(int64_t, int64_t, int64_t, int64_t, Matrices<const Acc<T>>, \
+                                   Matrices<const T>, const Acc<T>*, Matrices<Acc<T>>);        \
+  template void gemm_nn<Acc<T>, T>(int64_t, int64_t, int64_t, int64_t, Matrices<const Acc<T>>, \
+                                   bool, Matrices<const T>, Matrices<Acc<T>>);
+RF_FOR_EACH_DTYPE(RF_INSTANTIATE)
 #undef RF_INSTANTIATE
 
 }  // namespace resnest_fused::cpu

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "cpu/dtype.h"
 #include "cpu/rows.h"
 #include "cpu/work_items.h"
 
@@ -326,18 +327,14 @@ void pool_backward_finish(const Problem& problem, const Prologue<A>& prologue, c
                               Acc<T>*);                                                            \
   template void pool_backward_items<T>(const Problem&, const Prologue<Acc<T>>&, const T*,          \
                                        const T*, int64_t, int64_t, Acc<T>*);
-RF_INSTANTIATE(float)
-RF_INSTANTIATE(double)
-RF_INSTANTIATE(BFloat16)
-RF_INSTANTIATE(Half)
+RF_FOR_EACH_DTYPE(RF_INSTANTIATE)
 #undef RF_INSTANTIATE
 
 #define RF_INSTANTIATE(A)                                                                      \
   template void pool_finish<A>(const Problem&, const A*, int64_t, int64_t, A*);                \
   template void pool_backward_finish<A>(const Problem&, const Prologue<A>&, const A*, int64_t, \
                                         int64_t, A*);
-RF_INSTANTIATE(float)
-RF_INSTANTIATE(double)
+RF_FOR_EACH_ACC(RF_INSTANTIATE)
 #undef RF_INSTANTIATE
 
 }  // namespace resnest_fused::cpu

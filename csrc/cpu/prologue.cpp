@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "cpu/dtype.h"
 #include "cpu/rows.h"
 #include "cpu/scratch.h"
 #include "cpu/work_items.h"
@@ -216,10 +217,7 @@ StatisticsGradient<A> statistics_gradient(const Prologue<A>& prologue, const A* 
 
 #define RF_INSTANTIATE(T) \
   template void batch_statistics<T>(const Problem&, const T*, Acc<T>*, Acc<T>*);
-RF_INSTANTIATE(float)
-RF_INSTANTIATE(double)
-RF_INSTANTIATE(BFloat16)
-RF_INSTANTIATE(Half)
+RF_FOR_EACH_DTYPE(RF_INSTANTIATE)
 #undef RF_INSTANTIATE
 
 #define RF_INSTANTIATE(A)                                                                        \
@@ -227,8 +225,7 @@ RF_INSTANTIATE(Half)
   template void prologue_dattention<A>(const Problem&, const Prologue<A>&, const A*, A*);        \
   template StatisticsGradient<A> statistics_gradient<A>(const Prologue<A>&, const A*, const A*); \
   template void prologue_backward<A>(const Problem&, const A*, const A*, const A*, A*, A*);
-RF_INSTANTIATE(float)
-RF_INSTANTIATE(double)
+RF_FOR_EACH_ACC(RF_INSTANTIATE)
 #undef RF_INSTANTIATE
 
 }  // namespace resnest_fused::cpu

@@ -3,6 +3,7 @@
 
 #include <utility>
 
+#include "cpu/dtype.h"
 #include "cpu/scratch.h"
 #include "cpu/work_items.h"
 
@@ -410,10 +411,7 @@ void recombine_backward_items(const Problem& problem, const Prologue<Acc<T>>& pr
   template void recombine_backward_items<T>(const Problem&, const Prologue<Acc<T>>&,               \
                                             const StatisticsGradient<Acc<T>>&, const T*, const T*, \
                                             const Acc<T>*, const Acc<T>*, int64_t, int64_t, T*);
-RF_INSTANTIATE(float)
-RF_INSTANTIATE(double)
-RF_INSTANTIATE(BFloat16)
-RF_INSTANTIATE(Half)
+RF_FOR_EACH_DTYPE(RF_INSTANTIATE)
 #undef RF_INSTANTIATE
 
 }  // namespace resnest_fused::cpu
