@@ -533,8 +533,8 @@ def test_training_has_one_way(mode: Mode) -> None:
 def covered(
     tiling: dict[str, int], samples: int, channels: int, pixels: int, nhwc: bool
 ) -> np.ndarray:
-    """How often (sample, channel, pixel) is visited, from what tiling.h says of `Tiling` and map.cuh
-    of vectors: those of NCHW start at multiples of their size in memory."""
+    """How often (sample, channel, pixel) is visited, from what tiling.h says of `Tiling` and
+    map.cuh of vectors: those of NCHW start at multiples of their size in memory."""
     count = np.zeros((samples, channels, pixels), np.int64)
     threads, lanes, vector = tiling["threads"], tiling["lanes"], tiling["vector"]
     per_sample = tiling["channel_blocks"] * tiling["chunks"]
