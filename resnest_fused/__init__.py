@@ -3,14 +3,14 @@
 from resnest_fused import models
 from resnest_fused.backends import BackendStatus, backends, use_backend
 from resnest_fused.functional import split_attention
-from resnest_fused.fuse import FuseReport, fuse, unfuse
+from resnest_fused.fusing import FuseEntry, FuseReport, VerifyReport, fuse, unfuse, verify
 from resnest_fused.modules import FusedSplitAttention, FusedSplitAttentionConv2d
 from resnest_fused.reference import BatchNormArgs, SplitAttention, SplitAttentionConv2d
-from resnest_fused.verify import VerifyReport, verify
 
 __all__ = [
     "BackendStatus",
     "BatchNormArgs",
+    "FuseEntry",
     "FuseReport",
     "FusedSplitAttention",
     "FusedSplitAttentionConv2d",

@@ -25,8 +25,7 @@ import resnest_fused
 from resnest_fused import compare, images, models, sources
 from resnest_fused.agreement import KINDS, Check
 from resnest_fused.backends import backends, choose, native
-from resnest_fused.fuse import FuseReport, fuse
-from resnest_fused.verify import VerifyReport
+from resnest_fused.fusing import FuseReport, VerifyReport, fuse
 
 _SEED = 0
 _CLASSES = 1000

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from resnest_fused.agreement import Check, relative_error, worst
-from resnest_fused.verify import VerifyReport, verify
+from resnest_fused.fusing import VerifyReport, verify
 
 # In float32 1e-5, which is 84 units of rounding; in float64 as many.
 _UNITS = 1e-5 / torch.finfo(torch.float32).eps

@@ -82,6 +82,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: as :func:`read_checkpoint`, or keys or shapes differ from the model's. The
             model is then as it was.
+        RuntimeError: the model's norms are folded; see :func:`resnest_fused.fuse`.
     """
     state, expected = read_checkpoint(path), model.state_dict()
     complaints = [
