@@ -14,10 +14,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._pytree import tree_map
 
-from resnest_fused import agreement
 from resnest_fused import fold as folding
-from resnest_fused.agreement import Call, Check, Form, Incomparable, tensors_of
 from resnest_fused.fuse import unfused_class
+from resnest_fused.measure import agreement
+from resnest_fused.measure.agreement import Call, Check, Form, Incomparable, tensors_of
 from resnest_fused.modules import FusedSplitAttention, FusedSplitAttentionConv2d
 
 

@@ -36,9 +36,9 @@ from test_fuse import features
 from torch import Tensor, nn
 
 import resnest_fused as rf
-from resnest_fused import agreement
-from resnest_fused.agreement import Call, Form
 from resnest_fused.backends import choose, native
+from resnest_fused.measure import agreement
+from resnest_fused.measure.agreement import Call, Form
 
 # The name in the package is the function's.
 _PeerForward = sys.modules["resnest_fused.fuse"]._TimmForward
