@@ -53,7 +53,8 @@ def test_top_five(second: float, gap: float, passed: bool) -> None:
 def test_networks_are_left_as_they_were() -> None:
     torch.manual_seed(0)
     reference = nn.Sequential(
-        SplitAttentionConv2d(3, 8, 3),
+        nn.Conv2d(3, 8, 3),
+        SplitAttentionConv2d(8, 8, 3),
         SplitAttentionConv2d(8, 16, 3, cardinality=2),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),

@@ -16,7 +16,18 @@ from resnest_fused.cli import compare, info
 _UsageError: Any = typer.BadParameter.__base__
 
 
-class _Commands(TyperGroup):
+class _PlainFlags:
+    """Shows flags without a type, which typer would show as <bool>."""
+
+    def get_params(self, context: Any) -> list[Any]:
+        params = super().get_params(context)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return params
+
+
+class _Commands(_PlainFlags, TyperGroup):
     """Reports a wrong command line in one line, where typer draws a box."""
 
     def main(self, *args: Any, **options: Any) -> Any:
@@ -32,7 +43,7 @@ class _Commands(TyperGroup):
         sys.exit(code or 0)
 
 
-class _Command(TyperCommand):
+class _Command(_PlainFlags, TyperCommand):
     """Imports all of the package, which is not needed to start and to show help, and then runs."""
 
     def invoke(self, context: Any) -> Any:

@@ -63,16 +63,22 @@ def run(
     ] = "resnest50",
     image: Annotated[
         list[Path] | None,
-        typer.Option(help="A photo as input; repeat for several. Default: seeded random pictures."),
+        typer.Option(
+            help="A photo as input; repeat for several. Default: seeded random pictures.",
+            metavar="FILE",
+        ),
     ] = None,
     weights: Annotated[
         Path | None,
-        typer.Option(help="A checkpoint of the model. Default: seeded random weights."),
+        typer.Option(
+            help="A checkpoint of the model. Default: seeded random weights.", metavar="FILE"
+        ),
     ] = None,
     batch: Annotated[
         int | None,
         typer.Option(
             min=1,
+            metavar="N",
             help="Batch size; images are repeated, with --train as random crops. "
             f"Default: the number of images; with --train at least {_TRAIN_BATCH}.",
         ),
@@ -83,8 +89,8 @@ def run(
     dtype: Annotated[
         _DType,
         typer.Option(
-            help="Of weights and input; long names such as bfloat16 are known too.",
-            metavar="|".join(_DTYPES),
+            help=f"Of weights and input: {', '.join(_DTYPES)}, or a long name such as bfloat16.",
+            metavar="NAME",
         ),
     ] = _DType.fp32,
     channels_last: Annotated[
@@ -95,10 +101,21 @@ def run(
     ] = False,
     device: Annotated[
         str | None,
-        typer.Option(help="Default: the GPU if there is one.", metavar="cpu|cuda|cuda:N"),
+        typer.Option(
+            help="Where to run: cpu, cuda or cuda:N. Default: the GPU if there is one.",
+            metavar="NAME",
+        ),
     ] = None,
-    backend: Annotated[_Backend, typer.Option(help="Of the fused network.")] = _Backend.auto,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each network.")] = 10,
+    backend: Annotated[
+        _Backend,
+        typer.Option(
+            help=f"Of the fused network: {', '.join(name.value for name in _Backend)}.",
+            metavar="NAME",
+        ),
+    ] = _Backend.auto,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Timed calls of each network.", metavar="N")
+    ] = 10,
 ) -> None:
     """Run a network and its fused copy on the same weights and input.
 
