@@ -30,8 +30,8 @@ from typing import Any
 import gpu_summary
 import torch
 from capture import prepare
+from contenders import check, exact_step, make_module, make_step, random_maps
 from grid import STAGES, Case
-from interleave import check, exact_step, make_module, make_step, random_maps
 from torch import Tensor, nn
 
 import resnest_fused as rf

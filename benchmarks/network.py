@@ -17,7 +17,7 @@ from resnest_fused.measure.networks import step as train_step
 from resnest_fused.measure.timing import Work, take_turns
 
 SIDE = 224
-# Bound on the relative difference of logits or loss; see interleave.py for what it is there for.
+# Bound on the relative difference of logits or loss; see contenders.py for what it is there for.
 TOLERANCE = 1e-3
 
 

@@ -6,8 +6,8 @@ import itertools
 
 import gpu_summary
 import pytest
+from contenders import interleave
 from grid import DTYPES, FORMS, GRIDS, LAYOUTS, STAGES, Case
-from interleave import interleave
 from network import Result, Workload
 from summary import extra_info, network_info, network_table, relative_iqr, table
 

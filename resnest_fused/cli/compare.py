@@ -172,6 +172,8 @@ def run(
     for network in (reference, fused):
         network.to(**options)
     target = _make_target(reference, x) if train else None
+    for network in (reference, fused):
+        network.train(train)
 
     facts = screen.make_facts()
     facts.add_row("model", f"{model}, {'training step' if train else 'eval'}")

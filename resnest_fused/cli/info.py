@@ -87,7 +87,7 @@ def _print(facts: dict[str, Any]) -> None:
         table.add_row(status["name"], "yes" if status["available"] else "no", status["reason"])
     screen.print_table(console, "Backends, in the order in which auto tries them", table)
     if facts["environment"]:
-        table = screen.make_table("name", "value", "")
+        table = screen.make_table("name", "value", "effect")
         for setting in (environment.Setting(**fields) for fields in facts["environment"]):
             table.add_row(setting.name, setting.value, str(setting))
         screen.print_table(console, "Environment variables that are set", table)

@@ -19,7 +19,7 @@ def peak_memory(call: Callable[[], object], device: torch.device | None = None) 
 
     On a CPU these are the tensors that eager PyTorch operators return. The scratch memory that an
     operator takes and frees does not count. On a GPU these are all bytes of the caching allocator,
-    with scratch memory. There ``call`` runs twice, because the first run makes what libraries keep.
+    with scratch memory. A first call on a GPU also makes what libraries keep, so make one before.
 
     Example::
 
@@ -31,7 +31,6 @@ def peak_memory(call: Callable[[], object], device: torch.device | None = None) 
         device: where it runs; None for the CPU.
     """
     if device is not None and device.type == "cuda":
-        call()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()
