@@ -181,10 +181,12 @@ def run(
     names = [path.name for path in image or []]
     facts.add_row("input", f"{', '.join(names) or 'random pictures'}: {_describe(x)}")
     facts.add_row("fused", _summary(report))
-    unfused = chosen == "reference" and backend is _Backend.auto
-    facts.add_row("backend", chosen + (", as no fused one can run; see info" if unfused else ""))
+    settings = environment.active_settings(statuses)
+    asked = backend.value == chosen or any(s.name == "RESNEST_FUSED_BACKEND" for s in settings)
+    reason = ", as no fused one can run; see info"
+    facts.add_row("backend", chosen + (reason if chosen == "reference" and not asked else ""))
     facts.add_row("device", _describe_device(place))
-    for setting in environment.active_settings(statuses):
+    for setting in settings:
         facts.add_row(setting.name, f"{setting.value}: {setting}")
     console.print(facts)
 
