@@ -333,7 +333,7 @@ def test_info_as_json() -> None:
         {
             "name": "TRITON_INTERPRET",
             "value": "1",
-            "effect": "1 runs Triton kernels on CPU tensors, slowly",
+            "effect": "Triton's slow interpreter, on CPU tensors: 1 is on, 0 off",
             "wrong": False,
         }
     ]
@@ -367,7 +367,8 @@ def in_a_new_process(
             (
                 "RESNEST_FUSED_BACKEND reference calls whose backend is auto run on reference",
                 "RESNEST_FUSED_CPU_CAPABILITY baseline the CPU kernels use baseline instructions",
-                "RESNEST_FUSED_AUTOTUNE 1 1 times Triton's block sizes at first calls, 0 does not",
+                "RESNEST_FUSED_AUTOTUNE 1 timing of Triton's block sizes at first calls: 1 is on, "
+                "0 off",
                 "RESNEST_FUSED_CUDA_STRATEGY launches the CUDA kernels evaluate by the strategy "
                 "launches",
                 "RESNEST_FUSED_SKIP_NATIVE 1 read by pip install; without effect now",
@@ -501,11 +502,11 @@ def test_the_gpu_is_the_default_where_there_is_one(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("ratios", "rounds", "expected"),
     [
-        ([1.05, 1.06, 1.08, 1.10, 1.11] * 2, 10, "It is 1.08x as fast: 1.06x to 1.10x in the"),
-        ([0.93] * 10, 10, "It is 0.93x as fast: 0.93x to 0.93x in the middle 60 % of 10 rounds."),
-        ([1.2, 1.3, 1.5, 2.1, 2.2] * 2, 10, "It is faster, but the rounds differ too much for one"),
-        ([0.5, 0.9] * 5, 10, "It is slower, but the rounds differ too much for one figure: 0.50x"),
-        ([0.95, 1.07] * 5, 10, "No difference in speed beyond noise: 0.95x to 1.07x in the middle"),
+        ([1.05, 1.06, 1.08, 1.10, 1.11] * 2, 10, "It is 1.08x as fast: 1.06x to 1.10x (20-80 %"),
+        ([0.93] * 10, 10, "It is 0.93x as fast: 0.93x to 0.93x (20-80 % of 10 rounds)."),
+        ([1.2, 1.3, 1.5, 2.1, 2.2] * 2, 10, "It is faster, but unevenly: 1.28x to 2.12x (20-80 %"),
+        ([0.5, 0.9] * 5, 10, "It is slower, but unevenly: 0.50x to 0.90x"),
+        ([0.95, 1.07] * 5, 10, "The speed-up cannot be told from noise: 0.95x to 1.07x"),
         ([1.5] * 5, 5, "Too few --repeats to tell speed from noise: 5, at least 6."),
     ],
 )

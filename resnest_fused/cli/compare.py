@@ -387,13 +387,13 @@ def _describe_speed(speedup: Speedup, rounds: int) -> str:
 
     if rounds < FEWEST_ROUNDS:
         return f"Too few --repeats to tell speed from noise: {rounds}, at least {FEWEST_ROUNDS}."
-    spread = f"{speedup.low:.2f}x to {speedup.high:.2f}x in the middle 60 % of {rounds} rounds"
+    spread = f"{speedup.low:.2f}x to {speedup.high:.2f}x (20-80 % of {rounds} rounds)"
     if speedup.is_noise:
-        return f"No difference in speed beyond noise: {spread}."
+        return f"The speed-up cannot be told from noise: {spread}."
     if speedup.is_figure:
         return f"It is {speedup.median:.2f}x as fast: {spread}."
     verdict = "faster" if speedup.median > 1 else "slower"
-    return f"It is {verdict}, but the rounds differ too much for one figure: {spread}."
+    return f"It is {verdict}, but unevenly: {spread}."
 
 
 def _describe(x: Tensor) -> str:

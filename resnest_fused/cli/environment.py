@@ -13,11 +13,11 @@ _INSTALLING = "read by pip install; without effect now"
 _EFFECTS = {
     "RESNEST_FUSED_BACKEND": "calls whose backend is auto run on {value}",
     "RESNEST_FUSED_CPU_CAPABILITY": "the CPU kernels use {value} instructions",
-    "RESNEST_FUSED_AUTOTUNE": "1 times Triton's block sizes at first calls, 0 does not",
+    "RESNEST_FUSED_AUTOTUNE": "timing of Triton's block sizes at first calls: 1 is on, 0 off",
     "RESNEST_FUSED_CUDA_STRATEGY": "the CUDA kernels evaluate by the strategy {value}",
     "RESNEST_FUSED_CUDA": _INSTALLING,
     "RESNEST_FUSED_SKIP_NATIVE": _INSTALLING,
-    "TRITON_INTERPRET": "1 runs Triton kernels on CPU tensors, slowly",
+    "TRITON_INTERPRET": "Triton's slow interpreter, on CPU tensors: 1 is on, 0 off",
 }
 # Read by C++ at a call on a GPU, so no backend reports a wrong one.
 _STRATEGIES = ("fastest", "launches", "persistent")
