@@ -441,7 +441,7 @@ def test_help(arguments: tuple[str, ...]) -> None:
     assert tuple(backend.value for backend in _Backend) == NAMES
     result = run(*arguments, "--help")
     assert result.exit_code == 0
-    assert "Usage: resnest-fused" in result.output
+    assert "Usage:" in result.output
     for absent in ("<bool>", "BOOLEAN", "…"):
         assert absent not in result.output
     if not arguments:
