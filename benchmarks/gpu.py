@@ -29,13 +29,15 @@ from typing import Any
 
 import gpu_summary
 import torch
+from capture import prepare
+from contenders import check, exact_step, make_module, make_step, random_maps
 from grid import STAGES, Case
-from interleave import check, exact_step, make_module, make_step, random_maps
-from stopwatch import prepare, take_turns
 from torch import Tensor, nn
 
 import resnest_fused as rf
-from resnest_fused import agreement, compare
+from resnest_fused.measure import agreement
+from resnest_fused.measure.networks import step as train_step
+from resnest_fused.measure.timing import Timing, take_turns
 from resnest_fused.ops import (
     FcArguments,
     MapArguments,
@@ -53,6 +55,8 @@ LAYOUTS = ("channels_last", "NCHW")
 # Below this many bytes a call's kernels may take less than its way through Python: it is replayed.
 GRAPH_BYTES = 2e9
 MAX_SETS = 128
+# What is timed at once lasts as long, far above an event's resolution and its own cost.
+BURST_S = 2e-3
 ROUNDS = 15
 NETWORK_ROUNDS = 7
 # Bound on the relative difference of logits in bfloat16, there to notice a wrong network.
@@ -103,8 +107,9 @@ class Bench:
                     raise
                 print(f"  {name} cannot be captured: {error}".partition("\n")[0], flush=True)
                 works[name] = prepare(steps, self.device, graph=False)
-        timings = take_turns(works, 2 if self.quick else rounds)
-        for name, timing in timings.items():
+        samples = take_turns(works, 2 if self.quick else rounds, burst=BURST_S, settle=True)
+        for name, seconds in samples.items():
+            timing = Timing.of(seconds)
             moved = floor_bytes.get(name)
             rate = moved / timing.median if moved else None
             self.rows.append(
@@ -230,7 +235,7 @@ class Bench:
             if not train:
                 return network(x)
             with torch.autocast(self.device.type, torch.bfloat16):
-                return compare.step(network, x, target)
+                return train_step(network, x, target)
 
         steps = {
             name: [lambda network=network: step(network)] for name, network in networks.items()

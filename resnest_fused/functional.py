@@ -55,7 +55,7 @@ def split_attention(
         relu: z = relu(x) when bn0 is None; False when x is already activated.
         training: normalise with batch statistics (and update the running ones in place), unless
             the ``BatchNormArgs`` says otherwise.
-        backend: "auto", "native" or "reference"; "auto" takes what ``use_backend`` or
+        backend: "auto", "native", "triton" or "reference"; "auto" takes what ``use_backend`` or
             ``RESNEST_FUSED_BACKEND`` says, else the first that can run this call.
 
     Returns:

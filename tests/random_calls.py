@@ -36,10 +36,10 @@ from test_fuse import features
 from torch import Tensor, nn
 
 import resnest_fused as rf
-from resnest_fused import agreement
-from resnest_fused.agreement import Call, Form
 from resnest_fused.backends import choose, native
 from resnest_fused.fusing.adapters.timm import TimmForward
+from resnest_fused.measure import agreement
+from resnest_fused.measure.agreement import Call, Form
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -12,9 +12,9 @@ import resnest_fused as rf
 ROOT = Path(rf.__file__).parent
 # From the top down. A file is in the layer of the longest name that its own begins with.
 LAYERS = (
+    ("__main__",),
     ("cli",),
     ("training",),
-    ("compare", "sources", "images"),
     ("__init__",),
     ("models",),
     ("fusing",),
@@ -32,7 +32,7 @@ LAYERS = (
     ("backends",),
     ("reference", "checks"),
     ("ops",),
-    ("sync", "tracing", "agreement", "measure"),
+    ("sync", "tracing", "measure"),
 )
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -17,7 +17,8 @@ from test_fuse import assert_folds, assert_fuses, features, randomise, reason_le
 from torch import Tensor, nn
 
 from resnest_fused import fuse, unfuse
-from resnest_fused.fusing import adapters, registry
+from resnest_fused.fusing import adapters
+from resnest_fused.models import registry
 
 pytestmark = pytest.mark.peers
 
@@ -366,9 +367,8 @@ def test_model_in_training(name):
     ],
 )
 def test_networks_are_built_by_name(name, size):
-    origin, _, name = name.partition(":")
-    network = registry.BUILDERS[origin](name)
-    assert network.size == size and fuse(network.model)
-    assert (network.preprocess is None) == (origin == "official")
-    with pytest.raises(ValueError, match="has no model 'vgg16_x'"):
-        registry.BUILDERS[origin]("vgg16_x")
+    network = registry.create(name)
+    assert registry.preprocessing(name, network).size == size and fuse(network)
+    origin, _, _ = name.partition(":")
+    with pytest.raises(ValueError, match="has no model vgg16_x"):
+        registry.create(f"{origin}:vgg16_x")

@@ -20,7 +20,8 @@ from torch.nn.utils import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 import resnest_fused as rf
-from resnest_fused import agreement, modules
+from resnest_fused import modules
+from resnest_fused.measure import agreement
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SPLIT_ATTENTION = modules.split_attention

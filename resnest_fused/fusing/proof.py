@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import Identity
 
-from resnest_fused import agreement
-from resnest_fused.agreement import Call, Form, Incomparable
+from resnest_fused.measure import agreement
+from resnest_fused.measure.agreement import Call, Form, Incomparable
 
 # Batch, height and width. There are more than two samples, since normalising two gives +1 and -1.
 _SHAPES = ((5, 6, 5), (3, 1, 1), (4, 9, 12))

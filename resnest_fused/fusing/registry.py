@@ -18,8 +18,8 @@ _FOLDS = {path: pairs for adapter in ADAPTERS for path, pairs in adapter.folds.i
 
 # The classes of split attention that can be fused.
 KNOWN = tuple(_FUSED)
-# What builds the network of a name such as "timm:resnest50d", by the word in front of the colon.
-BUILDERS = {adapter.name: adapter.build for adapter in ADAPTERS if adapter.build is not None}
+# The peers' networks, by the word in front of the colon in a name such as "timm:resnest50d".
+NETWORKS = {adapter.name: adapter.networks for adapter in ADAPTERS if adapter.networks is not None}
 
 
 def fused_class(original: type) -> type[FusedModule]:

@@ -14,11 +14,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._pytree import tree_map
 
-from resnest_fused import agreement
-from resnest_fused.agreement import Call, Check, Form, Incomparable, tensors_of
 from resnest_fused.children import path_of
 from resnest_fused.fusing import folding
 from resnest_fused.fusing.swap import unfused_class
+from resnest_fused.measure import agreement
+from resnest_fused.measure.agreement import Call, Check, Form, Incomparable, tensors_of
 from resnest_fused.modules import FusedModule
 
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from resnest_fused.modules import FusedModule
 
+# From an RGB picture to a part of a network's input, (3, size, size).
+Transform = Callable[[Any], Tensor]
 # The names of children: each convolution with the norm that follows it.
 Pairs = tuple[tuple[str, str], ...]
 
@@ -19,18 +21,34 @@ BLOCK: Pairs = (("conv1", "bn1"), ("conv3", "bn3"))
 STEM: Pairs = (("conv1", "bn1"),)
 
 
-class Network(NamedTuple):
-    """A peer's network, built by its name.
+class Networks:
+    """The networks of one kind of peer, by names without the word in front of the colon.
 
-    Attributes:
-        model: the network, its split attention unfused.
-        size: the side of its input in pixels.
-        preprocess: from an RGB picture to the input ``(3, size, size)``; None for the common one.
+    Its constructor raises ValueError where the peer's package cannot be imported.
     """
 
-    model: nn.Module
-    size: int
-    preprocess: Callable[[Any], Tensor] | None = None
+    def title(self) -> str:
+        """What the peer is called in errors."""
+        raise NotImplementedError
+
+    def names(self) -> list[str]:
+        """The networks that it has."""
+        raise NotImplementedError
+
+    def has(self, name: str) -> bool:
+        """Whether it has this network."""
+        return name in self.names()
+
+    def build(self, name: str, options: dict[str, Any]) -> nn.Module:
+        """One of its networks, its split attention unfused, with random weights."""
+        raise NotImplementedError
+
+    def preprocessing(self, name: str, model: nn.Module) -> tuple[int, Transform | None]:
+        """The side of a network's input in pixels, and what makes it of a picture.
+
+        None stands for the official transform.
+        """
+        raise NotImplementedError
 
 
 class Adapter(NamedTuple):
@@ -41,15 +59,14 @@ class Adapter(NamedTuple):
         attentions: the peer's classes of split attention, by the names of their fused classes.
         fused_class: the fused class of a name.
         folds: the convolutions and norms in other classes of the peer, by class.
-        build: a network from its name, with random weights; None where ``models`` builds it.
-            Raises ValueError where there is none of this name, or the package cannot be imported.
+        networks: the peer's networks; None where ``models`` has them.
     """
 
     name: str
     attentions: Mapping[str, str]
     fused_class: Callable[[str], type[FusedModule]]
     folds: Mapping[str, Pairs]
-    build: Callable[[str], Network] | None = None
+    networks: type[Networks] | None = None
 
 
 class PeerAttention(FusedModule):

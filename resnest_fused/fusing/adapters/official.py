@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -10,8 +11,9 @@ from resnest_fused.fusing.adapters.base import (
     BLOCK,
     STEM,
     Adapter,
-    Network,
+    Networks,
     PeerAttention,
+    Transform,
     fused_classes,
     import_peer,
 )
@@ -59,14 +61,24 @@ class OfficialForward(PeerAttention):
         )
 
 
-def _build(name: str) -> Network:
-    # Both layouts export the builders here.
-    package = import_peer("resnest.torch", "--no-deps resnest==0.0.5")
-    builder = getattr(package, name, None)
-    if not name.startswith("resnest") or not inspect.isfunction(builder):
-        raise ValueError(f"the official package has no model {name!r}")
-    return Network(builder(), _SIZES.get(name, 224))
+class _Networks(Networks):
+    def __init__(self) -> None:
+        # Both layouts export the builders here.
+        self._package = import_peer("resnest.torch", "--no-deps resnest==0.0.5")
+
+    def title(self) -> str:
+        return "the official package"
+
+    def names(self) -> list[str]:
+        functions = inspect.getmembers(self._package, inspect.isfunction)
+        return [name for name, _ in functions if name.startswith("resnest")]
+
+    def build(self, name: str, options: dict[str, Any]) -> nn.Module:
+        return getattr(self._package, name)(**options)
+
+    def preprocessing(self, name: str, model: nn.Module) -> tuple[int, Transform | None]:
+        return _SIZES.get(name, 224), None
 
 
 __getattr__ = fused_classes(__name__, _ATTENTIONS, OfficialForward)
-ADAPTER = Adapter("official", _ATTENTIONS, __getattr__, _FOLDS, _build)
+ADAPTER = Adapter("official", _ATTENTIONS, __getattr__, _FOLDS, _Networks)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
+
+from torch import Tensor, nn
 
 from resnest_fused.fusing.adapters.base import (
     BLOCK,
     STEM,
     Adapter,
-    Network,
+    Networks,
     PeerAttention,
+    Transform,
     fused_classes,
     import_peer,
 )
@@ -46,14 +49,28 @@ class TimmForward(PeerAttention):
         )
 
 
-def _build(name: str) -> Network:
-    timm = import_peer("timm", "timm")
-    if not timm.is_model(name):
-        raise ValueError(f"timm {timm.__version__} has no model {name!r}")
-    model = timm.create_model(name)
-    config = timm.data.resolve_model_data_config(model)
-    return Network(model, config["input_size"][-1], timm.data.create_transform(**config))
+class _Networks(Networks):
+    def __init__(self) -> None:
+        self._package = import_peer("timm", "timm")
+
+    def title(self) -> str:
+        return f"timm {self._package.__version__}"
+
+    def names(self) -> list[str]:
+        return self._package.list_models()
+
+    def has(self, name: str) -> bool:
+        # Names may have a tag for pretrained weights, which the list leaves out.
+        return self._package.is_model(name)
+
+    def build(self, name: str, options: dict[str, Any]) -> nn.Module:
+        return self._package.create_model(name, **options)
+
+    def preprocessing(self, name: str, model: nn.Module) -> tuple[int, Transform | None]:
+        data = self._package.data
+        config = data.resolve_model_data_config(model)
+        return config["input_size"][-1], data.create_transform(**config)
 
 
 __getattr__ = fused_classes(__name__, _ATTENTIONS, TimmForward)
-ADAPTER = Adapter("timm", _ATTENTIONS, __getattr__, _FOLDS, _build)
+ADAPTER = Adapter("timm", _ATTENTIONS, __getattr__, _FOLDS, _Networks)
