@@ -16,11 +16,11 @@ from torch import Tensor
 
 from resnest_fused import reference, sync
 from resnest_fused.backends import FusedBackend, kernels
-from resnest_fused.ops import TABLE, FcArguments, MapArguments, NormArguments, Op
+from resnest_fused.ops import TABLE, MapArguments, NormArguments, Op
 from resnest_fused.reference import BatchNormArgs
 
 _TRAIN, _POOL, _RECOMBINE = (TABLE[n] for n in ("split_attention_train", "pool", "recombine"))
-_ABSENT = NormArguments(None, None, None, None, 0.0, False)
+_ABSENT = (None, None, None, None, 0.0, False)
 
 
 class Statistics(NamedTuple):
@@ -31,13 +31,13 @@ class Statistics(NamedTuple):
     elements: int | Tensor
 
 
-def _norm(bn: BatchNormArgs | None, batch_stats: bool) -> NormArguments:
-    """The norm as the ops take it; the batch's statistics come later."""
+def _norm(bn: BatchNormArgs | None, batch_stats: bool) -> tuple[Any, ...]:
+    """The norm's fields as in ``NormArguments``; the batch's statistics come later."""
     if bn is None:
         return _ABSENT
     if batch_stats:
-        return NormArguments(bn.weight, bn.bias, None, None, bn.eps, True)
-    return NormArguments(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, False)
+        return bn.weight, bn.bias, None, None, bn.eps, True
+    return bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, False
 
 
 def _records(op: Op, args: Sequence[Any]) -> bool:
@@ -59,17 +59,18 @@ def _records(op: Op, args: Sequence[Any]) -> bool:
 
 def split_attention(
     backend: str,
-    x: MapArguments,
+    x: tuple[Any, ...],
     bn0: BatchNormArgs | None,
     bn0_batch_stats: bool,
-    fcs: FcArguments,
+    fcs: tuple[Any, ...],
     bn1: BatchNormArgs | None,
     bn1_batch_stats: bool,
 ) -> tuple[Tensor, Statistics | None, Statistics | None]:
     """Run checked arguments on the named backend.
 
-    Returns out and the batch statistics of bn0 and of bn1, None where others normalised. Without a
-    gradient to compute nothing is saved.
+    x and fcs are the fields of ``MapArguments`` and of ``FcArguments``. Returns out and the batch
+    statistics of bn0 and of bn1, None where others normalised. Without a gradient to compute
+    nothing is saved.
     """
     args = (*x, *_norm(bn0, bn0_batch_stats), *fcs, *_norm(bn1, bn1_batch_stats))
     if _records(_TRAIN, args):
@@ -191,7 +192,7 @@ def attend(
     Returns out and bn0's batch statistics, None where others normalised. With a process group in
     bn0 they are those of all its processes.
     """
-    norm, statistics, shared = _norm(bn0, batch_stats), None, _Shared()
+    norm, statistics, shared = NormArguments(*_norm(bn0, batch_stats)), None, _Shared()
     # float before the Functions: Dynamo may hold it as a symbol.
     norm = norm._replace(eps=float(norm.eps), batch_stats=False)
     if batch_stats:
