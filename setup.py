@@ -256,8 +256,10 @@ def native_build(wants_cuda: bool | None) -> dict[str, Any]:
     cuda = find_cuda(wants_cuda, torch, cpp_extension.CUDA_HOME, os.environ)
     csrc = Path("csrc")
     hash_sources = runpy.run_path("resnest_fused/backends/binary.py")["hash_sources"]
+    write_ops = runpy.run_path("csrc/generate_ops.py")["write"]
     module_only = csrc / "ops.cpp"
-    shared = set(csrc.glob("*.cpp")) - {module_only}
+    # Of the module, too: in Python the planner of CUDA launches needs no GPU.
+    shared = {*csrc.glob("*.cpp"), *csrc.glob("cuda/*.cpp")} - {module_only}
     # torch's headers, pybind11 among them, as system ones: warnings are for our code.
     torch_includes = cpp_extension.include_paths()
     cxx_flags = CXX_FLAGS + [f"-isystem{path}" for path in torch_includes]
@@ -303,7 +305,7 @@ def native_build(wants_cuda: bool | None) -> dict[str, Any]:
         def build_extensions(self) -> None:
             facts = {
                 "VERSION": self.distribution.get_version(),
-                "SOURCES": hash_sources(csrc),
+                "SOURCES": hash_sources(Path.cwd()),
                 "TORCH_VERSION": str(torch.__version__),
                 "CXX_FLAGS": " ".join(CXX_FLAGS),
                 "CUDA_STATUS": cuda.status,
@@ -311,6 +313,11 @@ def native_build(wants_cuda: bool | None) -> dict[str, Any]:
             }
             literals = {f"RESNEST_FUSED_{name}": json.dumps(fact) for name, fact in facts.items()}
             extensions[0].define_macros = [*extensions[0].define_macros, *literals.items()]
+            generated = Path(self.build_temp, "generated").resolve()
+            generated.mkdir(parents=True, exist_ok=True)
+            write_ops(generated / "ops_generated.h")
+            for extension in extensions:
+                extension.include_dirs = [*extension.include_dirs, str(generated)]
             print(f"resnest_fused {facts['VERSION']}: building")
             for extension in extensions:
                 print(f"  {extension.name}: {' '.join(extension.sources)}")

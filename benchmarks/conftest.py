@@ -12,8 +12,8 @@ import network
 import pytest
 import summary
 import torch
+from contenders import interleave
 from grid import GRIDS, Case
-from interleave import interleave
 from network import Workload
 
 import resnest_fused as rf

@@ -29,13 +29,22 @@ from typing import Any
 
 import gpu_summary
 import torch
+from capture import prepare
+from contenders import check, exact_step, make_module, make_step, random_maps
 from grid import STAGES, Case
-from interleave import check, exact_step, make_module, make_step, random_maps
-from stopwatch import prepare, take_turns
 from torch import Tensor, nn
 
 import resnest_fused as rf
-from resnest_fused import agreement, compare
+from resnest_fused.measure import agreement
+from resnest_fused.measure.networks import step as train_step
+from resnest_fused.measure.timing import Timing, take_turns
+from resnest_fused.ops import (
+    FcArguments,
+    MapArguments,
+    NormArguments,
+    SavedArguments,
+    TrainResults,
+)
 
 OPS = {"native": torch.ops.resnest_fused, "triton": torch.ops.resnest_fused_triton}
 STRATEGY = "RESNEST_FUSED_CUDA_STRATEGY"
@@ -46,6 +55,8 @@ LAYOUTS = ("channels_last", "NCHW")
 # Below this many bytes a call's kernels may take less than its way through Python: it is replayed.
 GRAPH_BYTES = 2e9
 MAX_SETS = 128
+# What is timed at once lasts as long, far above an event's resolution and its own cost.
+BURST_S = 2e-3
 ROUNDS = 15
 NETWORK_ROUNDS = 7
 # Bound on the relative difference of logits in bfloat16, there to notice a wrong network.
@@ -96,8 +107,9 @@ class Bench:
                     raise
                 print(f"  {name} cannot be captured: {error}".partition("\n")[0], flush=True)
                 works[name] = prepare(steps, self.device, graph=False)
-        timings = take_turns(works, 2 if self.quick else rounds)
-        for name, timing in timings.items():
+        samples = take_turns(works, 2 if self.quick else rounds, burst=BURST_S, settle=True)
+        for name, seconds in samples.items():
+            timing = Timing.of(seconds)
             moved = floor_bytes.get(name)
             rate = moved / timing.median if moved else None
             self.rows.append(
@@ -223,7 +235,7 @@ class Bench:
             if not train:
                 return network(x)
             with torch.autocast(self.device.type, torch.bfloat16):
-                return compare.step(network, x, target)
+                return train_step(network, x, target)
 
         steps = {
             name: [lambda network=network: step(network)] for name, network in networks.items()
@@ -276,44 +288,47 @@ def _phases(
 ) -> dict[str, tuple[int, Step]]:
     """Each op of the case with the units of out that it must move, reading each map once."""
     radix, bn0, bn1 = case.radix, case.form == "after conv", module.bn1
-    affine0 = (module.bn0.weight, module.bn0.bias) if bn0 else (None, None)
-    eps0 = module.bn0.eps if bn0 else 0.0
+    m = MapArguments(x, bn0, radix)
+    norm0 = NormArguments(None, None, None, None, 0.0, False)
+    if bn0:
+        norm0 = norm0._replace(
+            weight=module.bn0.weight, bias=module.bn0.bias, eps=module.bn0.eps, batch_stats=True
+        )
     fc1, fc2 = module.fc1, module.fc2
-    fcs = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-    affine1, running1 = (bn1.weight, bn1.bias), (bn1.running_mean, bn1.running_var)
+    fcs = FcArguments(fc1.weight, fc1.bias, fc2.weight, fc2.bias, 1)
+    norm1 = NormArguments(bn1.weight, bn1.bias, None, None, bn1.eps, True)
+    running1 = NormArguments(*norm1[:2], bn1.running_mean, bn1.running_var, bn1.eps, False)
 
     def train() -> tuple[Tensor, ...]:
-        norm0 = (*affine0, None, None, eps0, bn0)
-        norm1 = (*affine1, None, None, bn1.eps, True)
-        return ops.split_attention_train(x, bn0, *norm0, *fcs, *norm1, radix, 1)
+        return ops.split_attention_train(*m, *norm0, *fcs, *norm1)
 
-    _, gap, hidden, attention, mean0, var0, mean1, var1 = train()
-    norm0 = (*affine0, mean0, var0, eps0) if bn0 else (None, None, None, None, 0.0)
-    dgap = torch.randn_like(gap)
-    means = [torch.randn_like(mean0) if bn0 else None for _ in range(2)]
+    results = TrainResults._make(train())
+    saved = SavedArguments(results.gap, results.hidden, results.attention)
+    of_batch0 = norm0._replace(mean=results.bn0_mean, var=results.bn0_var) if bn0 else norm0
+    of_batch1 = norm1._replace(mean=results.bn1_mean, var=results.bn1_var)
+    given0 = of_batch0._replace(batch_stats=False)
+    dgap = torch.randn_like(saved.gap)
+    means = [torch.randn_like(results.bn0_mean) if bn0 else None for _ in range(2)]
     needed = [True, bn0, bn0, *[True] * 6]
 
     def backward() -> tuple[Tensor, ...]:
-        norm1 = (*affine1, mean1, var1, bn1.eps, True)
-        crumbs = (gap, hidden, attention)
-        weights = (fc1.weight, fc2.weight)
-        return ops.split_attention_backward(
-            dout, x, bn0, *norm0, bn0, *weights, *norm1, *crumbs, radix, 1, needed
-        )
+        return ops.split_attention_backward(dout, *m, *of_batch0, *fcs, *of_batch1, *saved, needed)
 
     def eval_by_launches() -> Tensor:
-        norm1 = (*affine1, *running1, bn1.eps)
-        return ops.split_attention(x, bn0, *norm0, *fcs, *norm1, radix, 1)
+        return ops.split_attention(*m, *given0, *fcs, *running1)
+
+    def recombine_backward() -> Tensor:
+        return ops.recombine_backward(dout, *m, *given0, saved.attention, dgap, *means)
 
     phases: dict[str, tuple[int, Step]] = {
-        "pool": (radix, lambda: ops.pool(x, bn0, *norm0, radix)),
-        "recombine": (radix + 1, lambda: ops.recombine(x, bn0, *norm0, attention)),
+        "pool": (radix, lambda: ops.pool(*m, *given0)),
+        "recombine": (radix + 1, lambda: ops.recombine(*m, *given0, saved.attention)),
         "eval by launches": (radix + 1, _by("launches", eval_by_launches)),
-        "pool_backward": (radix + 1, lambda: ops.pool_backward(dout, x, bn0, *norm0, radix)),
+        "pool_backward": (radix + 1, lambda: ops.pool_backward(dout, *m, *given0)),
         "recombine_backward": (
             # Without a bn0 dx is made of dout alone.
             2 * radix + 1 if bn0 else radix + 1,
-            lambda: ops.recombine_backward(dout, x, bn0, *norm0, attention, dgap, *means),
+            recombine_backward,
         ),
         "train": ((3 if bn0 else 2) * radix + 1, train),
         "backward": ((3 if bn0 else 2) * radix + 2, backward),

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from interleave import take_turns
 from torch import Tensor, nn
 
 import resnest_fused as rf
-from resnest_fused import agreement, compare
+from resnest_fused.measure import agreement, memory
+from resnest_fused.measure.networks import step as train_step
+from resnest_fused.measure.timing import Work, take_turns
 
 SIDE = 224
-# Bound on the relative difference of logits or loss; see interleave.py for what it is there for.
+# Bound on the relative difference of logits or loss; see contenders.py for what it is there for.
 TOLERANCE = 1e-3
 
 
@@ -79,31 +80,30 @@ def measure(
     """
     torch.manual_seed(0)
     eager = MODELS[model]().train(workload.train)
-    networks = {name: _variant(eager, name, backend) for name in workload.contenders}
+    variants = {name: _variant(eager, name, backend) for name in workload.contenders}
     x = torch.randn(workload.batch, 3, side, side)
     target = torch.randint(1000, (workload.batch,))
     saved = {}
     if workload.train:
         saved = {
-            name: compare.saved_for_backward(network, x, target)
-            for name, network in networks.items()
+            name: memory.saved_for_backward(network, x, target)
+            for name, network in variants.items()
         }
 
     def step(network: nn.Module) -> Callable[[], Tensor]:
         if workload.train:
-            return lambda: compare.step(network, x, target)
+            return lambda: train_step(network, x, target)
         return lambda: network(x)
 
-    steps = {name: step(network) for name, network in networks.items()}
+    steps = {name: step(network) for name, network in variants.items()}
     with torch.set_grad_enabled(workload.train):
-        # These first calls are the warm-up, too.
         results = {name: call() for name, call in steps.items()}
         for name, result in results.items():
             error = agreement.relative_error(result, results["eager"])
             assert error <= TOLERANCE, f"{workload}: {name} differs from eager by {error:.1e}"
+        works = {name: Work(call) for name, call in steps.items()}
         # No untimed calls between: a network is far larger than the caches.
-        calls = dict.fromkeys(steps, 1)
-        return Result(take_turns(steps, calls, seconds, min_rounds, settle=False), saved)
+        return Result(take_turns(works, min_rounds, seconds=seconds), saved)
 
 
 def _variant(eager: nn.Module, name: str, backend: str) -> nn.Module:

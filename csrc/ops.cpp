@@ -7,16 +7,16 @@
 #include <string>
 
 #include "calls.h"
-#include "cpu/kernels.h"
 #include "cpu/simd.h"
 #include "cuda/plan_python.h"
+#include "kernels.h"
+#include "ops_generated.h"
 #include "pybind.h"
-#include "schemas.h"
 
 STABLE_TORCH_LIBRARY(resnest_fused, m) { resnest_fused::define_ops(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(resnest_fused, CPU, m) {
-  resnest_fused::implement_ops<resnest_fused::cpu::Kernels>(m);
+  resnest_fused::implement_ops<resnest_fused::Calls<resnest_fused::cpu::Kernels>>(m);
 }
 
 namespace {

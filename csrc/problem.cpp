@@ -88,7 +88,7 @@ void take_parameter(const char* name, std::optional<Tensor>& tensor, int64_t siz
   }
 }
 
-void take_norm(const std::string& name, NormTensors& norm, int64_t features, int64_t elements,
+void take_norm(const std::string& name, NormArguments& norm, int64_t features, int64_t elements,
                const Tensor& x) {
   take_parameter((name + "_weight").c_str(), norm.weight, features, x);
   take_parameter((name + "_bias").c_str(), norm.bias, features, x);
@@ -96,7 +96,7 @@ void take_norm(const std::string& name, NormTensors& norm, int64_t features, int
                   "_var: expected both or neither");
   take_parameter((name + "_mean").c_str(), norm.mean, features, x);
   take_parameter((name + "_var").c_str(), norm.var, features, x);
-  STD_TORCH_CHECK(!norm.present() || (norm.batch_stats ? norm.eps > 0 : norm.eps >= 0), name,
+  STD_TORCH_CHECK(!is_present(norm) || (norm.batch_stats ? norm.eps > 0 : norm.eps >= 0), name,
                   "_eps: expected more than 0 with batch statistics and not less without, got ",
                   norm.eps);
   STD_TORCH_CHECK(!norm.batch_stats || elements != 1, name,
@@ -130,37 +130,40 @@ Problem make_problem(const Tensor& x, int64_t radix) {
 
 }  // namespace
 
-Map make_map(const Tensor& x, int64_t radix, PrologueTensors prologue) {
-  const Problem problem = make_problem(x, radix);
-  STD_TORCH_CHECK(prologue.relu || !prologue.bn0.present(), "relu: expected True behind bn0");
-  take_norm("bn0", prologue.bn0, problem.features(), problem.batch * problem.pixels(), x);
-  return {problem, in_layout(x, problem.layout), std::move(prologue)};
+Map make_map(MapArguments args, NormArguments bn0) {
+  const Problem problem = make_problem(args.x, args.radix);
+  STD_TORCH_CHECK(args.relu || !is_present(bn0), "relu: expected True behind bn0");
+  take_norm("bn0", bn0, problem.features(), problem.batch * problem.pixels(), args.x);
+  args.x = in_layout(args.x, problem.layout);
+  return {std::move(args), std::move(bn0), problem};
 }
 
-void take_attention(Map& map, AttentionTensors& tensors, int64_t cardinality) {
+Mlp take_mlp(Map& map, FcArguments fcs, NormArguments bn1) {
   Problem& problem = map.problem;
   const Tensor& x = map.x;
+  const int64_t cardinality = fcs.cardinality;
   STD_TORCH_CHECK(cardinality >= 1, "cardinality: expected at least 1, got ", cardinality);
   STD_TORCH_CHECK(problem.channels % cardinality == 0,
                   "x: expected channels divisible by radix * cardinality, got ",
                   problem.features());
-  STD_TORCH_CHECK(tensors.fc1_weight.dim() == 4, "fc1_weight: expected 4 dimensions");
-  const int64_t inter = tensors.fc1_weight.size(0);
+  STD_TORCH_CHECK(fcs.fc1_weight.dim() == 4, "fc1_weight: expected 4 dimensions");
+  const int64_t inter = fcs.fc1_weight.size(0);
   STD_TORCH_CHECK(inter > 0 && inter % cardinality == 0,
                   "fc1_weight: expected rows divisible by cardinality, got ", inter);
   problem.cardinality = cardinality;
   problem.inter = inter;
   const int64_t features = problem.features();
-  take_parameter("fc1_weight", tensors.fc1_weight, {inter, problem.group_channels(), 1, 1}, x);
-  take_parameter("fc1_bias", tensors.fc1_bias, inter, x);
-  take_parameter("fc2_weight", tensors.fc2_weight, {features, problem.group_inter(), 1, 1}, x);
-  take_parameter("fc2_bias", tensors.fc2_bias, features, x);
-  for (const auto* bias : {&tensors.fc1_bias, &tensors.fc2_bias}) {
-    const Tensor& weight = bias == &tensors.fc1_bias ? tensors.fc1_weight : tensors.fc2_weight;
+  take_parameter("fc1_weight", fcs.fc1_weight, {inter, problem.group_channels(), 1, 1}, x);
+  take_parameter("fc1_bias", fcs.fc1_bias, inter, x);
+  take_parameter("fc2_weight", fcs.fc2_weight, {features, problem.group_inter(), 1, 1}, x);
+  take_parameter("fc2_bias", fcs.fc2_bias, features, x);
+  for (const auto* bias : {&fcs.fc1_bias, &fcs.fc2_bias}) {
+    const Tensor& weight = bias == &fcs.fc1_bias ? fcs.fc1_weight : fcs.fc2_weight;
     STD_TORCH_CHECK(!bias->has_value() || (*bias)->scalar_type() == weight.scalar_type(),
                     "fc1_bias, fc2_bias: expected their weight's dtype");
   }
-  take_norm("bn1", tensors.bn1, inter, problem.batch, x);
+  take_norm("bn1", bn1, inter, problem.batch, x);
+  return {std::move(fcs), std::move(bn1)};
 }
 
 void take_dout(const Map& map, Tensor& dout) {
@@ -170,17 +173,12 @@ void take_dout(const Map& map, Tensor& dout) {
   dout = in_layout(dout, p.layout);
 }
 
-void take_crumb(const char* name, Tensor& crumb, std::initializer_list<int64_t> sizes,
-                const Problem& problem, const Tensor& x) {
-  check_shape(name, crumb, sizes, x);
-  STD_TORCH_CHECK(crumb.scalar_type() == problem.acc(), name,
+void take_sums(const char* name, Tensor& sums, std::initializer_list<int64_t> sizes,
+               const Problem& problem, const Tensor& x) {
+  check_shape(name, sums, sizes, x);
+  STD_TORCH_CHECK(sums.scalar_type() == problem.acc(), name,
                   ": expected float32, float64 beside a float64 x");
-  crumb = in_layout(crumb, Layout::kNchw);
-}
-
-int64_t radix_of(const Tensor& attention) {
-  STD_TORCH_CHECK(attention.dim() == 3, "attention: expected 3 dimensions (B, R, C)");
-  return attention.size(1);
+  sums = in_layout(sums, Layout::kNchw);
 }
 
 Tensor empty_map(const Map& map, int64_t features) {

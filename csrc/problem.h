@@ -1,17 +1,16 @@
 // One validated call: its sizes, layout, dtype and tensors, shared by every device.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
 #include <initializer_list>
-#include <optional>
+
+#include "ops_generated.h"
 
 namespace resnest_fused {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 enum class Layout { kNchw, kNhwc };
 
@@ -35,84 +34,39 @@ struct Problem {
   }
 };
 
-// A batch normalisation as the ops receive it; absent without statistics.
-struct NormTensors {
-  std::optional<Tensor> weight;  // (F)
-  std::optional<Tensor> bias;    // (F)
-  std::optional<Tensor> mean;    // (F)
-  std::optional<Tensor> var;     // (F), biased
-  double eps;
-  bool batch_stats;  // normalise with statistics of this batch
+// The statistics normalise, or those of the batch will; without either there is no norm.
+inline bool is_present(const NormArguments& bn) { return bn.batch_stats || bn.mean.has_value(); }
 
-  bool present() const { return batch_stats || mean.has_value(); }
-};
-
-// The prologue: z = relu(bn0(x)), relu(x), or x.
-struct PrologueTensors {
-  bool relu;
-  NormTensors bn0;
+// The checked map: its tensor in the problem's layout, and the prologue z = relu(bn0(x)), relu(x)
+// or x. The problem has cardinality 1 and inter 0 where there are no FCs.
+struct Map : MapArguments {
+  NormArguments bn0;
+  Problem problem;
 };
 
 // What stands between gap and logits.
-struct AttentionTensors {
-  Tensor fc1_weight;               // (I, C/K, 1, 1)
-  std::optional<Tensor> fc1_bias;  // (I)
-  NormTensors bn1;
-  Tensor fc2_weight;               // (R*C, I/K, 1, 1)
-  std::optional<Tensor> fc2_bias;  // (R*C)
+struct Mlp : FcArguments {
+  NormArguments bn1;
 };
 
-// The map x with what it goes through.
-struct Map {
-  Problem problem;  // cardinality 1 and inter 0 where there are no FCs
-  Tensor x;         // (B, R*C, H, W), in the problem's layout
-  PrologueTensors prologue;
-};
-
-// What the forward in training hands on, in the accumulator's dtype; statistics without elements
-// where they are not the batch's.
-struct Crumbs {
-  Tensor gap;        // (B, C)
-  Tensor hidden;     // (B, I)
-  Tensor attention;  // (B, R, C)
-  Tensor bn0_mean;   // (R*C)
-  Tensor bn0_var;    // (R*C), biased
-  Tensor bn1_mean;   // (I)
-  Tensor bn1_var;    // (I), biased
-};
-
-// The gradients, in the order of the op's results, each of the shape and the dtype of what it
-// belongs to; absent where not needed.
-struct Gradients {
-  std::optional<Tensor> x;
-  std::optional<Tensor> bn0_weight;
-  std::optional<Tensor> bn0_bias;
-  std::optional<Tensor> fc1_weight;
-  std::optional<Tensor> fc1_bias;
-  std::optional<Tensor> fc2_weight;
-  std::optional<Tensor> fc2_bias;
-  std::optional<Tensor> bn1_weight;
-  std::optional<Tensor> bn1_bias;
-};
+// A gradient without elements is not needed.
+inline bool is_needed(const Tensor& gradient) { return gradient.numel() > 0; }
 
 // The functions below check what memory safety needs and throw (RuntimeError in Python) naming the
 // tensor. Parameters have x's dtype or float32; those given are made contiguous.
 
-// The map x in `radix` splits, brought into one of the layouts; no FCs as yet.
-Map make_map(const Tensor& x, int64_t radix, PrologueTensors prologue);
+// The map, brought into one of the layouts; no FCs as yet. An op of one phase gets the statistics.
+Map make_map(MapArguments args, NormArguments bn0);
 
 // The FCs and bn1 behind the map; sets its cardinality and inter.
-void take_attention(Map& map, AttentionTensors& tensors, int64_t cardinality);
+Mlp take_mlp(Map& map, FcArguments fcs, NormArguments bn1);
 
 // dout, brought into x's layout.
 void take_dout(const Map& map, Tensor& dout);
 
-// A crumb that this library made: of this shape, in the accumulator's dtype, made contiguous.
-void take_crumb(const char* name, Tensor& crumb, std::initializer_list<int64_t> sizes,
-                const Problem& problem, const Tensor& x);
-
-// The radix of an attention (B, R, C).
-int64_t radix_of(const Tensor& attention);
+// Sums that this library made: of this shape, in the accumulator's dtype, made contiguous.
+void take_sums(const char* name, Tensor& sums, std::initializer_list<int64_t> sizes,
+               const Problem& problem, const Tensor& x);
 
 // A fresh (batch, features, H, W) tensor in x's dtype and layout and on its device.
 Tensor empty_map(const Map& map, int64_t features);

@@ -4,7 +4,7 @@ from typing import Any
 
 def build_info() -> dict[str, str]: ...
 
-# The planner of CUDA launches, see csrc/cuda/plan.h; it needs no GPU.
+# The planner of CUDA launches, see csrc/cuda/planner.h; it needs no GPU.
 def plan(
     device: dict[str, int], workload: dict[str, Any], strategy: str = "fastest"
 ) -> dict[str, Any]: ...

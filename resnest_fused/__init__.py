@@ -1,16 +1,33 @@
 """Fused Split-Attention for ResNeSt (arXiv:2004.08955): one op, forward and backward."""
 
-from resnest_fused import models
-from resnest_fused.backends import BackendStatus, backends, use_backend
-from resnest_fused.functional import split_attention
-from resnest_fused.fuse import FuseReport, fuse, unfuse
-from resnest_fused.modules import FusedSplitAttention, FusedSplitAttentionConv2d
-from resnest_fused.reference import BatchNormArgs, SplitAttention, SplitAttentionConv2d
-from resnest_fused.verify import VerifyReport, verify
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+def _command_starts() -> bool:
+    """Whether the program ``resnest-fused`` is starting.
+
+    Importing torch takes seconds, and ``resnest-fused --help`` does not need it. So that program
+    imports the rest of this file when it runs a command. In every other program ``import
+    resnest_fused`` registers the ops, and warns if the kernels are missing.
+    """
+    program = getattr(sys.modules.get("__main__"), "__file__", None) or ""
+    return Path(program).name == "resnest-fused" and "resnest_fused.cli" not in sys.modules
+
+
+if TYPE_CHECKING or not _command_starts():
+    from resnest_fused import models
+    from resnest_fused.backends import BackendStatus, backends, use_backend
+    from resnest_fused.functional import split_attention
+    from resnest_fused.fusing import FuseEntry, FuseReport, VerifyReport, fuse, unfuse, verify
+    from resnest_fused.modules import FusedSplitAttention, FusedSplitAttentionConv2d
+    from resnest_fused.reference import BatchNormArgs, SplitAttention, SplitAttentionConv2d
 
 __all__ = [
     "BackendStatus",
     "BatchNormArgs",
+    "FuseEntry",
     "FuseReport",
     "FusedSplitAttention",
     "FusedSplitAttentionConv2d",

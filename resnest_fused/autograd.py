@@ -1,4 +1,4 @@
-"""The autograd Functions around a backend's kernels; saved are x and (B, C)-sized crumbs.
+"""The autograd Functions around a backend's kernels; saved are x and what is small, (B, C)-sized.
 
 :func:`split_attention` is one Function over all phases. :func:`attend` lets any module map gap to
 attention: it is one Function cut in two around that module, :class:`_Pool` and :class:`_Recombine`.
@@ -8,7 +8,7 @@ which then knows dgap too, writes dx. So the passes over x are the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,11 @@ from torch import Tensor
 
 from resnest_fused import reference, sync
 from resnest_fused.backends import FusedBackend, kernels
+from resnest_fused.ops import TABLE, MapArguments, NormArguments, Op
 from resnest_fused.reference import BatchNormArgs
+
+_TRAIN, _POOL, _RECOMBINE = (TABLE[n] for n in ("split_attention_train", "pool", "recombine"))
+_ABSENT = (None, None, None, None, 0.0, False)
 
 
 class Statistics(NamedTuple):
@@ -28,16 +32,22 @@ class Statistics(NamedTuple):
 
 
 def _norm(bn: BatchNormArgs | None, batch_stats: bool) -> tuple[Any, ...]:
-    """weight, bias, mean, var, eps as the ops take them; the batch's statistics come later."""
+    """The norm's fields as in ``NormArguments``; the batch's statistics come later."""
     if bn is None:
-        return None, None, None, None, 0.0
+        return _ABSENT
     if batch_stats:
-        return bn.weight, bn.bias, None, None, bn.eps
-    return bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps
+        return bn.weight, bn.bias, None, None, bn.eps, True
+    return bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, False
 
 
-def _records(*tensors: Tensor | None) -> bool:
-    if not torch.is_grad_enabled() or all(t is None or not t.requires_grad for t in tensors):
+def _records(op: Op, args: Sequence[Any]) -> bool:
+    """Whether a call of the op with these arguments is to be differentiated."""
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in op.differentiable(args):
+        if tensor is not None and tensor.requires_grad:
+            break
+    else:
         return False
     if torch.jit.is_tracing():
         raise RuntimeError(
@@ -49,43 +59,28 @@ def _records(*tensors: Tensor | None) -> bool:
 
 def split_attention(
     backend: str,
-    x: Tensor,
-    relu: bool,
+    x: tuple[Any, ...],
     bn0: BatchNormArgs | None,
     bn0_batch_stats: bool,
-    fcs: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    fcs: tuple[Any, ...],
     bn1: BatchNormArgs | None,
     bn1_batch_stats: bool,
-    radix: int,
-    cardinality: int,
 ) -> tuple[Tensor, Statistics | None, Statistics | None]:
     """Run checked arguments on the named backend.
 
-    ``fcs`` are fc1's weight and bias, then fc2's. Returns out and the batch statistics of bn0 and
-    of bn1, None where others normalised. Without a gradient to compute nothing is saved.
+    x and fcs are the fields of ``MapArguments`` and of ``FcArguments``. Returns out and the batch
+    statistics of bn0 and of bn1, None where others normalised. Without a gradient to compute
+    nothing is saved.
     """
-    norm0, norm1 = _norm(bn0, bn0_batch_stats), _norm(bn1, bn1_batch_stats)
-    if _records(x, *norm0[:2], *fcs, *norm1[:2]):
-        run: Callable[..., Any] = _SplitAttention.apply
-        arguments: tuple[Any, ...] = (backend,)
+    args = (*x, *_norm(bn0, bn0_batch_stats), *fcs, *_norm(bn1, bn1_batch_stats))
+    if _records(_TRAIN, args):
+        results = _SplitAttention.apply(backend, *args)
     elif bn0_batch_stats or bn1_batch_stats:
-        run, arguments = kernels(backend).forward_train, ()
+        results = kernels(backend).split_attention_train(*args)
     else:
-        out = kernels(backend).forward(x, relu, *norm0, *fcs, *norm1, radix, cardinality)
-        return out, None, None
-    out, _, _, _, mean0, var0, mean1, var1 = run(
-        *arguments,
-        x,
-        relu,
-        *norm0,
-        bn0_batch_stats,
-        *fcs,
-        *norm1,
-        bn1_batch_stats,
-        radix,
-        cardinality,
-    )
-    batch, _, height, width = x.shape
+        return kernels(backend).split_attention(*args), None, None
+    out, _, _, _, mean0, var0, mean1, var1 = results
+    batch, _, height, width = out.shape
     return (
         out,
         Statistics(mean0, var0, batch * height * width) if bn0_batch_stats else None,
@@ -93,180 +88,142 @@ def split_attention(
     )
 
 
-# Where the differentiable inputs of _SplitAttention stand, in the order of their gradients.
-_DIFFERENTIABLE = (1, 3, 4, 9, 10, 11, 12, 13, 14)
-
-
 class _SplitAttention(torch.autograd.Function):
-    """(x, bn0, fc1, fc2, bn1) -> out, with crumbs; all phases."""
+    """All phases; the inputs are those of the op ``split_attention_train``."""
 
     @staticmethod
     def forward(backend: str, *args: Any) -> Any:
-        return kernels(backend).forward_train(*args)
+        return kernels(backend).split_attention_train(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        (backend, x, relu, weight0, bias0, mean0, var0, eps0, batch_stats0) = inputs[:9]
-        fcs, (weight1, bias1, mean1, var1, eps1, batch_stats1) = inputs[9:13], inputs[13:19]
-        _, *crumbs = output
-        gap, hidden, attention, batch_mean0, batch_var0, batch_mean1, batch_var1 = crumbs
-        ctx.mark_non_differentiable(*crumbs)
+        ctx.backend, *args = inputs
+        _, gap, hidden, attention, mean0, var0, mean1, var1 = output
+        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        if batch_stats0:
-            mean0, var0 = batch_mean0, batch_var0
-        if batch_stats1:
-            mean1, var1 = batch_mean1, batch_var1
-        ctx.save_for_backward(
-            x,
-            weight0,
-            bias0,
-            mean0,
-            var0,
-            *fcs,
-            weight1,
-            bias1,
-            mean1,
-            var1,
-            gap,
-            hidden,
-            attention,
-        )
-        ctx.backend = backend
-        ctx.options = (relu, eps0, batch_stats0, eps1, batch_stats1, *inputs[19:])
+        place = _TRAIN.place
+        if args[place["bn0_batch_stats"]]:
+            args[place["bn0_mean"]], args[place["bn0_var"]] = mean0, var0
+        if args[place["bn1_batch_stats"]]:
+            args[place["bn1_mean"]], args[place["bn1_var"]] = mean1, var1
+        ctx.save_for_backward(*_TRAIN.tensors(args), gap, hidden, attention)
+        ctx.others = _TRAIN.others(args)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, *_: None) -> Any:
-        result: list[Tensor | None] = [None] * 21
         if dout is None:
-            return tuple(result)
-        needed = [ctx.needs_input_grad[place] for place in _DIFFERENTIABLE]
-        saved = ctx.saved_tensors
+            return (None, *_TRAIN.gradients({}))
+        *tensors, gap, hidden, attention = ctx.saved_tensors
+        args = _TRAIN.merge(tensors, ctx.others)
+        needed = _TRAIN.needed(ctx.needs_input_grad[1:])
+        grads: Iterable[Tensor | None]
         if torch.is_grad_enabled():
             # The gradient is itself to be differentiated: take it through the reference formulas.
-            grads = _reference_gradients(dout, saved, ctx.options, needed)
+            grads = _reference_gradients(dout, args, needed)
         else:
-            x, weight0, bias0, mean0, var0, *fcs, weight1, bias1, mean1, var1 = saved[:13]
-            relu, eps0, batch_stats0, eps1, batch_stats1, radix, cardinality = ctx.options
-            grads = kernels(ctx.backend).backward(
-                dout,
-                x,
-                relu,
-                weight0,
-                bias0,
-                mean0,
-                var0,
-                eps0,
-                batch_stats0,
-                fcs[0],
-                fcs[2],
-                weight1,
-                bias1,
-                mean1,
-                var1,
-                eps1,
-                batch_stats1,
-                *saved[13:],
-                radix,
-                cardinality,
-                needed,
+            grads = kernels(ctx.backend).split_attention_backward(
+                dout, *args, gap, hidden, attention, [*needed.values()]
             )
-        for place, wanted, grad in zip(_DIFFERENTIABLE, needed, grads, strict=True):
-            result[place] = grad if wanted else None
-        return tuple(result)
+        found = zip(needed.items(), grads, strict=True)
+        by_name = {name: grad for (name, wanted), grad in found if wanted}
+        return (None, *_TRAIN.gradients(by_name))
 
 
-def _known(
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    eps: float,
-    batch_stats: bool,
-    group: str | None = None,
-) -> BatchNormArgs | None:
+def _known(bn: NormArguments, group: str | None = None) -> BatchNormArgs | None:
     """The norm that these saved tensors belong to, without running statistics to update."""
-    if mean is None:
+    if bn.mean is None:
         return None
-    if batch_stats:
-        mean = var = None
+    mean, var = (None, None) if bn.batch_stats else (bn.mean, bn.var)
     return BatchNormArgs(
-        weight, bias, mean, var, eps=eps, batch_stats=batch_stats, process_group=group
+        bn.weight, bn.bias, mean, var, eps=bn.eps, batch_stats=bn.batch_stats, process_group=group
     )
 
 
-def _aliases(tensors: Any) -> list[Any]:
-    """Views to differentiate by: x may itself have been computed from a parameter, and the gradient
-    must stop here."""
-    return [None if t is None else t.view_as(t) for t in tensors]
+def _aliases(op: Op, args: Sequence[Any]) -> list[Any]:
+    """An op's arguments with views in the place of those to differentiate by: x may itself have
+    been computed from a parameter, and the gradient must stop here."""
+    return [
+        arg.view_as(arg) if argument.differentiable and arg is not None else arg
+        for argument, arg in zip(op.arguments, args, strict=True)
+    ]
 
 
 def _gradients(
-    results: list[Tensor], inputs: list[Any], needed: list[bool], grads: list[Tensor]
-) -> tuple[Tensor | None, ...]:
-    """The gradients of ``results`` by those of ``inputs`` that need one, as a graph."""
-    wanted = [t for t, need in zip(inputs, needed, strict=True) if need and t is not None]
-    found = iter(torch.autograd.grad(results, wanted, grads, create_graph=True, allow_unused=True))
-    return tuple(
-        next(found) if need and t is not None else None
-        for t, need in zip(inputs, needed, strict=True)
-    )
+    op: Op, args: Sequence[Any], results: list[Tensor], grads: list[Tensor], needed: dict[str, bool]
+) -> dict[str, Tensor | None]:
+    """The gradients of ``results`` by those of an op's arguments that need one, as a graph."""
+    by_name = {a.name: arg for a, arg in zip(op.arguments, args, strict=True)}
+    names = [name for name, need in needed.items() if need and by_name[name] is not None]
+    inputs = [by_name[name] for name in names]
+    found = torch.autograd.grad(results, inputs, grads, create_graph=True, allow_unused=True)
+    return dict.fromkeys(needed) | dict(zip(names, found, strict=True))
 
 
 def _reference_gradients(
-    dout: Tensor, saved: Any, options: tuple[Any, ...], needed: list[bool]
-) -> tuple[Tensor | None, ...]:
+    dout: Tensor, args: Sequence[Any], needed: dict[str, bool]
+) -> Iterable[Tensor | None]:
     """The gradients as a differentiable graph over dout and the inputs."""
-    relu, eps0, batch_stats0, eps1, batch_stats1, radix, cardinality = options
-    _, _, _, mean0, var0, _, _, _, _, _, _, mean1, var1 = saved[:13]
-    inputs = _aliases((*saved[:3], *saved[5:11]))
-    x, weight0, bias0, *fcs, weight1, bias1 = inputs
+    args = _aliases(_TRAIN, args)
+    m, bn0, fcs, bn1 = _TRAIN.unpack(args)
     out = reference.split_attention(
-        x,
-        *fcs,
-        radix=radix,
-        cardinality=cardinality,
-        bn0=_known(weight0, bias0, mean0, var0, eps0, batch_stats0),
-        bn1=_known(weight1, bias1, mean1, var1, eps1, batch_stats1),
-        relu=relu,
+        m.x,
+        fcs.fc1_weight,
+        fcs.fc1_bias,
+        fcs.fc2_weight,
+        fcs.fc2_bias,
+        radix=m.radix,
+        cardinality=fcs.cardinality,
+        bn0=_known(bn0),
+        bn1=_known(bn1),
+        relu=m.relu,
     )
-    return _gradients([out], inputs, needed, [dout])
+    return _gradients(_TRAIN, args, [out], [dout], needed).values()
 
 
 def attend(
     backend: str,
-    x: Tensor,
+    x: MapArguments,
     attention_of: Callable[[Tensor], Tensor],
-    relu: bool,
     bn0: BatchNormArgs | None,
     batch_stats: bool,
-    radix: int,
 ) -> tuple[Tensor, Statistics | None]:
     """Split attention around any map from gap ``(B, C, 1, 1)`` to attention ``(B, R, C, 1, 1)``.
 
     Returns out and bn0's batch statistics, None where others normalised. With a process group in
     bn0 they are those of all its processes.
     """
-    weight, bias, mean, var, eps = _norm(bn0, batch_stats)
-    group = None if bn0 is None else bn0.process_group
-    eps = float(eps)  # before the Functions: Dynamo may hold it as a symbol
-    statistics = None
+    norm, statistics, shared = NormArguments(*_norm(bn0, batch_stats)), None, _Shared()
+    # float before the Functions: Dynamo may hold it as a symbol.
+    norm = norm._replace(eps=float(norm.eps), batch_stats=False)
     if batch_stats:
+        group = None if bn0 is None else bn0.process_group
         with torch.no_grad():
-            statistics = _batch_statistics(kernels(backend), x, group)
-        mean, var = statistics.mean, statistics.var
-    norm0 = (weight, bias, mean, var, eps)
-    if _records(x, weight, bias):
-        gap, *carriers = _Pool.apply(
-            backend, x, relu, *norm0, batch_stats, statistics and statistics.elements, group, radix
-        )
+            statistics = _batch_statistics(kernels(backend), x.x, group)
+        norm = norm._replace(mean=statistics.mean, var=statistics.var)
+        shared = _Shared(True, statistics.elements, group)
+    args = (*x, *norm)
+    if _records(_POOL, args):
+        gap, *carriers = _Pool.apply(backend, *shared, *args)
     else:
-        gap, carriers = kernels(backend).pool(x, relu, *norm0, radix), [None] * 3
+        gap, carriers = kernels(backend).pool(*args), [None] * 3
     attention = attention_of(gap[..., None, None])[..., 0, 0].to(gap.dtype)
-    if _records(x, weight, bias, attention):
-        out = _Recombine.apply(backend, x, relu, *norm0, batch_stats, group, attention, *carriers)
+    if _records(_RECOMBINE, (*args, attention)):
+        out = _Recombine.apply(backend, *shared, *carriers, *args, attention)
     else:
-        out = kernels(backend).recombine(x, relu, *norm0, attention)
+        out = kernels(backend).recombine(*args, attention)
     return out, statistics
+
+
+class _Shared(NamedTuple):
+    """What the two Functions below know of bn0's statistics, beyond what the ops take."""
+
+    batch_stats: bool = False
+    elements: int | Tensor | None = None
+    process_group: str | None = None
+
+    def norm(self, bn0: NormArguments) -> BatchNormArgs | None:
+        """bn0 for the reference formulas."""
+        return _known(bn0._replace(batch_stats=self.batch_stats), self.process_group)
 
 
 def _batch_statistics(run: FusedBackend, x: Tensor, group: str | None) -> Statistics:
@@ -279,7 +236,7 @@ def _batch_statistics(run: FusedBackend, x: Tensor, group: str | None) -> Statis
 
 
 class _Pool(torch.autograd.Function):
-    """(x, bn0) -> gap, and three carriers.
+    """The op ``pool``: gap, and three carriers.
 
     The carriers hold no data. They stand for what :class:`_Recombine` computes with, so that its
     backward can hand over, as their gradients, what the backward here goes on with: dout, attention
@@ -288,38 +245,27 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        backend: str,
-        x: Tensor,
-        relu: bool,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor | None,
-        var: Tensor | None,
-        eps: float,
-        batch_stats: bool,
-        count: int | Tensor | None,
-        group: str | None,
-        radix: int,
+        backend: str, batch_stats: bool, elements: Any, group: str | None, *args: Any
     ) -> Any:
-        gap = kernels(backend).pool(x, relu, weight, bias, mean, var, eps, radix)
+        gap = kernels(backend).pool(*args)
+        m, _ = _POOL.unpack(args)
         batch, channels = gap.shape
-        out_shape = (batch, channels, *x.shape[2:])
-        splits = (batch, radix, channels)
+        splits = (batch, m.radix, channels)
         return (
             gap,
-            x.new_zeros(()).expand(out_shape),
+            m.x.new_zeros(()).expand(batch, channels, *m.x.shape[2:]),
             gap.new_zeros(()).expand(splits),
-            gap.new_zeros(()).expand((batch, 4, radix, channels) if relu else (0,)),
+            gap.new_zeros(()).expand((batch, 4, m.radix, channels) if m.relu else (0,)),
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        backend, x, relu, weight, bias, mean, var, eps, batch_stats, count, group, radix = inputs
+        ctx.backend, batch_stats, elements, group, *args = inputs
         ctx.set_materialize_grads(False)
-        counted = count if isinstance(count, Tensor) else None
-        ctx.save_for_backward(x, weight, bias, mean, var, counted)
-        ctx.backend = backend
-        ctx.options = (relu, eps, batch_stats, group, radix)
+        counted = elements if isinstance(elements, Tensor) else None
+        ctx.save_for_backward(*_POOL.tensors(args), counted)
+        ctx.others = _POOL.others(args)
+        ctx.shared = _Shared(batch_stats, None if counted is not None else elements, group)
 
     @staticmethod
     def backward(
@@ -329,104 +275,97 @@ class _Pool(torch.autograd.Function):
         attention: Tensor | None,
         sums: Tensor | None,
     ) -> Any:
-        result: list[Tensor | None] = [None] * 12
-        x, weight, bias, mean, var, counted = ctx.saved_tensors
-        relu, eps, batch_stats, group, radix = ctx.options
-        needed = [ctx.needs_input_grad[place] for place in (1, 3, 4)]
-        batch, features, height, width = x.shape
+        unused = (None,) * (1 + len(ctx.shared))
+        *tensors, counted = ctx.saved_tensors
+        args = _POOL.merge(tensors, ctx.others)
+        m, bn0 = _POOL.unpack(args)
+        needed = _POOL.needed(ctx.needs_input_grad[len(unused) :])
+        batch, _, height, width = m.x.shape
         if dout is None or attention is None:
             # Only what stands between the phases has a gradient: the other half saw none.
             if dgap is None:
-                return tuple(result)
-            dout = x.new_zeros(batch, features // radix, height, width)
-            attention = dgap.new_zeros(batch, radix, features // radix)
+                return (*unused, *_POOL.gradients({}))
+            dout = m.x.new_zeros(batch, m.channels, height, width)
+            attention = dgap.new_zeros(batch, m.radix, m.channels)
         if dgap is None:
-            dgap = attention.new_zeros(batch, features // radix)
+            dgap = attention.new_zeros(batch, m.channels)
         if torch.is_grad_enabled():
-            inputs = _aliases((x, weight, bias))
-            bn0 = _known(inputs[1], inputs[2], mean, var, eps, batch_stats, group)
-            splits = reference.as_splits(
-                reference.prologue(inputs[0], bn0, relu, training=False), radix
-            )
+            aliases = _aliases(_POOL, args)
+            m, bn0 = _POOL.unpack(aliases)
+            z = reference.prologue(m.x, ctx.shared.norm(bn0), m.relu, training=False)
+            splits = reference.as_splits(z, m.radix)
             gap = reference.pool(splits)[..., 0, 0].to(dgap.dtype)
-            out = reference.recombine(splits, attention.to(x.dtype)[..., None, None])
-            result[1], result[3], result[4] = _gradients([gap, out], inputs, needed, [dgap, dout])
-            return tuple(result)
+            out = reference.recombine(splits, attention.to(m.x.dtype)[..., None, None])
+            grads = _gradients(_POOL, aliases, [gap, out], [dgap, dout], needed)
+            return (*unused, *_POOL.gradients(grads))
         run = kernels(ctx.backend)
+        grads = {}
         mean_dz = mean_dz_xhat = None
-        if needed[1] or needed[2] or (needed[0] and batch_stats):
+        batch_stats, group = ctx.shared.batch_stats, ctx.shared.process_group
+        if needed["bn0_weight"] or needed["bn0_bias"] or (needed["x"] and batch_stats):
             if sums is None:
-                _, sums = run.pool_backward(dout, x, relu, weight, bias, mean, var, eps, radix)
+                _, sums = run.pool_backward(dout, *args)
             # The division here, as a graph for any image size cannot hold it as the op's integer.
             mean_dgap = dgap / (height * width)
             dweight, dbias = run.prologue_backward(sums, attention, mean_dgap, 1)
-            if weight is not None and needed[1]:
-                result[3] = dweight.to(weight.dtype)
-            if bias is not None and needed[2]:
-                result[4] = dbias.to(bias.dtype)
+            if bn0.weight is not None and needed["bn0_weight"]:
+                grads["bn0_weight"] = dweight.to(bn0.weight.dtype)
+            if bn0.bias is not None and needed["bn0_bias"]:
+                grads["bn0_bias"] = dbias.to(bn0.bias.dtype)
             if batch_stats:
-                count = batch * height * width if counted is None else counted
+                elements = ctx.shared.elements if counted is None else counted
                 totals = torch.stack((dbias, dweight))
                 if group is not None:
                     totals = sync.all_reduce(totals, group)
-                mean_dz, mean_dz_xhat = (totals / count).to(dgap.dtype).unbind()
-        if needed[0]:
-            norm0 = (weight, bias, mean, var, eps)
-            result[1] = run.recombine_backward(
-                dout, x, relu, *norm0, attention, dgap, mean_dz, mean_dz_xhat
-            )
-        return tuple(result)
+                mean_dz, mean_dz_xhat = (totals / elements).to(dgap.dtype).unbind()
+        if needed["x"]:
+            grads["x"] = run.recombine_backward(dout, *args, attention, dgap, mean_dz, mean_dz_xhat)
+        return (*unused, *_POOL.gradients(grads))
 
 
 class _Recombine(torch.autograd.Function):
-    """(x, bn0, attention, carriers) -> out; the gradients of x and bn0 are :class:`_Pool`'s."""
+    """The op ``recombine``, with the carriers; the gradients of x and bn0 are :class:`_Pool`'s."""
 
     @staticmethod
     def forward(
         backend: str,
-        x: Tensor,
-        relu: bool,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor | None,
-        var: Tensor | None,
-        eps: float,
         batch_stats: bool,
+        elements: Any,
         group: str | None,
-        attention: Tensor,
-        *carriers: Tensor | None,
+        of_dout: Tensor | None,
+        of_attention: Tensor | None,
+        of_sums: Tensor | None,
+        *args: Any,
     ) -> Tensor:
-        return kernels(backend).recombine(x, relu, weight, bias, mean, var, eps, attention)
+        return kernels(backend).recombine(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        backend, x, relu, weight, bias, mean, var, eps, batch_stats, group, attention = inputs[:11]
+        ctx.backend, batch_stats, _, group, _, _, _, *args = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, bias, mean, var, attention)
-        ctx.backend = backend
-        ctx.options = (relu, eps, batch_stats, group)
+        ctx.save_for_backward(*_RECOMBINE.tensors(args))
+        ctx.others = _RECOMBINE.others(args)
+        ctx.shared = _Shared(batch_stats, None, group)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None) -> Any:
-        unused = (None,) * 10
+        unused = (None,) * (1 + len(ctx.shared))
         if dout is None:
-            return (*unused, None, None, None, None)
-        x, weight, bias, mean, var, attention = ctx.saved_tensors
-        relu, eps, batch_stats, group = ctx.options
-        radix = attention.shape[1]
+            return (*unused, None, None, None, *_RECOMBINE.gradients({}))
+        args = _RECOMBINE.merge(ctx.saved_tensors, ctx.others)
+        m, bn0, attention = _RECOMBINE.unpack(args)
         if torch.is_grad_enabled():
-            z = reference.prologue(
-                x, _known(weight, bias, mean, var, eps, batch_stats, group), relu, training=False
+            z = reference.prologue(m.x, ctx.shared.norm(bn0), m.relu, training=False)
+            alias = attention.view_as(attention)
+            out = reference.recombine(
+                reference.as_splits(z, m.radix), alias.to(m.x.dtype)[..., None, None]
             )
-            (alias,) = _aliases([attention])
-            weights = alias.to(x.dtype)[..., None, None]
-            out = reference.recombine(reference.as_splits(z, radix), weights)
-            (dattention,) = _gradients([out], [alias], [True], [dout])
+            (dattention,) = torch.autograd.grad(out, alias, dout, create_graph=True)
             sums = None
         else:
-            dattention, sums = kernels(ctx.backend).pool_backward(
-                dout, x, relu, weight, bias, mean, var, eps, radix
-            )
-        wanted = ctx.needs_input_grad[10:]
-        grads = (dattention, dout, attention, sums)
-        return (*unused, *(g if want else None for g, want in zip(grads, wanted, strict=True)))
+            dattention, sums = kernels(ctx.backend).pool_backward(dout, *m, *bn0)
+        handed = zip((dout, attention, sums), ctx.needs_input_grad[len(unused) :], strict=False)
+        carriers = (grad if wanted else None for grad, wanted in handed)
+        wanted = _RECOMBINE.needed(ctx.needs_input_grad[len(unused) + 3 :])["attention"]
+        grads = {"attention": dattention if wanted else None}
+        return (*unused, *carriers, *_RECOMBINE.gradients(grads))

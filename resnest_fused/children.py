@@ -1,9 +1,9 @@
-"""What the modules inside a split attention compute, and so which of them the op may stand in for.
+"""Recognises what the modules inside a split attention compute, so that the op may replace them.
 
-A child is known by its class and by that class's methods, both as torch or the peer defines them: a
-class that took another's name in ``torch.nn``, and a method that was replaced, before this package
-was imported or after, compute something else, and the child is called. What is not seen, but by
-:func:`resnest_fused.verify`: functions of ``torch.nn.functional`` that were replaced.
+A child is known by its class and by that class's methods, both as torch or the peer defines them.
+Other classes may take a name in ``torch.nn``, and methods may be replaced, before this package is
+imported or after. Such children compute something else, so they are called. Replaced functions of
+``torch.nn.functional`` are not noticed here, but by :func:`resnest_fused.verify`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import torch.nn.modules.module as module_globals
 from torch import Tensor, nn
 
-# From the modules that define them, as toolkits put classes of their own into torch.nn.
+# From the modules that define them, since toolkits put classes of their own into torch.nn.
 from torch.nn.modules.activation import ReLU
 from torch.nn.modules.batchnorm import BatchNorm2d, SyncBatchNorm
 from torch.nn.modules.container import Sequential
@@ -26,14 +26,19 @@ from torch.nn.modules.linear import Identity
 
 from resnest_fused.reference import BatchNormArgs
 
-# The activation of our own modules, which they have no child for.
+# The activation of our own modules, which have no child for it.
 RELU = F.relu
 
 
-def own_method(kind: type, name: str = "forward") -> Any:
-    """The method of ``kind`` if the module that defines the class defines it too, None if replaced.
+def path_of(kind: type) -> str:
+    """A class as ``package.module.Class``, by which peers' classes are known."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
-    A wrapper that took the name and module of what it wraps is a replacement too.
+
+def own_method(kind: type, name: str = "forward") -> Any:
+    """The method of ``kind`` if the file of the class defines it, None if it was replaced.
+
+    A wrapper is a replacement too, even if it took the name and module of what it wraps.
     """
     method = getattr(kind, name)
     defining = next(base for base in kind.__mro__ if name in vars(base))
@@ -57,11 +62,11 @@ def calls_are_watched() -> bool:
         return True
     if nn.Module.__call__ is _CALL and nn.Module._call_impl is _CALL_IMPL:
         return False
-    return not torch.compiler.is_exporting()  # which replaces it to follow the modules' names
+    return not torch.compiler.is_exporting()  # the exporter itself replaces it, to learn names
 
 
 def intercepted(module: Any) -> str | None:
-    """What of the module itself would be lost if it were not called, or None."""
+    """Why the module must be called whatever its class is, or None."""
     state = vars(module)
     if "forward" in state:
         return "its forward was replaced"
@@ -76,13 +81,13 @@ def intercepted(module: Any) -> str | None:
 
 
 def computes_as(kind: Any, original: type) -> bool:
-    """Whether instances of ``kind`` compute what those of a class of torch's do."""
+    """Whether instances of ``kind`` compute the same as those of ``original``, a class of torch."""
     return issubclass(kind, original) and kind.forward is _FORWARDS[original]
 
 
 def computes_as_conv(kind: Any) -> bool:
     """Whether a class is ``nn.Conv2d`` or computes the same from its weight and bias."""
-    # A parametrized one does: reading its weight computes it, and that is all a call would do.
+    # A parametrized one does too: its weight is computed whenever it is read.
     return computes_as(kind, Conv2d) and kind._conv_forward is _CONV_FORWARD
 
 
@@ -93,24 +98,24 @@ def is_sequence(module: Any) -> bool:
 
 
 class FoldedNorm(Identity):
-    """In a norm's place when it has been folded into the convolution in front of it.
+    """Takes the place of a norm that was folded into the convolution in front of it.
 
     Attributes:
-        originals: the convolution and the norm, as they were; no part of this module's state.
+        originals: the original convolution and norm; they are no part of this module's state.
         place: the parent of the convolution and its name there.
-        dtype: of the convolution when it was folded.
+        dtype: the convolution's dtype when it was folded.
     """
 
     def __init__(self, conv: nn.Conv2d, norm: nn.Module, parent: nn.Module, name: str) -> None:
         super().__init__()
-        # In tuples, as modules that were attributes would become children.
+        # In tuples, since modules as attributes would become children.
         self.originals = (conv, norm)
         self.place = (parent, name)
         self.dtype = conv.weight.dtype
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x; in training mode an error, as there are no statistics to follow."""
+        """x; an error in training mode, since the statistics are gone."""
         if self.training:
             raise RuntimeError(
                 "this module's batch normalisation is folded for inference: "
@@ -120,9 +125,9 @@ class FoldedNorm(Identity):
 
 
 def is_nothing(module: Any) -> bool:
-    """Whether ``module`` is none, or gives what it gets."""
+    """Whether ``module`` is None, or returns its input."""
     if type(module) is FoldedNorm:
-        return not module.training  # where it is called, and raises
+        return not module.training  # in training mode it must be called, to raise
     return module is None or (computes_as(type(module), Identity) and intercepted(module) is None)
 
 
@@ -132,7 +137,7 @@ def is_relu(module: Any) -> bool:
 
 
 def is_pointwise(fc: Any, cardinality: int) -> bool:
-    """Whether ``fc`` is a 1x1 convolution in as many groups."""
+    """Whether ``fc`` is a 1x1 convolution in ``cardinality`` groups."""
     return (
         computes_as_conv(type(fc))
         and fc.kernel_size == (1, 1)
@@ -142,39 +147,34 @@ def is_pointwise(fc: Any, cardinality: int) -> bool:
     )
 
 
-# Those whose weight and bias are buffers too.
+# Their weight and bias are buffers too.
 _FROZEN_NORMS = (
     "torchvision.ops.misc.FrozenBatchNorm2d",
     "detectron2.layers.batch_norm.FrozenBatchNorm2d",
 )
-_R_SOFTMAXES = (
-    "resnest.torch.splat.rSoftMax",
-    "resnest.torch.models.splat.rSoftMax",
-    "timm.layers.split_attn.RadixSoftmax",
-)
 
 
 def _is_found_at(kind: Any, paths: tuple[str, ...]) -> bool:
-    """Whether a class is the one found at one of these paths, with the forward defined there."""
+    """Whether a class is found at one of these paths, and has the forward that is defined there."""
     return kind.forward is _find_forward(kind, paths)
 
 
-# A constant for the compiler, as native.gpu_unavailable is.
+# The compiler takes the result as a constant, like that of native.gpu_unavailable.
 _is_found_at._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
 def _find_forward(kind: type, paths: tuple[str, ...]) -> Any:
-    if f"{kind.__module__}.{kind.__qualname__}" not in paths:
+    if path_of(kind) not in paths:
         return None
     home = sys.modules.get(kind.__module__)
     return own_method(kind) if getattr(home, kind.__qualname__, None) is kind else None
 
 
-def is_r_softmax(module: Any, radix: int, cardinality: int) -> bool:
-    """Whether ``module`` is a peer's r-softmax over as many splits and groups."""
+def is_r_softmax(module: Any, kinds: tuple[str, ...], radix: int, cardinality: int) -> bool:
+    """Whether ``module`` is of one of these classes, with this radix and cardinality."""
     return (
-        _is_found_at(type(module), _R_SOFTMAXES)
+        _is_found_at(type(module), kinds)
         and module.radix == radix
         and module.cardinality == cardinality
         and intercepted(module) is None
@@ -182,7 +182,7 @@ def is_r_softmax(module: Any, radix: int, cardinality: int) -> bool:
 
 
 def _norm_kind(kind: Any) -> str | None:
-    """Which batch normalisation a class computes: "plain", "sync", "frozen", or None for none."""
+    """The batch normalisation that a class computes: "plain", "sync", "frozen", or None."""
     if computes_as(kind, BatchNorm2d):
         return "plain"
     if computes_as(kind, SyncBatchNorm):
@@ -191,18 +191,18 @@ def _norm_kind(kind: Any) -> str | None:
 
 
 def tensor_of(module: nn.Module, name: str) -> Any:
-    """``module.name`` without the cost of ``nn.Module.__getattr__`` where it is a parameter."""
+    """``module.name``; of a parameter without the cost of ``nn.Module.__getattr__``."""
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)
 
 
 def counts_batches(bn: Any) -> bool:
-    """Whether a call of ``bn`` in its present mode adds to ``num_batches_tracked``."""
+    """Whether a call of ``bn`` in its present mode adds one to ``num_batches_tracked``."""
     return bn.training and bn.track_running_stats and bn.num_batches_tracked is not None
 
 
 def batch_norm_args(bn: Any) -> BatchNormArgs | None:
-    """The batch normalisation that ``bn`` computes in its present mode, or None to call it."""
+    """The batch normalisation that ``bn`` computes in its present mode, or None if it is called."""
     kind = None if bn is None else _norm_kind(type(bn))
     if kind is None or intercepted(bn) is not None:
         return None
@@ -211,7 +211,7 @@ def batch_norm_args(bn: Any) -> BatchNormArgs | None:
         statistics = buffers["running_mean"], buffers["running_var"]
         return BatchNormArgs(bn.weight, bn.bias, *statistics, eps=bn.eps, batch_stats=False)
     training = bn.training
-    # Without tracking, running statistics neither take part nor change while training.
+    # In training mode without tracking, running statistics are neither used nor changed.
     running = not training or bn.track_running_stats
     mean = buffers["running_mean"] if running else None
     if bn.momentum is not None:
@@ -233,7 +233,7 @@ def batch_norm_args(bn: Any) -> BatchNormArgs | None:
 
 
 def _process_group(bn: nn.SyncBatchNorm) -> str | None:
-    """The name of the group whose processes share ``bn``'s statistics; None for this one alone."""
+    """The name of the group whose processes share ``bn``'s statistics; None for one process."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return None

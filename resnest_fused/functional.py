@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -12,9 +11,9 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from resnest_fused import autograd, reference
 from resnest_fused.backends import choose
+from resnest_fused.checks import check_fcs, check_map, check_norm, check_number
+from resnest_fused.ops import FcArguments, MapArguments
 from resnest_fused.reference import BatchNormArgs
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def split_attention(
@@ -57,7 +56,7 @@ def split_attention(
         relu: z = relu(x) when bn0 is None; False when x is already activated.
         training: normalise with batch statistics (and update the running ones in place), unless
             the ``BatchNormArgs`` says otherwise.
-        backend: "auto", "native" or "reference"; "auto" takes what ``use_backend`` or
+        backend: "auto", "native", "triton" or "reference"; "auto" takes what ``use_backend`` or
             ``RESNEST_FUSED_BACKEND`` says, else the first that can run this call.
 
     Returns:
@@ -92,9 +91,9 @@ def split_attention(
             training=training,
             backend=backend,
         )
-    arguments = (
-        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, radix, cardinality, bn0, bn1, training
-    )  # fmt: skip
+    # The fields of FcArguments; named only where they are read, as names cost time at each call.
+    fcs = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, cardinality)
+    arguments = (x, radix, fcs, bn0, bn1, training)
     try:
         chosen = choose(backend, x)
         batch_stats0 = bn0 is not None and bn0.uses_batch_stats(training)
@@ -102,12 +101,12 @@ def split_attention(
     except AttributeError:
         _check(*arguments)
         raise
-    # In eager mode the native op checks the same in C++, ten times faster; only when it refuses
-    # are the checks here run, to name what was wrong. Elsewhere nothing is run or traced unchecked,
-    # nor with batch statistics: the op does not see the running ones that they then enter. And C++
-    # takes a bool for an integer.
+    # In eager mode the op checks the same, the native one ten times faster in C++; only when it
+    # refuses are the checks here run, to name what was wrong. Elsewhere nothing is run or traced
+    # unchecked, nor with batch statistics: the op does not see the running ones that they then
+    # enter. And ops take a bool for an integer.
     checked = (
-        chosen != "native"
+        chosen == "reference"
         or batch_stats0
         or batch_stats1
         or torch.compiler.is_compiling()
@@ -145,21 +144,20 @@ def split_attention(
         def attention_of(gap: Tensor) -> Tensor:
             return reference.r_softmax(mlp(gap), radix, cardinality)
 
-        out, statistics0 = autograd.attend(chosen, x, attention_of, relu, bn0, batch_stats0, radix)
+        out, statistics0 = autograd.attend(
+            chosen, MapArguments(x, relu, radix), attention_of, bn0, batch_stats0
+        )
         _update(bn0, statistics0)
         return out
     try:
         out, statistics0, statistics1 = autograd.split_attention(
             chosen,
-            x,
-            relu,
+            (x, relu, radix),
             bn0,
             batch_stats0,
-            (fc1_weight, fc1_bias, fc2_weight, fc2_bias),
+            fcs,
             bn1,
             batch_stats1,
-            radix,
-            cardinality,
         )
     except (AttributeError, RuntimeError, TypeError):
         if not checked:
@@ -209,7 +207,7 @@ def attend(
             training=training,
             backend=backend,
         )
-    _check_map(x, radix, cardinality)
+    check_map(x, radix, cardinality)
     _check_bn0(x, bn0, training)
     chosen = choose(backend, x)
 
@@ -234,7 +232,9 @@ def attend(
         return reference.attend(z, attention_of, radix)
     batch_stats = bn0 is not None and bn0.uses_batch_stats(training)
     relu = relu or bn0 is not None
-    out, statistics = autograd.attend(chosen, x, attention_of, relu, bn0, batch_stats, radix)
+    out, statistics = autograd.attend(
+        chosen, MapArguments(x, relu, radix), attention_of, bn0, batch_stats
+    )
     _update(bn0, statistics)
     return out
 
@@ -248,125 +248,39 @@ def _update(bn: BatchNormArgs | None, statistics: autograd.Statistics | None) ->
         reference.update_running_statistics(bn, *statistics)
 
 
-def _check_count(name: str, count: Any) -> None:
-    if isinstance(count, bool) or not isinstance(count, (Integral, torch.SymInt)):
-        raise TypeError(f"{name}: expected an integer, got {count!r}")
-    if count < 1:
-        raise ValueError(f"{name}: expected at least 1, got {count}")
-
-
-def _check_map(x: Tensor, radix: int, cardinality: int) -> None:
-    _check_is_tensor("x", x)
-    _check_count("radix", radix)
-    _check_count("cardinality", cardinality)
-    dtype = x.dtype
-    if dtype not in _DTYPES:
-        raise TypeError(f"x: expected float32, float64, bfloat16 or float16, got {dtype}")
-    if x.dim() != 4:
-        raise ValueError(f"x: expected 4 dimensions (B, R*C, H, W), got shape {tuple(x.shape)}")
-    _, features, height, width = x.shape
-    if features == 0 or features % radix:
-        raise ValueError(f"x: expected channels divisible by radix={radix}, got {features}")
-    if height == 0 or width == 0:
-        raise ValueError(f"x: expected at least one pixel, got height={height} and width={width}")
-    channels = features // radix
-    if channels % cardinality:
-        raise ValueError(
-            f"x: expected channels/radix divisible by cardinality={cardinality}, got "
-            f"{features}/{radix}={channels}"
-        )
-
-
 def _check_bn0(x: Tensor, bn0: BatchNormArgs | None, training: bool) -> None:
     if bn0 is not None:
         batch, features, height, width = x.shape
-        _check_batch_norm("bn0", bn0, features, batch * height * width, x, training)
+        _check_norm("bn0", bn0, batch * height * width, features, x, training)
 
 
 def _check(
     x: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
     radix: int,
-    cardinality: int,
+    fc_args: tuple[Any, ...],
     bn0: BatchNormArgs | None,
     bn1: BatchNormArgs | None,
     training: bool,
 ) -> None:
-    _check_map(x, radix, cardinality)
-    batch, features = x.shape[:2]
-    channels = features // radix
-    _check_is_tensor("fc1_weight", fc1_weight)
-    if fc1_weight.dim() != 4:
-        raise ValueError(
-            f"fc1_weight: expected 4 dimensions (I, C/K, 1, 1), got shape {tuple(fc1_weight.shape)}"
-        )
-    inter = fc1_weight.shape[0]
-    if inter == 0 or inter % cardinality:
-        raise ValueError(
-            f"fc1_weight: expected rows divisible by cardinality={cardinality}, got {inter}"
-        )
-    _check_tensor("fc1_weight", fc1_weight, (inter, channels // cardinality, 1, 1), x)
-    _check_tensor("fc2_weight", fc2_weight, (features, inter // cardinality, 1, 1), x)
-    for name, bias, weight in (
-        ("fc1_bias", fc1_bias, fc1_weight),
-        ("fc2_bias", fc2_bias, fc2_weight),
-    ):
-        if bias is not None:
-            _check_tensor(name, bias, (weight.shape[0],), x, " or None")
-            if bias.dtype != weight.dtype:
-                raise TypeError(f"{name}: expected its weight's {weight.dtype}, got {bias.dtype}")
+    fcs = FcArguments(*fc_args)
+    check_map(x, radix, fcs.cardinality)
+    check_fcs(x, radix, fcs)
     _check_bn0(x, bn0, training)
     if bn1 is not None:
-        _check_batch_norm("bn1", bn1, inter, batch, x, training)
+        _check_norm("bn1", bn1, x.shape[0], fcs.inter, x, training)
 
 
-def _check_is_tensor(name: str, tensor: Any, or_none: str = "") -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor{or_none}, got {type(tensor).__name__}")
-
-
-def _check_tensor(
-    name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor, or_none: str = ""
-) -> None:
-    _check_is_tensor(name, tensor, or_none)
-    if tensor.shape != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-    if tensor.dtype != x.dtype and tensor.dtype != torch.float32:
-        or_float = "" if x.dtype == torch.float32 else " or torch.float32"
-        raise TypeError(f"{name}: expected x's {x.dtype}{or_float}, got {tensor.dtype}")
-    if tensor.device != x.device:
-        raise ValueError(f"{name}: expected on {x.device} as x is, got {tensor.device}")
-
-
-def _check_batch_norm(
-    name: str, bn: BatchNormArgs, features: int, count: int, x: Tensor, training: bool
+def _check_norm(
+    name: str, bn: BatchNormArgs, elements: int, features: int, x: Tensor, training: bool
 ) -> None:
     # By what it can do, not by its class, of which there are two when the package is imported anew.
     if not hasattr(bn, "uses_batch_stats"):
         raise TypeError(f"{name}: expected BatchNormArgs or None, got {type(bn).__name__}")
-    for field in ("weight", "bias", "running_mean", "running_var"):
-        tensor = getattr(bn, field)
-        if tensor is not None:
-            _check_tensor(f"{name}.{field}", tensor, (features,), x, " or None")
-    if (bn.running_mean is None) != (bn.running_var is None):
-        raise ValueError(f"{name}: expected running_mean and running_var both given or both None")
+    fields = ("weight", "bias", "running_mean", "running_var")
+    tensors = {field: getattr(bn, field) for field in fields}
     batch_stats = bn.uses_batch_stats(training)
-    _check_number(f"{name}.eps", bn.eps)
-    if not (bn.eps > 0 if batch_stats else bn.eps >= 0):
-        least = "more than 0 with batch statistics" if batch_stats else "at least 0"
-        raise ValueError(f"{name}.eps: expected {least}, got {bn.eps}")
+    # Other processes have more elements.
+    count = elements if bn.process_group is None else 0
+    check_norm(name, tensors, bn.eps, batch_stats, count, features, x)
     if batch_stats and bn.running_mean is not None:
-        _check_number(f"{name}.momentum", bn.momentum)
-    if count == 1 and batch_stats and bn.process_group is None:
-        raise ValueError(
-            f"{name}: Expected more than 1 value per channel when training, got input size "
-            f"[1, {features}, 1, 1]"
-        )
-
-
-def _check_number(name: str, number: Any) -> None:
-    if not isinstance(number, (Real, torch.SymFloat)):
-        raise TypeError(f"{name}: expected a number, got {number!r}")
+        check_number(f"{name}.momentum", bn.momentum)

@@ -1,4 +1,4 @@
-"""The fused modules: drop-in replacements whose parameters and numbers are the reference's."""
+"""The fused modules, which have the parameters and the results of the unfused ones."""
 
 from __future__ import annotations
 
@@ -35,22 +35,24 @@ def fused_attention(
     act1: Any,
     fc2: Any,
     softmax: Any = None,
+    r_softmaxes: tuple[str, ...] = (),
     radix: int,
     cardinality: int,
     backend: str,
 ) -> Tensor:
     """act0(drop(bn0(x))), then split attention with fc2(act1(bn1(fc1(gap)))), by the fused op.
 
-    The modules' parameters go into the op wherever it computes what they do: a batch normalisation
-    and a ReLU in front, 1x1 convolutions with batch normalisation and ReLU between them, and an
-    r-softmax. Any other module, and one with hooks, is called, and all are while hooks for every
-    module are registered; the map is then still read and written as often.
+    The op takes the modules' parameters and computes what they do, where it can: a batch
+    normalisation and a ReLU in front, 1x1 convolutions with batch normalisation and ReLU between
+    them, and an r-softmax. Any other module, and one with hooks, is called. While hooks for every
+    module are registered, all are called. Either way the map is read and written as often.
 
     Args:
         x: ``(B, radix*channels, H, W)``.
-        bn0, drop, act0: what is to be applied to x first; None for what there is none of.
+        bn0, drop, act0: modules that are applied to x first; None for each that is missing.
         fc1, bn1, act1, fc2: the map from gap ``(B, channels, 1, 1)`` to logits; bn1 may be None.
         softmax: from logits to attention, radix-major; None for the r-softmax.
+        r_softmaxes: the peer's classes of r-softmax, as ``package.module.Class``.
         radix, cardinality, backend: as in :func:`resnest_fused.split_attention`.
     """
     absorbs = not calls_are_watched()
@@ -60,7 +62,7 @@ def fused_attention(
         for module in (bn0, drop, None if relu else act0):
             if module is not None:
                 x = module(x)
-    if absorbs and softmax is not None and is_r_softmax(softmax, radix, cardinality):
+    if absorbs and softmax is not None and is_r_softmax(softmax, r_softmaxes, radix, cardinality):
         softmax = None
     norm1 = batch_norm_args(bn1) if absorbs else None
     if (
@@ -85,7 +87,7 @@ def fused_attention(
             backend=backend,
         )
     else:
-        norm1 = None  # its module counts for itself
+        norm1 = None  # the module itself counts its batches
 
         def mlp(gap: Tensor) -> Tensor:
             hidden = fc1(_as_input(gap, x, fc1))
@@ -103,7 +105,7 @@ def fused_attention(
             relu=relu,
             backend=backend,
         )
-    # After the call, so that a call that raises leaves the counts as they were.
+    # After the call, so that the counts stay unchanged if it raises.
     for bn, norm in ((bn0, norm0), (bn1, norm1)):
         if norm is not None and norm.batch_stats and counts_batches(bn):
             bn.num_batches_tracked.add_(1)
@@ -111,7 +113,7 @@ def fused_attention(
 
 
 def _as_input(gap: Tensor, x: Tensor, fc1: nn.Module) -> Tensor:
-    """gap in the dtype that fc1 computes in; autocast casts for itself."""
+    """gap in fc1's dtype; under autocast unchanged, since autocast casts it."""
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return gap
     parameter = next(fc1.parameters(), None)
@@ -119,18 +121,19 @@ def _as_input(gap: Tensor, x: Tensor, fc1: nn.Module) -> Tensor:
 
 
 class FusedModule(nn.Module):
-    """What fused modules of every kind share: how they are called, and traced.
+    """The base of every fused module: how it is called, and traced.
 
     Attributes:
-        backend: as in :func:`resnest_fused.split_attention`.
+        backend: "auto", "native", "triton" or "reference", as in
+            :func:`resnest_fused.split_attention`.
     """
 
     backend: str = "auto"
-    # The forward that a module had which ``fuse`` made one of this class.
+    # The unfused class's forward when this class was made; each fused class has its own.
     _unfused_forward: Callable[..., Any]
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the unfused module gives for x; while ``torch.fx`` traces, a node that calls it."""
+        """The unfused module's result; while ``torch.fx`` traces, one node that calls this one."""
         if is_traced(x):
             return as_one_node(self, x)
         unfused = vars(self).get("_unfused_class")
@@ -149,12 +152,17 @@ class FusedModule(nn.Module):
 
 
 class FusedSplitAttention(FusedModule, SplitAttention):
-    """:class:`SplitAttention` by one fused op: same arguments, state_dict and results.
+    """:class:`SplitAttention` by one fused op, with the same arguments, state_dict and results.
 
-    ``(B, radix*channels, H, W)``, radix-major, to ``(B, channels, H, W)`` in the input's dtype and
-    memory format. With ``nn.BatchNorm2d`` (or ``nn.SyncBatchNorm``, a frozen one, or none) as
-    ``bn1``, the modules ``fc1``, ``bn1`` and ``fc2`` are not called but for their hooks' sake; any
-    other norm is.
+    ::
+
+        attention = rf.FusedSplitAttention(channels=64, radix=2)
+        out = attention(torch.randn(8, 128, 56, 56))  # (8, 64, 56, 56)
+
+    The input is ``(B, radix*channels, H, W)``, radix-major. The output is ``(B, channels, H, W)``
+    in the input's dtype and memory format. ``bn1`` is ``nn.BatchNorm2d``, ``nn.SyncBatchNorm``, a
+    frozen batch normalisation or None: then ``fc1``, ``bn1`` and ``fc2`` are called only if they
+    have hooks. Any other norm is always called.
 
     Raises:
         ValueError, TypeError: as :func:`resnest_fused.split_attention`.
@@ -177,11 +185,17 @@ class FusedSplitAttention(FusedModule, SplitAttention):
 
 
 class FusedSplitAttentionConv2d(FusedModule, SplitAttentionConv2d):
-    """:class:`SplitAttentionConv2d` in two steps: the convolution, and one op for all after it.
+    """:class:`SplitAttentionConv2d` in two steps: the convolution, and one op for the rest.
 
-    Same arguments, state_dict and results. With ``nn.BatchNorm2d`` (or ``nn.SyncBatchNorm``, or a
-    frozen one) as ``bn0``, its output and the ReLU's are never stored; saved for backward are the
-    convolution's output and a few numbers per sample and channel. See :class:`FusedSplitAttention`.
+    ::
+
+        block = rf.FusedSplitAttentionConv2d(64, 64, kernel_size=3, padding=1)
+        out = block(torch.randn(8, 64, 56, 56))  # (8, 64, 56, 56)
+
+    Arguments, state_dict and results are the same. If ``bn0`` is ``nn.BatchNorm2d``,
+    ``nn.SyncBatchNorm`` or frozen, its output and the ReLU's are never stored. The backward pass
+    needs the convolution's output and a few numbers per sample and channel. See
+    :class:`FusedSplitAttention`.
     """
 
     _unfused_forward = staticmethod(SplitAttentionConv2d.forward)

@@ -3,19 +3,20 @@
 # command, no network, about eight minutes. A failure stops nothing; a short table comes last, and
 # the exit status is 1 if anything failed.
 #
-#   STEPS    what to do, of "build tests sanitize time" (all); a build stays, in build/gpu
+#   STEPS    what to do, of "build tests compare sanitize time" (all); a build stays, in build/gpu
 #   OUT      the folder for logs, summary.txt and gpu.json (benchmarks/results)
 #   KERNELS  whose kernels to test and to call fused in the timings, native or triton (native);
 #            beside the native ones Triton's are timed too
 #   MINUTES  what it may take; timings get what the others leave (8)
 #
 # It needs a python3 with torch for CUDA, setuptools, ninja, numpy, hypothesis, pytest and
-# pytest-timeout, and nvcc; with pytest-xdist the tests run side by side.
+# pytest-timeout, and nvcc; with pytest-xdist the tests run side by side; typer and Pillow are for
+# the command line.
 set -uo pipefail
 shopt -s inherit_errexit
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-steps=" ${STEPS:-build tests sanitize time} "
+steps=" ${STEPS:-build tests compare sanitize time} "
 out=${OUT:-$root/benchmarks/results}
 end=$((${MINUTES:-8} * 60))
 kernels=${KERNELS:-native}
@@ -117,6 +118,26 @@ if wanted tests; then
         sort | uniq -c | sort -rn)
     report+=("${lines[@]:0:12}")
     ((${#lines[@]} > 12)) && report+=("  and $((${#lines[@]} - 12)) other functions, in tests.log")
+fi
+
+if wanted compare; then
+    if ! python3 -c 'import PIL, typer' 2>/dev/null; then
+        note compare "NOT RUN" 0 "typer and Pillow are not on this machine"
+    else
+        : >"$out/compare.log"
+        # Batch 8, as with one image the launches take longer than the kernels.
+        for options in "--backend native --batch 8" "--backend triton --batch 8" \
+            "--backend $kernels --batch 8 --dtype bf16 --channels-last --train"; do
+            [[ $kernels == triton && $options == *native* ]] && continue
+            started=$SECONDS
+            read -ra words <<<"$options"
+            limited 100 "$work/compare.log" python3 -m resnest_fused compare --device cuda "${words[@]}"
+            status=$?
+            { echo "compare $options" && cat "$work/compare.log"; } >>"$out/compare.log"
+            judge compare $status $((SECONDS - started)) \
+                "$options: $(grep . "$work/compare.log" | tail -n 1)"
+        done
+    fi
 fi
 
 if wanted sanitize; then

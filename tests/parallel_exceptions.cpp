@@ -1,4 +1,4 @@
-// parallel_units with work that throws, for test_cpu_kernels.py.
+// parallel_items with work that throws, for test_parallel.py.
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -9,13 +9,13 @@ struct Refusal : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
-// Runs `units` units of so many bytes, of which those from `first` on throw; what came of it.
-extern "C" void run(int64_t units, int64_t bytes_per_unit, int64_t first, char* told, size_t size) {
+// Runs `items` work items of so many bytes, of which those from `first` on throw; what came of it.
+extern "C" void run(int64_t items, int64_t bytes_per_item, int64_t first, char* told, size_t size) {
   std::string result = "nothing thrown";
   try {
-    resnest_fused::cpu::parallel_units(units, bytes_per_unit, [&](int64_t begin, int64_t end) {
+    resnest_fused::cpu::parallel_items(items, bytes_per_item, [&](int64_t begin, int64_t end) {
       if (end > first) {
-        throw Refusal("unit " + std::to_string(std::max(begin, first)));
+        throw Refusal("item " + std::to_string(std::max(begin, first)));
       }
     });
   } catch (const Refusal& refusal) {

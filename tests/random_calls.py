@@ -36,12 +36,10 @@ from test_fuse import features
 from torch import Tensor, nn
 
 import resnest_fused as rf
-from resnest_fused import agreement
-from resnest_fused.agreement import Call, Form
 from resnest_fused.backends import choose, native
-
-# The name in the package is the function's.
-_PeerForward = sys.modules["resnest_fused.fuse"]._TimmForward
+from resnest_fused.fusing.adapters.timm import TimmForward
+from resnest_fused.measure import agreement
+from resnest_fused.measure.agreement import Call, Form
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -167,9 +165,7 @@ class Peer(nn.Module):
         return (attention.to(x.dtype) * splits).sum(1)
 
 
-FusedPeer = type(
-    "FusedPeer", (_PeerForward, Peer), {"_unfused_forward": staticmethod(Peer.forward)}
-)
+FusedPeer = type("FusedPeer", (TimmForward, Peer), {"_unfused_forward": staticmethod(Peer.forward)})
 
 
 def _fuse(module: nn.Module) -> None:

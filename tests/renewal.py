@@ -89,19 +89,23 @@ def made_before_goes_on(renewals: list[Callable[[], ModuleType]]) -> None:
         fcs = (new.fc1.weight, new.fc1.bias, new.fc2.weight, new.fc2.bias)
         assert_same([new_rf.split_attention(X, *fcs, radix=2, bn1=bn1)], expected[:1])
         for ops in BACKENDS.values():
-            arguments = (X, False, None, None, None, None, 0.0, 2)
+            arguments = (X, False, 2, None, None, None, None, 0.0, False)
             torch.library.opcheck(ops.pool.default, arguments)
 
 
 def edited_runs(renew: Callable[[], ModuleType], old: int, new: int) -> None:
     """An op's function, a phase, a fake kernel and a FLOP formula, marked with a number."""
     for file, place, mark in (
-        ("triton/ops.py", "def batch_statistics(", "    return x.new_empty({0}), x.new_empty(0)\n"),
-        ("triton/pool.py", "def pool(", "    return m.empty({0})\n"),
-        ("fakes.py", "def batch_statistics(", "    return x.new_empty({0}), x.new_empty(0)\n"),
-        ("flops.py", "def split_attention(", "    return {0}\n"),
+        (
+            "backends/triton/ops.py",
+            "def batch_statistics(",
+            "    return x.new_empty({0}), x.new_empty(0)\n",
+        ),
+        ("backends/triton/pool.py", "def pool(", "    return m.empty({0})\n"),
+        ("ops.py", "def batch_statistics(", "    return x.new_empty({0}), x.new_empty(0)\n"),
+        ("backends/flops.py", "def split_attention(", "    return {0}\n"),
     ):
-        path = FOLDER / "backends" / file
+        path = FOLDER / file
         text = path.read_text().replace(mark.format(old), "")
         before, head, after = text.partition(place)
         signature, end, body = after.partition(":\n")
@@ -110,9 +114,8 @@ def edited_runs(renew: Callable[[], ModuleType], old: int, new: int) -> None:
     held = [ops.batch_statistics.default for ops in BACKENDS.values()]
     new_rf = renew()
     assert held[1](X)[0].shape == (new,)
-    assert torch.ops.resnest_fused_triton.pool(X, False, None, None, None, None, 0.0, 2).shape == (
-        new,
-    )
+    pooled = torch.ops.resnest_fused_triton.pool(X, False, 2, None, None, None, None, 0.0, False)
+    assert pooled.shape == (new,)
     for op in held:
         assert op(X.to("meta"))[0].shape == (new,)
     with FlopCounterMode(display=False) as counter, torch.no_grad():

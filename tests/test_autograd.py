@@ -150,9 +150,9 @@ def test_saved_are_x_and_small_tensors(prologue: str, dtype: torch.dtype, layout
     assert out.data_ptr() not in saved
     parameters = sum(p.nbytes for p in call.params.values())
     # gap, hidden, attention, and the batch's mean and variance for bn1 and bn0, in float32
-    crumbs = 4 * (4 * 32 + 4 * 32 + 4 * 2 * 32 + 2 * 32)
-    crumbs += 4 * 2 * 64 if prologue == "batch" else 0
-    assert sum(saved.values()) <= x.nbytes + parameters + crumbs
+    small = 4 * (4 * 32 + 4 * 32 + 4 * 2 * 32 + 2 * 32)
+    small += 4 * 2 * 64 if prologue == "batch" else 0
+    assert sum(saved.values()) <= x.nbytes + parameters + small
 
 
 def test_backward_twice_over_one_forward() -> None:

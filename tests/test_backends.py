@@ -19,9 +19,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import resnest_fused as rf
-from resnest_fused.backends import choose, native
+from resnest_fused.backends import NAMES, choose, native
 from resnest_fused.backends.triton import backend as triton
 from resnest_fused.backends.triton.compat import INTERPRETED
+from resnest_fused.modules import FusedModule
 
 
 def _grad_fn(call: Call, backend: str = "auto") -> str:
@@ -64,6 +65,37 @@ def test_use_backend_is_undone_after_an_error(call: Call) -> None:
     with pytest.raises(KeyError), rf.use_backend("reference"):
         raise KeyError
     assert _grad_fn(call) == fused
+
+
+def test_use_backend_acts_when_it_is_called(call: Call) -> None:
+    fused = _grad_fn(call)
+    plain = rf.use_backend("reference")
+    try:
+        assert _grad_fn(call) != fused
+        with rf.use_backend("native"):
+            assert _grad_fn(call) == fused
+        assert _grad_fn(call) != fused
+    finally:
+        with plain:
+            assert _grad_fn(call) != fused
+    assert _grad_fn(call) == fused
+
+
+def test_use_backend_around_a_function(call: Call) -> None:
+    fused = _grad_fn(call)
+
+    @rf.use_backend("reference")
+    def grad_fn(call: Call) -> str:
+        return _grad_fn(call)
+
+    assert _grad_fn(call) == fused
+    assert [grad_fn(call) != fused for _ in range(2)] == [True, True]
+    assert _grad_fn(call) == fused
+
+
+@pytest.mark.parametrize("described", [rf.fuse, rf.use_backend, FusedModule])
+def test_docstrings_name_every_backend(described: object) -> None:
+    assert all(f'"{name}"' in (described.__doc__ or "") for name in NAMES)
 
 
 @pytest.mark.parametrize("name", ["", "cuda", "Native"])

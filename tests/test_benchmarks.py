@@ -6,8 +6,8 @@ import itertools
 
 import gpu_summary
 import pytest
+from contenders import interleave
 from grid import DTYPES, FORMS, GRIDS, LAYOUTS, STAGES, Case
-from interleave import interleave, take_turns
 from network import Result, Workload
 from summary import extra_info, network_info, network_table, relative_iqr, table
 
@@ -137,17 +137,6 @@ def test_wrong_contenders_are_noticed(change, message, monkeypatch) -> None:
     case = Case(16, 12, 4, train=False, form="after conv")
     with pytest.raises(AssertionError, match=message):
         interleave(case, "native", None, 0.0, 1)
-
-
-@pytest.mark.parametrize(
-    ("settle", "expected"), [(False, "abbabb"), (True, "aabbbaabbb")], ids=["no", "yes"]
-)
-def test_rounds_take_turns(settle: bool, expected: str) -> None:
-    order: list[str] = []
-    steps = {name: (lambda name=name: order.append(name)) for name in "ab"}
-    samples = take_turns(steps, {"a": 1, "b": 2}, 0.0, 2, settle=settle)
-    assert "".join(order) == expected
-    assert [len(times) for times in samples.values()] == [2, 2]
 
 
 INFERENCE = Result(

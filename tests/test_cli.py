@@ -1,10 +1,13 @@
-"""The command line: its screens, exit codes and errors, and the measurements behind them."""
+"""The command line: its screens, exit codes and errors."""
 
 from __future__ import annotations
 
-import copy
 import functools
+import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,22 +15,17 @@ from types import SimpleNamespace
 import pytest
 import sklearn.datasets
 import torch
-from PIL import Image
+import typer
 from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
-from resnest_fused import (
-    SplitAttentionConv2d,
-    agreement,
-    compare,
-    fuse,
-    images,
-    models,
-    modules,
-    sources,
-)
+import resnest_fused as rf
+from resnest_fused import SplitAttentionConv2d, models, modules
 from resnest_fused.backends import NAMES, native
-from resnest_fused.cli import _Backend, app
+from resnest_fused.cli.app import app
+from resnest_fused.cli.compare import _Backend, _describe_speed, _find_device
+from resnest_fused.measure.timing import Speedup
+from resnest_fused.models import registry
 
 _PHOTOS = Path(sklearn.datasets.__file__).parent / "images"
 CHINA, FLOWER = str(_PHOTOS / "china.jpg"), str(_PHOTOS / "flower.jpg")
@@ -40,22 +38,34 @@ def run(*arguments: str) -> Result:
     return result
 
 
-def tiny_network() -> nn.Module:
-    return nn.Sequential(
+def tiny_network(num_classes: int = 1000) -> nn.Sequential:
+    network = nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=2),
         nn.BatchNorm2d(8),
         SplitAttentionConv2d(8, 8, 3, padding=1),
         SplitAttentionConv2d(8, 32, 3, stride=2, padding=1, cardinality=2),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.Linear(32, 1000),
     )
+    network.add_module("fc", nn.Linear(32, num_classes))
+    return network
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets compare run on a small network on 48 pixels, whatever model is asked for."""
-    monkeypatch.setattr(sources, "_build", lambda name: sources._ours(tiny_network(), 48))
+    """Lets compare run on a small network on 48 pixels in the place of a ResNeSt-50."""
+    put_in_place(monkeypatch, tiny_network, 48)
+
+
+def put_in_place(
+    monkeypatch: pytest.MonkeyPatch, build: Callable[..., nn.Module], size: int
+) -> None:
+    def builder(*, fused: bool, **options: int) -> nn.Module:
+        assert not fused
+        return build(**options)
+
+    monkeypatch.setitem(registry._BUILDERS, "resnest50", builder)
+    monkeypatch.setattr(registry._Ours, "preprocessing", lambda *_: (size, None))
 
 
 def break_attention(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Tensor], Tensor]) -> None:
@@ -85,6 +95,7 @@ def test_photo_through_resnest50() -> None:
     assert "the same for 1 of 1" in result.output
     assert max(map(len, result.output.splitlines())) <= 80
     assert "…" not in result.output
+    assert "Too few --repeats to tell speed from noise: 1, at least 6." in result.output
     assert result.stderr == ""
 
 
@@ -95,8 +106,8 @@ def test_photo_through_resnest50() -> None:
     [
         (),
         ("--dtype", "float64"),
-        ("--dtype", "bfloat16", "--channels-last"),
-        ("--dtype", "float16"),
+        ("--dtype", "bf16", "--channels-last"),
+        ("--dtype", "fp16", "--device", "cpu"),
         ("--channels-last", "--batch", "5", "--image", CHINA, "--image", FLOWER),
         ("--backend", "reference", "--image", FLOWER),
     ],
@@ -108,7 +119,10 @@ def test_variants(options: tuple[str, ...], train: bool) -> None:
     assert ("saved MiB" in result.output) == train
     assert ("(5, 3, 48, 48)" in result.output) == ("5" in options)
     assert ("channels_last" in result.output) == ("--channels-last" in options)
-    assert ("backend  reference" in result.output) or "reference" not in options
+    assert re.search(r"backend +reference *\n", result.output) or "reference" not in options
+    dtypes = {"bf16": "bfloat16", "fp16": "float16", "float64": "float64"}
+    assert dtypes.get([*options, "", ""][1], "float32") in result.output
+    assert re.search(rf"device +cpu, {torch.get_num_threads()} threads", result.output)
     assert max(map(len, result.output.splitlines())) <= 80
 
 
@@ -170,7 +184,7 @@ def test_compile_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fail, "training", False, raising=False)
     result = run("compare", "--repeats", "1", "--compile")
     assert result.exit_code == 2
-    assert result.stderr == ("resnest-fused: Invalid value for --compile: no C++ compiler found\n")
+    assert result.stderr == "resnest-fused: Invalid value for '--compile': no C++ compiler found\n"
 
 
 @pytest.mark.usefixtures("tiny")
@@ -181,6 +195,18 @@ def test_weights(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "tiny.pth" in result.output.replace("\n", "")
     assert "random: classes" not in result.output
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("train", [False, True])
+def test_weights_of_another_number_of_classes(tmp_path: Path, train: bool) -> None:
+    """The targets of a training step are of these classes, too."""
+    path = tmp_path / "three.pth"
+    torch.save(tiny_network(num_classes=3).state_dict(), path)
+    arguments = ("--weights", str(path), "--repeats", "1", *(["--train"] if train else []))
+    result = run("compare", *arguments)
+    assert result.exit_code == 0, result.output
+    assert train or re.search(r"picture +[012] [012] [012] +[012] [012] [012] +ok", result.output)
 
 
 @pytest.fixture
@@ -212,11 +238,17 @@ def test_bad_files(files: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (("--model", "resnest5"), "unknown model 'resnest5'; known are resnest50, official:NAME"),
+        (
+            ("--model", "resnest5"),
+            "resnest_fused has no model resnest5; did you mean resnest50? Known are resnest50, "
+            "official:NAME and timm:NAME",
+        ),
         (("--model", "hub:resnest50"), "unknown source 'hub'"),
         (("--model", "official:resnest50"), "package resnest cannot be imported"),
         (("--model", "timm:resnest50d"), "try pip install timm"),
-        (("--dtype", "int8"), "int8"),
+        (("--dtype", "int8"), "'int8' is not one of 'fp32', 'fp64', 'bf16', 'fp16', 'float32'"),
+        (("--device", "tpu"), "expected cpu, cuda or cuda:N, got 'tpu'"),
+        (("--device", "cuda:9"), "PyTorch sees no GPU, got 'cuda:9'"),
         (("--batch", "0"), "1"),
         (("--batch", "many"), "valid integer"),
         (("--repeats", "0"), "1"),
@@ -229,7 +261,8 @@ def test_bad_arguments(
     arguments: tuple[str, ...], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for package in ("resnest.torch", "timm"):
-        monkeypatch.setitem(__import__("sys").modules, package, None)
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     option = "--batch" if "--batch" in arguments else arguments[0]
     assert_refused(run("compare", *arguments), option, reason)
 
@@ -238,17 +271,16 @@ def assert_refused(result: Result, option: str, reason: str) -> None:
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
     [line] = result.stderr.splitlines()
-    assert line.startswith("resnest-fused: ")
-    assert option in line
+    assert line.startswith(f"resnest-fused: Invalid value for '{option}': ")
     assert reason in line
 
 
 def test_a_network_without_split_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_build", lambda name: sources._ours(nn.Conv2d(3, 4, 1), 8))
+    put_in_place(monkeypatch, lambda: nn.Conv2d(3, 4, 1), 8)
     assert_refused(run("compare"), "--model", "no split attention that can be fused")
 
 
-@pytest.mark.parametrize("arguments", [("no-such-command",), ("compare", "--no-such-option"), ()])
+@pytest.mark.parametrize("arguments", [("no-such-command",), ("compare", "--no-such-option")])
 def test_unknown_command_line(arguments: tuple[str, ...]) -> None:
     result = run(*arguments)
     assert result.exit_code == 2
@@ -280,146 +312,214 @@ def test_info_lists_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_info_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "unavailable", lambda: "it was left out")
-    assert re.search(r"native +no +it was left out", run("info").output)
+    output = run("info").output
+    assert re.search(r"native +no +it was left out", output)
+    assert re.search(r"native kernels +cannot run: it was left out", output)
     refused = run("compare", "--backend", "native")
     assert_refused(refused, "--backend", "native cannot run: it was left out")
 
 
-def test_help() -> None:
-    assert tuple(backend.value for backend in _Backend) == NAMES
-    for arguments in ((), ("info",), ("compare",)):
-        result = run(*arguments, "--help")
-        assert result.exit_code == 0
-        assert "Usage:" in result.output
+def test_info_as_json() -> None:
+    result = run("info", "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["resnest_fused"]["version"] == rf.__version__
+    assert facts["torch"]["version"] == torch.__version__
+    assert facts["backends"] == [status._asdict() for status in rf.backends()]
+    assert facts["native"]["unavailable"] is native.unavailable() is None
+    assert facts["native"]["compiler"] == native.build_info()["compiler"]
+    assert facts["environment"] == [
+        {
+            "name": "TRITON_INTERPRET",
+            "value": "1",
+            "effect": "Triton's slow interpreter, on CPU tensors: 1 is on, 0 off",
+            "wrong": False,
+        }
+    ]
 
 
-def test_preprocess() -> None:
-    # A grey frame around a square whose halves are black and white.
-    picture = Image.new("RGB", (400, 256), (128, 128, 128))
-    picture.paste((0, 0, 0), (88, 16, 200, 240))
-    picture.paste((255, 255, 255), (200, 16, 312, 240))
-    x = images.preprocess(picture)
-    assert x.shape == (3, 224, 224)
-    assert x.is_contiguous()
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    torch.testing.assert_close(x[:, 0, 0], -mean / std)
-    torch.testing.assert_close(x[:, -1, -1], (1 - mean) / std)
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16"])
-def test_pictures_of_any_mode(mode: str, tmp_path: Path) -> None:
-    path = tmp_path / "picture.tiff"
-    Image.new(mode, (40, 30)).save(path)
-    assert images.preprocess(images.read_image(path), 32).shape == (3, 32, 32)
-
-
-def test_random_input_is_seeded_and_varied() -> None:
-    x = images.random_images(4, 32, seed=3)
-    assert torch.equal(x, images.random_images(4, 32, seed=3))
-    assert not torch.equal(x, images.random_images(4, 32, seed=4))
-    crops = images.random_crops(x[:2], 6, seed=0)
-    assert crops.shape == (6, 3, 32, 32)
-    assert torch.equal(crops, images.random_crops(x[:2], 6, seed=0))
-    assert torch.pdist(crops.flatten(1)).min() > 1
-
-
-def test_randomized_norms_make_attention_count() -> None:
-    """Rounding stays far below the allowed error, a small mistake in attention far above it."""
-    torch.manual_seed(0)
-    model = models.resnest50(fused=False)
-    for module in model.modules():  # as timm starts: without attention's influence
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.zeros_(module.weight)
-    sources.randomize_norms(model, 64, seed=0)
-    x = images.random_images(2, 64, seed=1)
-    with torch.no_grad():
-        exact = copy.deepcopy(model).double()(x.double())
-        logits = model(x)
-        model.layer3[1].conv2.fc2.weight.mul_(1.01)
-        wrong = model(x)
-    assert agreement.relative_error(logits, exact) < 2e-6
-    assert agreement.relative_error(wrong, exact) > 1e-4
-
-
-def test_relative_error() -> None:
-    nan = torch.tensor([1.0, float("nan")])
-    assert agreement.relative_error(torch.tensor([1.0, 4.0]), torch.tensor([2.0, 4.0])) == 0.25
-    assert agreement.relative_error(torch.zeros(2), torch.zeros(2)) == 0
-    assert agreement.relative_error(torch.ones(2), torch.zeros(2)) == float("inf")
-    assert agreement.relative_error(torch.zeros(0), torch.zeros(0)) == 0
-    for pair in ((nan, nan), (nan, torch.ones(2)), (torch.ones(2), nan)):
-        error = agreement.relative_error(*pair)
-        assert error != error
-        assert not agreement.Check("", "", torch.float32, None, error, 1.0).passed
-
-
-def test_check_in_a_16_bit_dtype() -> None:
-    exact = torch.tensor([1.0, 0.5])
-    reference = torch.tensor([1.0, 0.51], dtype=torch.bfloat16)
-    own = (reference[1].float() - 0.5).item()
-    allowed = 1.5 * own + torch.finfo(torch.bfloat16).eps
-    found = compare.check("x", reference, exact.bfloat16(), exact, 0)
-    assert found == agreement.Check("x", "", torch.bfloat16, own, 0.0, pytest.approx(allowed))
-    assert not compare.check("x", reference, exact.bfloat16() * 1.1, exact, 0).passed
+def in_a_new_process(
+    *arguments: str, module: tuple[str, ...] = ("-m", "resnest_fused"), **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """The command line, whose variables are read when the package is imported."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("RESNEST_FUSED_")}
+    path = os.pathsep.join([str(Path(rf.__file__).parents[1]), *sys.path])
+    return subprocess.run(
+        [sys.executable, *module, *arguments],
+        env={**inherited, "PYTHONPATH": path, "COLUMNS": "200", **variables},
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.mark.parametrize(
-    ("second", "gap", "passed"), [(0.999, 0.002, True), (0.999, 0.0005, False), (0.5, 0.1, False)]
+    ("variables", "rows"),
+    [
+        (
+            {
+                "RESNEST_FUSED_BACKEND": "reference",
+                "RESNEST_FUSED_CPU_CAPABILITY": "baseline",
+                "RESNEST_FUSED_AUTOTUNE": "1",
+                "RESNEST_FUSED_CUDA_STRATEGY": "launches",
+                "RESNEST_FUSED_SKIP_NATIVE": "1",
+            },
+            (
+                "RESNEST_FUSED_BACKEND reference calls whose backend is auto run on reference",
+                "RESNEST_FUSED_CPU_CAPABILITY baseline the CPU kernels use baseline instructions",
+                "RESNEST_FUSED_AUTOTUNE 1 timing of Triton's block sizes at first calls: 1 is on, "
+                "0 off",
+                "RESNEST_FUSED_CUDA_STRATEGY launches the CUDA kernels evaluate by the strategy "
+                "launches",
+                "RESNEST_FUSED_SKIP_NATIVE 1 read by pip install; without effect now",
+            ),
+        ),
+        (
+            {
+                "RESNEST_FUSED_BACKEND": "triton",
+                "RESNEST_FUSED_CPU_CAPABILITY": "mmx",
+                "RESNEST_FUSED_AUTOTUNE": "yes",
+                "RESNEST_FUSED_CUDA_STRATEGY": "slowest",
+                "RESNEST_FUSED_BACKENDS": "native",
+                "RESNEST_FUSED_CUDA": "",
+                "TRITON_INTERPRET": "",
+            },
+            (
+                "native kernels cannot run: RESNEST_FUSED_CPU_CAPABILITY: expected baseline, avx2 "
+                "or avx512, got 'mmx'",
+                "RESNEST_FUSED_BACKEND triton WRONG: triton cannot run: RESNEST_FUSED_AUTOTUNE: "
+                "expected 0 or 1, got 'yes'",
+                "RESNEST_FUSED_CPU_CAPABILITY mmx WRONG: expected baseline, avx2 or avx512, got "
+                "'mmx'",
+                "RESNEST_FUSED_AUTOTUNE yes WRONG: expected 0 or 1, got 'yes'",
+                "RESNEST_FUSED_CUDA_STRATEGY slowest WRONG: expected one of fastest, launches, "
+                "persistent, got 'slowest'",
+                "RESNEST_FUSED_BACKENDS native WRONG: no such variable; did you mean "
+                "RESNEST_FUSED_BACKEND?",
+            ),
+        ),
+        (
+            {"RESNEST_FUSED_BACKEND": "abacus"},
+            (
+                "RESNEST_FUSED_BACKEND abacus WRONG: expected one of auto, native, triton, "
+                "reference, got 'abacus'",
+            ),
+        ),
+    ],
+    ids=["right", "wrong", "no backend"],
 )
-def test_top_five(second: float, gap: float, passed: bool) -> None:
-    logits = torch.tensor([1.0, second, -1, -2, -3, -4])
-    swapped = logits[[1, 0, 2, 3, 4, 5]]
-    top = compare._top_five(logits, swapped, torch.tensor(gap))
-    assert (top.reference, top.fused) == ([0, 1, 2, 3, 4], [1, 0, 2, 3, 4])
-    assert top.passed == passed
+def test_info_shows_what_variables_do(variables: dict[str, str], rows: tuple[str, ...]) -> None:
+    result = in_a_new_process("info", **variables)
+    assert result.returncode == 0, result.stderr
+    said = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert [row for row in rows if row not in said] == [], result.stdout
+    assert not any(line.startswith("RESNEST_FUSED_CUDA ") for line in said)
 
 
-def test_networks_are_left_as_they_were() -> None:
-    torch.manual_seed(0)
-    reference = tiny_network()
-    fused = copy.deepcopy(reference)
-    fuse(fused)
-    before = copy.deepcopy(reference.state_dict())
-    x = images.random_images(4, 32, 0)
-    compare.check_train(reference, fused, x, torch.arange(4))
-    compare.check_modules(fused, x)
-    for network in (reference, fused):
-        assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
-        assert all(p.grad is None for p in network.parameters())
+@pytest.mark.usefixtures("tiny")
+def test_compare_shows_what_variables_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    with rf.use_backend("reference"):  # as the variable does on import
+        result = run("compare", "--repeats", "1")
+        assert re.search(r"backend +reference, as no fused one can run; see info", result.output)
+        monkeypatch.setenv("RESNEST_FUSED_BACKEND", "reference")
+        result = run("compare", "--repeats", "1")
+    assert re.search(r"backend +reference *\n", result.output)
+    assert re.search(r"RESNEST_FUSED_BACKEND +reference: calls whose backend is", result.output)
 
 
-def test_timing_is_interleaved() -> None:
-    order: list[str] = []
-    ticks: list[None] = []
-    calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
-    timings = compare.time_interleaved(calls, 3, lambda: ticks.append(None))
-    assert "".join(order) == "abababab"
-    assert len(ticks) == len(order)
-    assert all(0 <= t.low <= t.median <= t.high for t in timings.values())
-    assert compare._timing([3.0, 1.0, 2.0, 5.0, 4.0, 6.0]) == (3.5, 2.0, 5.0)
-    assert compare._timing([2.0]) == (2.0, 2.0, 2.0)
+def test_compare_names_wrong_variables() -> None:
+    result = in_a_new_process("compare", RESNEST_FUSED_BACKEND="abacus")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        "resnest-fused: Invalid value: RESNEST_FUSED_BACKEND: expected one of auto, native, "
+        "triton, reference, got 'abacus'\n"
+    )
 
 
-def test_peak_memory() -> None:
-    x = torch.ones(1000)
+@pytest.mark.parametrize("arguments", [(), ("info",), ("compare",)])
+def test_help(arguments: tuple[str, ...]) -> None:
+    assert tuple(backend.value for backend in _Backend) == NAMES
+    result = run(*arguments, "--help")
+    assert result.exit_code == 0
+    assert "Usage:" in result.output
+    for absent in ("<bool>", "BOOLEAN", "…"):
+        assert absent not in result.output
+    if not arguments:
+        bare = run()
+        assert (bare.exit_code, bare.stdout.split()) == (0, result.stdout.split())
 
-    def call() -> Tensor:
-        a = x + 1  # 4000 bytes live
-        b = a * 2  # 8000
-        del a
-        c = b.view(10, 100).add_(1)  # in place and a view: still 4000
-        return c + x[:1]  # 8000
 
-    assert compare.peak_memory(call) == 8000
-    assert compare.peak_memory(lambda: x.add_(1)) == 0
+def test_version() -> None:
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"resnest-fused {rf.__version__}\n")
+    assert in_a_new_process("--version").stdout == result.stdout
 
 
-def test_saved_for_backward() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 5, bias=False), nn.Sigmoid())
-    x, target = torch.randn(3, 4), torch.arange(3)
-    # Sigmoid keeps its output; cross entropy the log-softmax, the target and its total weight.
-    expected = 2 * 3 * 5 * 4 + 3 * 8 + 4
-    assert compare.saved_for_backward(model, x, target) == expected
+LOADED = """
+import runpy, sys
+try:
+    runpy.run_path(sys.argv.pop(1), run_name="__main__")
+finally:
+    print("torch" in sys.modules, hasattr(sys.modules["resnest_fused"], "fuse"), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "loaded"),
+    [
+        ("resnest-fused", ("--help",), False),
+        ("resnest-fused", ("compare", "--help"), False),
+        ("resnest-fused", ("--version",), False),
+        ("resnest-fused", ("compare", "--no-such-option"), False),
+        ("resnest-fused", ("info",), True),
+        ("other-program", ("--help",), True),
+    ],
+)
+def test_torch_is_imported_when_a_command_runs(
+    name: str, arguments: tuple[str, ...], loaded: bool, tmp_path: Path
+) -> None:
+    """And in every other program when the package is."""
+    program = tmp_path / name
+    program.write_text("from resnest_fused.cli import main\nmain()\n")
+    result = in_a_new_process(str(program), *arguments, module=("-c", LOADED))
+    assert result.stderr.splitlines()[-1] == f"{loaded} {loaded}", result.stderr
+
+
+def test_the_gpu_is_the_default_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert _find_device(None) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    assert _find_device(None) == _find_device("cuda") == torch.device("cuda", 0)
+    assert _find_device("cuda:1") == torch.device("cuda", 1)
+    assert _find_device("cpu") == torch.device("cpu")
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    with pytest.raises(typer.BadParameter, match="PyTorch sees 2 GPUs, got 'cuda:2'"):
+        _find_device("cuda:2")
+
+
+@pytest.mark.parametrize(
+    ("ratios", "rounds", "expected"),
+    [
+        ([1.05, 1.06, 1.08, 1.10, 1.11] * 2, 10, "It is 1.08x as fast: 1.06x to 1.10x (20-80 %"),
+        ([0.93] * 10, 10, "It is 0.93x as fast: 0.93x to 0.93x (20-80 % of 10 rounds)."),
+        ([1.2, 1.3, 1.5, 2.1, 2.2] * 2, 10, "It is faster, but unevenly: 1.28x to 2.12x (20-80 %"),
+        ([0.5, 0.9] * 5, 10, "It is slower, but unevenly: 0.50x to 0.90x"),
+        ([0.95, 1.07] * 5, 10, "The speed-up cannot be told from noise: 0.95x to 1.07x"),
+        ([1.5] * 5, 5, "Too few --repeats to tell speed from noise: 5, at least 6."),
+    ],
+)
+def test_speed_is_told_with_its_spread(ratios: list[float], rounds: int, expected: str) -> None:
+    said = _describe_speed(Speedup.of(ratios, [1.0] * len(ratios)), rounds)
+    assert said.startswith(expected)
+
+
+def test_no_module_hides_behind_a_function() -> None:
+    """As a function with the name of a module of its package does."""
+    for package in (rf.cli, rf.measure, models, models.checkpoints):
+        folder = Path(package.__file__).parent
+        for name in {path.stem for path in folder.glob("*.py")} - {"__init__"}:
+            assert not callable(getattr(package, name, None)), f"{package.__name__}.{name}"
 
 
 @pytest.mark.peers
@@ -436,7 +536,7 @@ def test_official_resnest50(options: tuple[str, ...]) -> None:
 @pytest.mark.peers
 def test_official_package_has_no_such_model() -> None:
     refused = run("compare", "--model", "official:resnet50")
-    assert_refused(refused, "--model", "has no model 'resnet50'")
+    assert_refused(refused, "--model", "has no model resnet50; did you mean resnest50?")
 
 
 @pytest.mark.peers

@@ -479,7 +479,7 @@ def test_autocast(training: bool, dtype: torch.dtype) -> None:
 def test_memory(channels: int, side: int, layout: str, strategy: str) -> None:
     """Beside the results, what goes from phase to phase: some numbers a sample and channel."""
     call = call_of(128, channels, side, layout=layout)
-    crumbs = 4 * call.case.batch * channels * 20 + 4 * 2**20
+    small = 4 * call.case.batch * channels * 20 + 4 * 2**20
 
     def peak(run: Callable[[], object]) -> int:
         run()  # what is allocated once for all calls
@@ -488,19 +488,18 @@ def test_memory(channels: int, side: int, layout: str, strategy: str) -> None:
         run()
         return torch.cuda.max_memory_allocated() - before
 
-    assert peak(call.forward) <= call.dout.nbytes + crumbs
-    arguments = (True, *(call.params[f"bn0_{name}"] for name in ("weight", "bias")))
-    statistics = (*(call.params[f"bn0_running_{name}"] for name in ("mean", "var")), EPS)
+    assert peak(call.forward) <= call.dout.nbytes + small
+    parameters = [call.params[f"bn0_{n}"] for n in ("weight", "bias")]
+    statistics = [call.params[f"bn0_running_{n}"] for n in ("mean", "var")]
+    arguments = (call.x, True, 2, *parameters, *statistics, EPS, False)
     attention = torch.rand(128, 2, channels)
     dgap = torch.rand(128, channels)
 
     def backward() -> object:
-        ops.pool_backward(call.dout, call.x, *arguments, *statistics, 2)
-        return ops.recombine_backward(
-            call.dout, call.x, *arguments, *statistics, attention, dgap, None, None
-        )
+        ops.pool_backward(call.dout, *arguments)
+        return ops.recombine_backward(call.dout, *arguments, attention, dgap, None, None)
 
-    assert peak(backward) <= call.x.nbytes + 8 * crumbs
+    assert peak(backward) <= call.x.nbytes + 8 * small
 
 
 def test_out_of_memory() -> None:

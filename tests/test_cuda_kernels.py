@@ -104,7 +104,7 @@ def test_schedules_make_no_difference(
     ("strategy", "radix", "device"),
     [
         *(("launches", radix, {}) for radix in (1, 2, 3)),
-        # In groups of samples that stay in L2, as reading again takes so long here.
+        # In batch chunks that stay in L2, as reading again takes so long here.
         *(
             ("launches", radix, {"bytes_per_microsecond": 1, "l2_bytes": 120_000})
             for radix in (1, 2, 3)
@@ -123,7 +123,7 @@ def test_evaluation(
     device: dict[str, int],
     kernels: Kernels,
 ) -> None:
-    """Against the truth, in several chunks of pixels and groups of samples."""
+    """Against the truth, in several chunks of pixels and of the batch."""
     options = {"layout": layout, "norm": "running", "prologue": prologue}
     call = draw(Case(5, 24, 12, 11, radix, 2, 10, **options))
     kernels.choose(strategy)
@@ -199,7 +199,7 @@ def test_other_devices(
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-def test_groups_of_different_sizes(layout: str, kernels: Kernels) -> None:
+def test_batch_chunks_of_different_sizes(layout: str, kernels: Kernels) -> None:
     """The last has fewer tiles of rows than the others, 32 samples instead of 33."""
     options = {"layout": layout, "norm": "running", "prologue": "running"}
     call = draw_any(Case(65, 32, 4, 4, 2, 2, 20, **options))
@@ -207,7 +207,7 @@ def test_groups_of_different_sizes(layout: str, kernels: Kernels) -> None:
     expected = call.forward()
     kernels.choose("persistent")
     x_of_sample = 2 * 32 * 16 * 4
-    kernels.set_device(l2_bytes=5 * 33 * x_of_sample)  # of which the groups may have 3/5
+    kernels.set_device(l2_bytes=5 * 33 * x_of_sample)  # of which the chunks may have 3/5
     assert torch.equal(call.forward(), expected)
 
 

@@ -22,7 +22,7 @@ def test_sanitizers_find_nothing(kind: str) -> None:
         "schedules_make_no_difference",
         "strategies_make_no_difference",
         "smallest_sizes",
-        "groups_of_different_sizes",
+        "batch_chunks_of_different_sizes",
     ]
     if kind == "address":  # where sizes and addresses matter, and which is faster
         names += [

@@ -15,12 +15,13 @@ from torch.nn.utils import parametrizations
 from resnest_fused import (
     FusedSplitAttention,
     FusedSplitAttentionConv2d,
+    FuseEntry,
     SplitAttention,
     SplitAttentionConv2d,
     fuse,
     unfuse,
 )
-from resnest_fused.models import resnest50
+from resnest_fused.models import load_checkpoint, resnest50
 
 
 def generator_with(seed: int) -> torch.Generator:
@@ -187,10 +188,28 @@ def test_report():
     ]
     assert report.entries[2].kind == "resnest_fused.reference.SplitAttention"
     assert len(report) == 3 and report
-    assert str(report).splitlines()[0] == "3 fused, 0 left alone"
-    assert "fused: body.0, resnest_fused.reference.SplitAttentionConv2d" in str(report)
+    assert repr(report) == "FuseReport(3 fused, 0 left alone)"
+    assert str(report).splitlines() == [
+        "3 fused, 0 left alone",
+        "fused: 2 resnest_fused.reference.SplitAttentionConv2d (stem, body.0)",
+        "fused: 1 resnest_fused.reference.SplitAttention (body.1)",
+    ]
+    assert all(isinstance(entry, FuseEntry) for entry in report.entries)
     with pytest.raises(AttributeError):
         report.entries = ()
+
+
+def test_a_report_names_the_first_and_the_last_of_many():
+    model = nn.Sequential(*(SplitAttention(4) for _ in range(12)))
+    for module in model[5:10]:
+        patch_forward(module)
+    report = fuse(model)
+    assert str(report).splitlines()[1:] == [
+        "fused: 7 resnest_fused.reference.SplitAttention (0, ..., 11)",
+        "left alone: 5 resnest_fused.reference.SplitAttention (5, 6, 7, 8, 9): "
+        "its forward was replaced",
+    ]
+    assert "\n" not in repr(report) and len(repr(report)) < 100
 
 
 def test_root_module():
@@ -418,7 +437,8 @@ def test_one_module_left_alone_does_not_keep_others():
     assert [entry.fused for entry in report.entries] == [True, False, True]
     assert str(report).splitlines()[0] == "2 fused, 1 left alone"
     assert str(report).splitlines()[-1] == (
-        "left alone: body.0, resnest_fused.reference.SplitAttentionConv2d: its forward was replaced"
+        "left alone: 1 resnest_fused.reference.SplitAttentionConv2d (body.0): "
+        "its forward was replaced"
     )
 
 
@@ -470,17 +490,27 @@ def test_folding_in_float32():
     assert_folds(model, torch.randn(2, 4, 6, 6), norms=5)
 
 
-def test_folded_state_dict_has_the_folded_weights():
-    model = randomise(SplitAttentionConv2d(4, 8, 3)).eval()
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel, copy.deepcopy])
+def test_a_folded_model_is_neither_saved_nor_loaded(wrap, tmp_path):
+    model = randomise(Net()).eval()
+    state = copy.deepcopy(model.state_dict())
+    torch.save(state, path := tmp_path / "checkpoint.pth")
     fuse(model, fold=True)
-    assert set(model.state_dict()) == {
-        f"{name}.{kind}" for name in ("conv", "fc1", "fc2") for kind in ("weight", "bias")
-    }
-    twin = SplitAttentionConv2d(4, 8, 3).eval()
-    fuse(twin, fold=True)
-    twin.load_state_dict(model.state_dict())
-    x = torch.randn(2, 4, 6, 6)
-    assert torch.equal(twin(x), model(x))
+    before = [parameter.clone() for parameter in model.parameters()]
+    model = wrap(model)
+    message = r"stem\.conv is folded: unfuse first, with resnest_fused\.unfuse\(model\)"
+    for attempt in (
+        lambda: model.state_dict(),
+        lambda: model.load_state_dict(state),
+        lambda: model.load_state_dict({}, strict=False),
+        lambda: load_checkpoint(model, path),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            attempt()
+    assert all(map(torch.equal, model.parameters(), before))
+    assert len(model.state_dict(keep_vars=True)) == 16  # as exporters read it
+    unfuse(model)
+    model.load_state_dict(model.state_dict())
 
 
 def test_folding_survives_copies():
@@ -544,7 +574,7 @@ def test_folding_later_and_twice():
         report = fuse(model, fold=True)
         assert report.folded_norms == 5
         assert [entry.folded for entry in report.entries] == [True] * 3
-    assert "fused and folded: stem" in str(report)
+    assert "fused and folded: 2 resnest_fused.reference.SplitAttentionConv2d (stem" in str(report)
     assert str(report).startswith("3 fused, 0 left alone; 5 batch normalisations folded")
 
 

@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import resnest_fused as rf
-from resnest_fused import compare
+from resnest_fused.measure import memory
 
 # Beside whole maps a module keeps a few numbers for each sample and channel; in output sizes.
 CRUMBS = 0.1
@@ -110,14 +110,14 @@ def test_attention_alone_keeps_its_input():
 def test_nothing_else_stays_alive():
     """Counted over all tensors instead: none is kept where the hooks of autograd do not see it."""
     module, x = rf.FusedSplitAttentionConv2d(16, 32, 3, padding=1), features(4, 16, 28, 28)
-    with compare._LiveStorages() as live:
+    with memory._LiveStorages() as live:
         out = module(x)
         assert 3 * out.nbytes <= live._held <= (3 + CRUMBS) * out.nbytes
 
 
 def network_saves(model: nn.Module, batch: int, side: int) -> int:
     x, target = torch.randn(batch, 3, side, side), torch.arange(batch)
-    return compare.saved_for_backward(model.train(), x, target)
+    return memory.saved_for_backward(model.train(), x, target)
 
 
 def test_whole_network():

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from resnest_fused import FusedSplitAttentionConv2d, SplitAttentionConv2d, models
-from resnest_fused.models import CheckpointError
+from resnest_fused.models import CheckpointError, registry
 from resnest_fused.models.resnest import Bottleneck
 
 # From the official resnest50: the first keys, a block with a shortcut, and the last keys.
@@ -128,8 +130,70 @@ def test_pooling_behind_the_attention(memory_format: torch.memory_format) -> Non
 
 def test_names() -> None:
     assert models.list_models() == ["resnest50"]
-    with pytest.raises(ValueError, match=r"expected one of resnest50, got 'resnest5'"):
+    known = "Known are resnest50, official:NAME and timm:NAME"
+    with pytest.raises(ValueError) as caught:
         models.create("resnest5")
+    assert str(caught.value) == (
+        f"resnest_fused has no model resnest5; did you mean resnest50? {known}"
+    )
+    with pytest.raises(ValueError) as caught:
+        models.create("abacus")
+    assert str(caught.value) == f"resnest_fused has no model abacus. {known}"
+    with pytest.raises(ValueError, match=r"unknown source 'hub' in 'hub:resnest50'; known are"):
+        models.create("hub:resnest50")
+
+
+class StandInForTimm(ModuleType):
+    """What of timm the registry uses; its model is ours."""
+
+    def __init__(self) -> None:
+        super().__init__("timm")
+        self.__version__ = "1.2.3"
+        self.data = SimpleNamespace(
+            resolve_model_data_config=lambda model: {"input_size": (3, 96, 96)},
+            create_transform=lambda input_size: f"to {input_size}",
+        )
+
+    def list_models(self) -> list[str]:
+        return ["resnet50", "resnest14d", "resnest50d", "resnest50d_1s4x24d"]
+
+    def is_model(self, name: str) -> bool:
+        return name.partition(".")[0] in self.list_models()
+
+    def create_model(self, name: str, **options: object) -> nn.Module:
+        assert self.is_model(name)
+        return models.resnest50(fused=False, **options)
+
+
+@pytest.fixture
+def stand_in_for_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", StandInForTimm())
+
+
+@pytest.mark.usefixtures("stand_in_for_timm")
+def test_names_of_timm(checkpoint: Path, reference: nn.Module) -> None:
+    model = models.create("timm:resnest50d.in1k", checkpoint)
+    assert_same_state(model, reference)
+    assert registry.preprocessing("timm:resnest50d", model) == (96, "to (3, 96, 96)")
+    with pytest.raises(ValueError) as caught:
+        models.create("timm:resnest50")
+    assert str(caught.value) == "timm 1.2.3 has no model resnest50; did you mean resnest50d?"
+    with pytest.raises(ValueError, match=r"^timm 1.2.3 has no model abacus$"):
+        models.create("timm:abacus")
+
+
+@pytest.mark.usefixtures("stand_in_for_timm")
+@pytest.mark.parametrize("name", ["resnest50", "timm:resnest50d"])
+def test_a_checkpoint_with_another_number_of_classes(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "seven.pth"
+    state = models.resnest50(num_classes=7).state_dict()
+    torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, path)
+    model = models.create(name, path)
+    assert model.fc.out_features == 7
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    message = r"1?[0-9] of another shape \(fc.weight \(7, 2048\) for \(10, 2048\)"
+    with pytest.raises(CheckpointError, match=message):
+        models.create(name, path, num_classes=10)
 
 
 @pytest.mark.parametrize("form", ["plain", "nested", "data parallel"])
@@ -260,10 +324,21 @@ class TestOfficial:
     def test_loads_both_ways(self, reference: models.ResNeSt, tmp_path: Path) -> None:
         official = self.official(seed=5)
         torch.save(official.state_dict(), tmp_path / "official.pth")
-        ours = models.create("resnest50", tmp_path / "official.pth")
-        assert_same_state(ours, official)
+        for name in ("resnest50", "official:resnest50"):
+            assert_same_state(models.create(name, tmp_path / "official.pth"), official)
         official.load_state_dict(reference.state_dict(), strict=True)
         assert_same_state(official, reference)
+
+    def test_by_name(self, tmp_path: Path) -> None:
+        model = models.create("official:resnest50", num_classes=7)
+        assert type(model) is type(self.official())
+        torch.save(model.state_dict(), tmp_path / "seven.pth")
+        again = models.create("official:resnest50", tmp_path / "seven.pth")
+        assert_same_state(again, model)
+        assert registry.preprocessing("official:resnest50", model).size == 224
+        assert registry.preprocessing("official:resnest269", model).size == 416
+        with pytest.raises(ValueError, match=r"^the official package has no model resnest5"):
+            models.create("official:resnest5")
 
     @pytest.mark.parametrize("training", [False, True])
     def test_equal_to_the_bit(self, training: bool) -> None:

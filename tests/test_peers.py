@@ -17,6 +17,8 @@ from test_fuse import assert_folds, assert_fuses, features, randomise, reason_le
 from torch import Tensor, nn
 
 from resnest_fused import fuse, unfuse
+from resnest_fused.fusing import adapters
+from resnest_fused.models import registry
 
 pytestmark = pytest.mark.peers
 
@@ -69,7 +71,9 @@ def test_class_stays_a_peers(make):
     (entry,) = fuse(module).entries
     assert entry.kind == f"{original.__module__}.{original.__name__}"
     assert isinstance(module, original) and type(module) is not original
-    assert type(module) is getattr(sys.modules["resnest_fused.fuse"], type(module).__name__)
+    home = importlib.import_module(type(module).__module__)
+    assert home in (adapters.official, adapters.timm)
+    assert type(module) is getattr(home, type(module).__name__)
     assert [entry.reason for entry in fuse(module).entries] == ["already fused"]
     unfuse(module)
     assert type(module) is original
@@ -94,7 +98,7 @@ import sys, torch
 import resnest_fused
 assert not {"resnest", "timm"} & set(sys.modules)
 module, images, expected = torch.load(sys.argv[1], weights_only=False)
-assert type(module).__module__ == "resnest_fused.fuse"
+assert type(module).__module__.startswith("resnest_fused.fusing.adapters.")
 torch.testing.assert_close(module(images), expected)
 """
 
@@ -352,3 +356,19 @@ def test_model_in_training(name):
         # fc1's bias has no gradient, as bn1 takes the batch's mean away; its weight's is the scale.
         scale = expected[key.replace("fc1.bias", "fc1.weight")].abs().max()
         assert (found[key] - value).abs().max() <= 1e-10 * scale, key
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("official:resnest50", 224),
+        ("official:resnest50_fast_1s1x64d", 224),
+        ("timm:resnest14d", 224),
+    ],
+)
+def test_networks_are_built_by_name(name, size):
+    network = registry.create(name)
+    assert registry.preprocessing(name, network).size == size and fuse(network)
+    origin, _, _ = name.partition(":")
+    with pytest.raises(ValueError, match="has no model vgg16_x"):
+        registry.create(f"{origin}:vgg16_x")

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from build_files import ROOT
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -218,7 +220,7 @@ def expected_launches(call: Call, result: dict[str, Any]) -> Iterator[tuple[str,
         yield "statistics", tiling["channel_blocks"] * tiling["chunks"] * samples
         yield "combine", ceil_div(features, columns)
     elif mode.bn0 or persistent:
-        counters = 1 + 3 * result["groups"] if persistent else 0
+        counters = 1 + 3 * result["batch_chunks"] if persistent else 0
         yield "prepare", ceil_div(max(features if mode.bn0 else 0, counters), threads)
     if persistent:
         yield "persistent", result["persistent_blocks"]
@@ -234,8 +236,8 @@ def expected_launches(call: Call, result: dict[str, Any]) -> Iterator[tuple[str,
             yield "prologue_backward", ceil_div(features, columns)
         yield "recombine_backward", batch * of_sample
     else:
-        for first in range(0, max(batch, 1), result["group"]):
-            samples = min(result["group"], batch - first)
+        for first in range(0, max(batch, 1), result["batch_chunk"]):
+            samples = min(result["batch_chunk"], batch - first)
             yield "pool", samples * of_sample
             if mode.name == "train" and result["tiling"]["chunks"] > 1:
                 yield "pool_finish", ceil_div(samples * channels, threads)
@@ -282,7 +284,6 @@ def check_launches(gpu: dict[str, int], call: Call, result: dict[str, Any]) -> N
         assert threads == result["tiling"]["threads"]  # all within their kernels' launch bounds
         assert shared == shared_bytes(name, call, result) <= limit, name
         assert resident * shared <= gpu["shared_per_multiprocessor"], name
-    assert result["product_threads"] == result["column_threads"] == result["tiling"]["threads"]
     assert (
         resident * result["tiling"]["threads"] * LIMITS["registers"]
         <= gpu["registers_per_multiprocessor"]
@@ -305,15 +306,15 @@ def expected_workspace(call: Call, result: dict[str, Any]) -> int:
         counts += 2 * [batch * shape.inter] + [batch * channels]
     else:
         evaluates = mode.name == "eval"
-        in_groups = evaluates and result["strategy"] == "launches"
-        samples = result["group"] if in_groups else batch
+        in_chunks = evaluates and result["strategy"] == "launches"
+        samples = result["batch_chunk"] if in_chunks else batch
         if mode.batch_stats:
             rows = (1 if call.channels_last else batch) * result["statistics_tiling"]["chunks"]
             counts += [2 * rows * features]
         if evaluates or chunks > 1:
             counts += [samples * chunks * channels]
         counts += [samples * shape.inter, samples * features if evaluates else 0]
-        counters = 1 + 3 * result["groups"] if result["strategy"] == "persistent" else 0
+        counters = 1 + 3 * result["batch_chunks"] if result["strategy"] == "persistent" else 0
     sizes = [count * call.acc_size for count in counts] + [4 * counters]
     return sum(ceil_div(size, 16) * 16 for size in sizes)
 
@@ -325,27 +326,28 @@ def expected_units(gpu: dict[str, int], call: Call, result: dict[str, Any]) -> i
         return (3 if mode.relu else 2) * radix + 2
     if mode.name == "train":
         return (3 if mode.batch_stats else 2) * radix + 1
-    groups = LIMITS["groups_between"] + 1 if result["strategy"] == "persistent" else 1
-    resident = min(groups * result["group"], call.batch) * call.x_of_sample
+    together = LIMITS["batch_chunks_between"] + 1 if result["strategy"] == "persistent" else 1
+    resident = min(together * result["batch_chunk"], call.batch) * call.x_of_sample
     return (1 if resident <= int(LIMITS["usable_l2"] * gpu["l2_bytes"]) else 2) * radix + 1
 
 
 def check(gpu: dict[str, int], call: Call, strategy: str = "fastest") -> dict[str, Any]:
     result = plan(gpu, call, strategy)
-    shape, batch, group, groups = call.shape, call.batch, result["group"], result["groups"]
+    shape, batch = call.shape, call.batch
+    chunk, chunks = result["batch_chunk"], result["batch_chunks"]
     check_tiling(result["tiling"], gpu, call, shape.channels, shape.pixels)
     if call.mode.batch_stats and (batch > 0 or not call.channels_last):
         pixels = shape.pixels * (batch if call.channels_last else 1)
         check_tiling(result["statistics_tiling"], gpu, call, shape.features, pixels)
     check_launches(gpu, call, result)
-    assert group >= 1
-    assert (groups - 1) * group < batch <= groups * group or batch == groups == 0
-    if group < batch:
+    assert chunk >= 1
+    assert (chunks - 1) * chunk < batch <= chunks * chunk or batch == chunks == 0
+    if chunk < batch:
         # The fewest that fit L2, of the same size as far as possible.
-        together = LIMITS["groups_between"] + 1 if result["strategy"] == "persistent" else 1
+        together = LIMITS["batch_chunks_between"] + 1 if result["strategy"] == "persistent" else 1
         fit = int(LIMITS["usable_l2"] * gpu["l2_bytes"]) // together // call.x_of_sample
-        assert groups == ceil_div(batch, max(fit, 1))
-        assert group == ceil_div(batch, groups)
+        assert chunks == ceil_div(batch, max(fit, 1))
+        assert chunk == ceil_div(batch, chunks)
     assert result["workspace_bytes"] == expected_workspace(call, result)
     unit = batch * shape.channels * shape.pixels * call.element_size
     assert result["predicted_bytes"] == expected_units(gpu, call, result) * unit
@@ -354,7 +356,7 @@ def check(gpu: dict[str, int], call: Call, strategy: str = "fastest") -> dict[st
         assert shape.radix == LIMITS["persistent_radix"] and result["tiling"]["vector"] > 1
         most = LIMITS["persistent_blocks"] * gpu["multiprocessors"]
         assert 1 <= result["persistent_blocks"] <= most
-        steps = LIMITS["groups_between"] * LIMITS["handover_microseconds"]
+        steps = LIMITS["batch_chunks_between"] * LIMITS["handover_microseconds"]
         assert result["predicted_microseconds"] > steps
     else:
         assert result["persistent_blocks"] == 0
@@ -408,7 +410,7 @@ def test_family(name: str) -> None:
             bound = (WORKSPACE_OF_LARGE_MAPS if shape.pixels >= 784 else WORKSPACE)[mode.name]
             assert result["workspace_bytes"] <= bound * batch * call.x_of_sample, call
             # The order of a sample's sums: one for all batches, and for all passes too.
-            order = (result["tiling"], result["product_threads"])
+            order = result["tiling"]
             assert tilings.setdefault((shape, size, nhwc), order) == order
 
 
@@ -421,7 +423,7 @@ def test_every_batch_is_summed_in_one_order(shape: Shape, nhwc: bool) -> None:
     for batch in range(1, 513):
         result = check(H200, Call(shape, EVAL, batch, 2, nhwc))
         strategies.add(result["strategy"])
-        orders.add((*result["tiling"].values(), result["product_threads"]))
+        orders.add(tuple(result["tiling"].values()))
     assert len(orders) == 1
     assert strategies == {"persistent" if shape.radix == 2 else "launches"}
 
@@ -485,21 +487,21 @@ def test_bytes_are_the_least_possible(
 
 
 def test_x_that_does_not_fit_is_read_twice() -> None:
-    """A sample larger than L2, and a group no larger than one sample."""
+    """A sample larger than L2, and a batch chunk no larger than one sample."""
     call = Call(shape(2, 1, 64, 640 * 640), EVAL, 3, 4, False)
     for strategy in ("launches", "persistent"):
         result = check(H200, call, strategy)
         assert result["predicted_bytes"] == 5 * 3 * 64 * 640 * 640 * 4
-    assert result["group"] == 1
+    assert result["batch_chunk"] == 1
 
 
-def test_launches_in_groups_that_fit_l2() -> None:
+def test_launches_in_chunks_that_fit_l2() -> None:
     gpu = DEVICES["A100"]
     call = Call(shape(4, 1, 64, 3136), EVAL, 256, 4, False)
     result = check(gpu, call)
-    assert result["strategy"] == "launches" and result["groups"] > 1
-    assert result["group"] * call.x_of_sample <= LIMITS["usable_l2"] * gpu["l2_bytes"]
-    assert len(result["launches"]) == 4 * result["groups"]
+    assert result["strategy"] == "launches" and result["batch_chunks"] > 1
+    assert result["batch_chunk"] * call.x_of_sample <= LIMITS["usable_l2"] * gpu["l2_bytes"]
+    assert len(result["launches"]) == 4 * result["batch_chunks"]
 
 
 @pytest.mark.parametrize(
@@ -531,8 +533,8 @@ def test_training_has_one_way(mode: Mode) -> None:
 def covered(
     tiling: dict[str, int], samples: int, channels: int, pixels: int, nhwc: bool
 ) -> np.ndarray:
-    """How often (sample, channel, pixel) is visited, from what plan.h says of `Tiling` and map.cuh
-    of vectors: those of NCHW start at multiples of their size in memory."""
+    """How often (sample, channel, pixel) is visited, by what tiling.h says of `Tiling`
+    and map.cuh of vectors: those of NCHW start at multiples of their size in memory."""
     count = np.zeros((samples, channels, pixels), np.int64)
     threads, lanes, vector = tiling["threads"], tiling["lanes"], tiling["vector"]
     per_sample = tiling["channel_blocks"] * tiling["chunks"]
@@ -650,7 +652,7 @@ gpus = st.one_of(
 @settings(max_examples=200, deadline=None)
 @given(gpu=gpus, call=calls(2**13), strategy=st.sampled_from(("fastest", "launches")))
 def test_any_call(gpu: dict[str, int], call: Call, strategy: str) -> None:
-    # Forced or on slow devices, groups can be as many as samples: a launch each is not the point.
+    # Forced or on slow devices, chunks can be as many as samples: a launch each is not the point.
     assume(call.mode.name != "eval" or call.batch <= 512)
     check(gpu, call, strategy)
 
@@ -822,3 +824,26 @@ def test_strategy_is_refused() -> None:
 def test_largest_sample_of_an_empty_batch() -> None:
     with pytest.raises(ValueError, match="at most 2\\^50 elements"):
         plan(H200, Call(Shape(2, 1, 2**30, 2**30, 32), EVAL, 0, 8, False))
+
+
+# --- what is compiled with it
+
+
+def included_by(name: str) -> set[str]:
+    """A file of csrc/ with all of ours that it includes."""
+    if name == "ops_generated.h":  # from the table, when the package is built
+        return {name}
+    text = (ROOT / "csrc" / name).read_text()
+    ours = re.findall(r'^#include "(.+)"', text, re.MULTILINE)
+    return {name}.union(*map(included_by, ours))
+
+
+def test_a_cost_recompiles_no_kernel() -> None:
+    names = [path.relative_to(ROOT / "csrc").as_posix() for path in ROOT.glob("csrc/cuda/*.cu")]
+    files = [included_by(name) for name in names]
+    assert not any("cuda/tuning.h" in of_one for of_one in files)
+    with_kernels = [of_one for of_one in files if "cuda/dispatch.h" in of_one]
+    assert with_kernels
+    for of_one in with_kernels:
+        assert "cuda/tiling.h" in of_one and "cuda/planner.h" not in of_one
+    assert "cuda/tuning.h" in included_by("cuda/planner.cpp")

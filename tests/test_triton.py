@@ -33,7 +33,6 @@ from test_op import (  # noqa: F401
     test_batch_statistics_of_a_large_mean,
     test_batch_statistics_of_a_pixel_unlike_the_others,
     test_counts_that_do_not_fit_are_refused,
-    test_crumbs,
     test_dx_of_a_mean_far_from_zero,
     test_fake_kernels_know_the_strides,
     test_gradients_that_are_not_needed_have_no_elements,
@@ -42,6 +41,7 @@ from test_op import (  # noqa: F401
     test_phases_of_an_empty_batch,
     test_sums_of_the_pool_s_backward,
     test_tensors_that_do_not_fit_are_refused,
+    test_what_is_saved,
 )
 from torch import Tensor
 from triton import language as tl
@@ -50,7 +50,8 @@ from triton.runtime import interpreter
 import resnest_fused as rf
 from resnest_fused.backends.triton import launch, pool
 from resnest_fused.backends.triton.compat import INTERPRETED
-from resnest_fused.backends.triton.problem import Map, Norm, make_map
+from resnest_fused.backends.triton.problem import ABSENT, Map, make_map
+from resnest_fused.ops import MapArguments
 
 pytestmark = pytest.mark.one_in(7)
 
@@ -257,7 +258,7 @@ def tuning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[flo
 
 
 def _map(batch: int = 2) -> Map:
-    return Map(torch.empty(batch, 128, 56, 56, device="meta"), False, Norm(), 2)
+    return Map(torch.empty(batch, 128, 56, 56, device="meta"), False, ABSENT, 2)
 
 
 def test_tuning_keeps_the_fastest(tuning: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,6 +312,6 @@ def test_unaligned_maps_are_copied() -> None:
     x = torch.randn(3, 3, 15, 15)
     for part in (x[1:], x.contiguous(memory_format=torch.channels_last)[1:]):
         assert part.data_ptr() % 16 != 0
-        m = make_map(part, False, Norm(), 1)
+        m = make_map(MapArguments(part, False, 1), ABSENT)
         assert m.x.data_ptr() % 16 == 0 and m.x.stride() == part.stride()
         assert torch.equal(m.x, part)

@@ -20,7 +20,8 @@ from torch.nn.utils import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 import resnest_fused as rf
-from resnest_fused import agreement, modules
+from resnest_fused import modules
+from resnest_fused.measure import agreement
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SPLIT_ATTENTION = modules.split_attention
@@ -271,7 +272,7 @@ def test_folded_modules(dtype):
     model = randomise(Net()).to(dtype).eval()
     rf.fuse(model, fold=True)
     x = images(dtype).requires_grad_()
-    state = {name: (value, value.clone()) for name, value in model.state_dict().items()}
+    state = {name: (value, value.clone()) for name, value in model.named_parameters()}
     report = rf.verify(model, x)
     assert_passes(report)
     assert {check.dtype for check in report.entries[0].checks} == {dtype}
@@ -281,7 +282,7 @@ def test_folded_modules(dtype):
         ("parameter gradients", "fc2.weight"),  # the only layer that is not folded
         ("parameter gradients", "fc2.bias"),
     ]
-    for name, value in model.state_dict().items():
+    for name, value in model.named_parameters():
         assert value.data_ptr() == state[name][0].data_ptr() and torch.equal(*state[name]), name
     with torch.no_grad():
         model.stem.conv.weight[0] *= 1.1

@@ -32,7 +32,7 @@ struct SumOverBatch {
 
 template <typename A>
 void sum_over_batch(const A* rows, int64_t batch, int64_t features, A* result) {
-  parallel_units(features, batch * static_cast<int64_t>(sizeof(A)),
+  parallel_items(features, batch * static_cast<int64_t>(sizeof(A)),
                  [&](int64_t begin, int64_t end) {
                    dispatch<SumOverBatch<A>>(rows, batch, features, begin, end, result);
                  });
@@ -132,7 +132,7 @@ std::unique_ptr<A[]> activated(const Problem& p, const Norm<A>& bn1, int64_t bat
                                const A* hidden) {
   auto result = uninitialized<A>(batch * p.inter);
   A* const u = result.get();
-  parallel_units(batch, 2 * p.inter * static_cast<int64_t>(sizeof(A)),
+  parallel_items(batch, 2 * p.inter * static_cast<int64_t>(sizeof(A)),
                  [&](int64_t begin, int64_t end) {
                    dispatch<Activate<A>>(&bn1, hidden, p.inter, begin, end, u);
                  });
@@ -275,7 +275,7 @@ void attention_from_hidden(const Problem& p, const AttentionParameters<A>& param
   const auto logits = uninitialized<A>(batch * p.features());
   fc2_of(p, params).forward(batch, u.get(), logits.get());
   // An exponential takes about as long as moving 32 bytes.
-  parallel_units(batch, 32 * p.features(), [&](int64_t begin, int64_t end) {
+  parallel_items(batch, 32 * p.features(), [&](int64_t begin, int64_t end) {
     const auto scratch = uninitialized<A>((p.radix + 1) * kLanes<A>);
     dispatch<RSoftmax<A>>(&p, const_cast<const A*>(logits.get()), begin, end, scratch.get(),
                           attention);
@@ -291,7 +291,7 @@ void attention_backward(const Problem& p, const AttentionParameters<A>& params, 
   const int64_t row_bytes = 3 * p.features() * static_cast<int64_t>(sizeof(A));
   const auto dlogits_buffer = uninitialized<A>(batch * p.features());
   A* const dlogits = dlogits_buffer.get();
-  parallel_units(batch, row_bytes, [&](int64_t begin, int64_t end) {
+  parallel_items(batch, row_bytes, [&](int64_t begin, int64_t end) {
     dispatch<RSoftmaxBackward<A>>(&p, attention, dattention, begin, end, dlogits);
   });
   if (grads.fc2_weight || grads.fc2_bias) {
@@ -306,7 +306,7 @@ void attention_backward(const Problem& p, const AttentionParameters<A>& params, 
   const auto sums = uninitialized<A>(2 * p.inter);
   A* const dgamma = grads.bn1_weight ? grads.bn1_weight : sums.get();
   A* const dbeta = grads.bn1_bias ? grads.bn1_bias : sums.get() + p.inter;
-  parallel_units(p.inter, 5 * batch * static_cast<int64_t>(sizeof(A)),
+  parallel_items(p.inter, 5 * batch * static_cast<int64_t>(sizeof(A)),
                  [&](int64_t begin, int64_t end) {
                    dispatch<NormBackward<A>>(&params.bn1, batch_stats, hidden, batch, p.inter,
                                              begin, end, dhidden, dgamma, dbeta);
@@ -328,8 +328,7 @@ void attention_backward(const Problem& p, const AttentionParameters<A>& params, 
   template void attention_backward<A>(const Problem&, const AttentionParameters<A>&, bool,       \
                                       const A*, const A*, const A*, const A*,                    \
                                       const AttentionGradients<A>&);
-RF_INSTANTIATE(float)
-RF_INSTANTIATE(double)
+RF_FOR_EACH_ACC(RF_INSTANTIATE)
 #undef RF_INSTANTIATE
 
 }  // namespace resnest_fused::cpu

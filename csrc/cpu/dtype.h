@@ -6,6 +6,10 @@
 
 #include "cpu/simd.h"
 
+// The stored types of maps, and those of sums, each handed to a macro.
+#define RF_FOR_EACH_DTYPE(F) F(float) F(double) F(BFloat16) F(Half)
+#define RF_FOR_EACH_ACC(F) F(float) F(double)
+
 namespace resnest_fused::cpu {
 
 // Call f with a value of the stored type of the dtype.

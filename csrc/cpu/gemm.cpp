@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "cpu/dtype.h"
 #include "cpu/lanes.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
@@ -10,9 +11,9 @@
 namespace resnest_fused::cpu {
 namespace {
 
-// Rows and columns of C in one unit of work.
-constexpr int64_t kUnitRows = 64;
-constexpr int64_t kUnitColumns = 32;
+// Rows and columns of C in one work item.
+constexpr int64_t kItemRows = 64;
+constexpr int64_t kItemColumns = 32;
 
 // Products that gemm_nn adds up before they join the total: long sums keep a small rounding error.
 constexpr int64_t kProductsPerSum = 64;
@@ -37,21 +38,21 @@ struct Tile<Baseline> {
 struct Size {
   int64_t groups, m, n, k;
 
-  int64_t row_units() const { return (m + kUnitRows - 1) / kUnitRows; }
-  int64_t column_units() const { return (n + kUnitColumns - 1) / kUnitColumns; }
-  int64_t units() const { return groups * row_units() * column_units(); }
+  int64_t row_items() const { return (m + kItemRows - 1) / kItemRows; }
+  int64_t column_items() const { return (n + kItemColumns - 1) / kItemColumns; }
+  int64_t items() const { return groups * row_items() * column_items(); }
 };
 
-// Call f<kRows, kColumns>(i, j) over the elements of units [begin, end), in tiles of at most
-// `Rows` x `Columns` elements, single rows and columns where no whole tile is left.
+// Call f<kRows, kColumns>(group, i, j) over the elements of work items [begin, end), in tiles of
+// `Rows` x `Columns` elements. Where no whole tile is left it has a single row or column.
 template <int Rows, int Columns, typename F>
 RF_INLINE void for_tiles(const Size& size, int64_t begin, int64_t end, F f) {
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t group = unit / (size.row_units() * size.column_units());
-    const int64_t row = unit / size.column_units() % size.row_units() * kUnitRows;
-    const int64_t column = unit % size.column_units() * kUnitColumns;
-    const int64_t row_end = std::min(row + kUnitRows, size.m);
-    const int64_t column_end = std::min(column + kUnitColumns, size.n);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t group = item / (size.row_items() * size.column_items());
+    const int64_t row = item / size.column_items() % size.row_items() * kItemRows;
+    const int64_t column = item % size.column_items() * kItemColumns;
+    const int64_t row_end = std::min(row + kItemRows, size.m);
+    const int64_t column_end = std::min(column + kItemColumns, size.n);
     int64_t j = column;
     for (; j + Columns <= column_end; j += Columns) {
       int64_t i = row;
@@ -198,10 +199,10 @@ struct GemmNn {
   }
 };
 
-// Bytes that take as long to move as a unit of this many multiply-adds takes to compute.
+// Bytes that take as long to move as a work item of this many multiply-adds takes to compute.
 template <typename A>
-int64_t unit_bytes(const Size& size, int64_t columns) {
-  return std::min(size.m, kUnitRows) * columns * size.k * static_cast<int64_t>(sizeof(A)) / 4;
+int64_t item_bytes(const Size& size, int64_t columns) {
+  return std::min(size.m, kItemRows) * columns * size.k * static_cast<int64_t>(sizeof(A)) / 4;
 }
 
 }  // namespace
@@ -210,7 +211,7 @@ template <typename A, typename B>
 void gemm_nt(int64_t groups, int64_t m, int64_t n, int64_t k, Matrices<const A> a,
              Matrices<const B> b, const A* bias, Matrices<A> c) {
   const Size size{groups, m, n, k};
-  parallel_units(size.units(), unit_bytes<A>(size, std::min(n, kUnitColumns)),
+  parallel_items(size.items(), item_bytes<A>(size, std::min(n, kItemColumns)),
                  [&](int64_t begin, int64_t end) {
                    dispatch<GemmNt<A, B>>(&size, const_cast<const Matrices<const A>*>(&a),
                                           const_cast<const Matrices<const B>*>(&b), bias,
@@ -223,7 +224,7 @@ void gemm_nn(int64_t groups, int64_t m, int64_t n, int64_t k, Matrices<const A> 
              bool a_transposed, Matrices<const B> b, Matrices<A> c) {
   // Columns are counted in vectors here.
   const Size vectors{groups, m, (n + kLanes<A> - 1) / kLanes<A>, k};
-  parallel_units(vectors.units(), unit_bytes<A>(vectors, std::min(n, kUnitColumns * kLanes<A>)),
+  parallel_items(vectors.items(), item_bytes<A>(vectors, std::min(n, kItemColumns * kLanes<A>)),
                  [&](int64_t begin, int64_t end) {
                    dispatch<GemmNn<A, B>>(&vectors, const_cast<const Matrices<const A>*>(&a),
                                           a_transposed, const_cast<const Matrices<const B>*>(&b), n,
@@ -231,15 +232,12 @@ void gemm_nn(int64_t groups, int64_t m, int64_t n, int64_t k, Matrices<const A> 
                  });
 }
 
-#define RF_INSTANTIATE(A, B)                                                               \
-  template void gemm_nt<A, B>(int64_t, int64_t, int64_t, int64_t, Matrices<const A>,       \
-                              Matrices<const B>, const A*, Matrices<A>);                   \
-  template void gemm_nn<A, B>(int64_t, int64_t, int64_t, int64_t, Matrices<const A>, bool, \
-                              Matrices<const B>, Matrices<A>);
-RF_INSTANTIATE(float, float)
-RF_INSTANTIATE(float, BFloat16)
-RF_INSTANTIATE(float, Half)
-RF_INSTANTIATE(double, double)
+#define RF_INSTANTIATE(T)                                                                      \
+  template void gemm_nt<Acc<T>, T>(int64_t, int64_t, int64_t, int64_t, Matrices<const Acc<T>>, \
+                                   Matrices<const T>, const Acc<T>*, Matrices<Acc<T>>);        \
+  template void gemm_nn<Acc<T>, T>(int64_t, int64_t, int64_t, int64_t, Matrices<const Acc<T>>, \
+                                   bool, Matrices<const T>, Matrices<Acc<T>>);
+RF_FOR_EACH_DTYPE(RF_INSTANTIATE)
 #undef RF_INSTANTIATE
 
 }  // namespace resnest_fused::cpu

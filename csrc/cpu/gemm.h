@@ -1,6 +1,6 @@
-// Small grouped matrix products for the FCs, with a summation order that depends on k alone: an
-// element of the result is the same to the bit for any m, n and number of threads, which a
-// library's GEMM does not promise.
+// Small grouped matrix products for the FCs. The order of a sum depends on k alone: an element of
+// the result is the same to the bit for any m, n and number of threads. No library's GEMM promises
+// that.
 #pragma once
 
 #include <cstdint>

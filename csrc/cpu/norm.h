@@ -28,8 +28,8 @@ struct Norm {
   }
 };
 
-// Features whose sums over rows are held on the stack at a time. They are held in float64, as
-// PyTorch's batch normalisation does on the CPU.
+// Features whose sums over rows are on the stack at a time: in float64, as in PyTorch's batch
+// normalisation on the CPU.
 constexpr int64_t kFeatureBlock = 64;
 
 // Clear the sums and call add(row, f, f - first) for rows ascending and features f in [first,
@@ -101,7 +101,7 @@ struct CombineStatistics {
 template <typename A>
 void combine_statistics(const PartialStatistics<A>& partial, int64_t features, A* mean /* (F) */,
                         A* var /* (F) */) {
-  parallel_units(features, 4 * partial.rows * static_cast<int64_t>(sizeof(A)),
+  parallel_items(features, 4 * partial.rows * static_cast<int64_t>(sizeof(A)),
                  [&](int64_t begin, int64_t end) {
                    dispatch<CombineStatistics<A>>(&partial, features, begin, end, mean, var);
                  });

@@ -14,16 +14,16 @@ namespace resnest_fused::cpu {
 // core moves about 64 KB from L2.
 inline constexpr int64_t kBytesPerThread = 64 * 1024;
 
-// Call f(begin, end) on pieces of [0, units) that cover it once; the pieces depend on the number
-// of threads, so f must not let a unit's result depend on its piece. What f throws is thrown here,
-// from several pieces that of the first one.
+// Call f(begin, end) on pieces of [0, items) that cover it once. The pieces depend on the number of
+// threads, so a work item's result must not depend on its piece. An exception from f is thrown
+// here, of several that from the first piece.
 template <typename F>
-void parallel_units(int64_t units, int64_t bytes_per_unit, const F& f) {
+void parallel_items(int64_t items, int64_t bytes_per_item, const F& f) {
   const int64_t grain =
-      std::max<int64_t>(1, kBytesPerThread / std::max<int64_t>(bytes_per_unit, 1));
-  if (units <= grain) {
-    if (units > 0) {
-      f(0, units);
+      std::max<int64_t>(1, kBytesPerThread / std::max<int64_t>(bytes_per_item, 1));
+  if (items <= grain) {
+    if (items > 0) {
+      f(0, items);
     }
     return;
   }
@@ -31,8 +31,8 @@ void parallel_units(int64_t units, int64_t bytes_per_unit, const F& f) {
   // exception would lose its type and its message.
   std::mutex mutex;
   std::exception_ptr exception;
-  int64_t thrown_at = units;
-  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+  int64_t thrown_at = items;
+  torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
     try {
       f(begin, end);
     } catch (...) {

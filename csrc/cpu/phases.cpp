@@ -1,25 +1,25 @@
 // Single phases on the CPU: how threads share each.
 #include <memory>
 
-#include "cpu/kernels.h"
 #include "cpu/pool.h"
 #include "cpu/recombine.h"
 #include "cpu/tensors.h"
-#include "cpu/units.h"
+#include "cpu/work_items.h"
+#include "kernels.h"
 
 namespace resnest_fused::cpu {
 namespace {
 
 // Call f(T{}, prologue) in the map's dtype T.
 template <typename F>
-void for_map(const Map& map, const F& f) {
+void with_prologue(const Map& map, const F& f) {
   for_dtype(map.problem.dtype, [&](auto tag) { f(tag, make_prologue<Acc<decltype(tag)>>(map)); });
 }
 
-// Call f(begin, end) on units of the map.
+// Call f(begin, end) on work items of the map.
 template <typename T, typename F>
-void for_units(const Problem& p, const F& f) {
-  parallel_units(p.batch * units_per_sample(p), unit_bytes(p, sizeof(T)), f);
+void for_items(const Problem& p, const F& f) {
+  parallel_items(p.batch * items_per_sample(p), item_bytes(p, sizeof(T)), f);
 }
 
 }  // namespace
@@ -34,12 +34,12 @@ void Kernels::batch_statistics(const Map& map, const Tensor& mean, const Tensor&
 
 void Kernels::pool(const Map& map, const Tensor& gap) {
   const Problem& p = map.problem;
-  for_map(map, [&](auto tag, const auto& prologue) {
+  with_prologue(map, [&](auto tag, const auto& prologue) {
     using T = decltype(tag);
     using A = Acc<T>;
     const auto partial = uninitialized<A>(p.batch * partials_per_sample(p) * p.channels);
-    for_units<T>(p, [&](int64_t begin, int64_t end) {
-      pool_units<T>(p, prologue, const_data<T>(map.x), begin, end, partial.get());
+    for_items<T>(p, [&](int64_t begin, int64_t end) {
+      pool_items<T>(p, prologue, const_data<T>(map.x), begin, end, partial.get());
     });
     pool_finish<A>(p, partial.get(), 0, p.batch, data<A>(gap));
   });
@@ -48,10 +48,10 @@ void Kernels::pool(const Map& map, const Tensor& gap) {
 void Kernels::recombine(const Map& map, const Tensor& attention, const Tensor& out) {
   const Problem& p = map.problem;
   advise_huge_pages(out);
-  for_map(map, [&](auto tag, const auto& prologue) {
+  with_prologue(map, [&](auto tag, const auto& prologue) {
     using T = decltype(tag);
-    for_units<T>(p, [&](int64_t begin, int64_t end) {
-      recombine_units<T>(p, prologue, const_data<T>(map.x), const_data<Acc<T>>(attention), begin,
+    for_items<T>(p, [&](int64_t begin, int64_t end) {
+      recombine_items<T>(p, prologue, const_data<T>(map.x), const_data<Acc<T>>(attention), begin,
                          end, data<T>(out));
     });
   });
@@ -60,13 +60,13 @@ void Kernels::recombine(const Map& map, const Tensor& attention, const Tensor& o
 void Kernels::pool_backward(const Map& map, const Tensor& dout, const Tensor& dattention,
                             const Tensor& sums) {
   const Problem& p = map.problem;
-  for_map(map, [&](auto tag, const auto& prologue) {
+  with_prologue(map, [&](auto tag, const auto& prologue) {
     using T = decltype(tag);
     using A = Acc<T>;
     const auto partial = uninitialized<A>(p.batch * partials_per_sample(p) *
                                           pool_backward_sums(prologue) * p.features());
-    for_units<T>(p, [&](int64_t begin, int64_t end) {
-      pool_backward_units<T>(p, prologue, const_data<T>(dout), const_data<T>(map.x), begin, end,
+    for_items<T>(p, [&](int64_t begin, int64_t end) {
+      pool_backward_items<T>(p, prologue, const_data<T>(dout), const_data<T>(map.x), begin, end,
                              partial.get());
     });
     pool_backward_finish<A>(p, prologue, partial.get(), 0, p.batch,
@@ -91,7 +91,7 @@ void Kernels::recombine_backward(const Map& map, const Tensor& dout, const Tenso
                                  const std::optional<Tensor>& mean_dz_xhat, const Tensor& dx) {
   const Problem& p = map.problem;
   advise_huge_pages(dx);
-  for_map(map, [&](auto tag, const auto& prologue) {
+  with_prologue(map, [&](auto tag, const auto& prologue) {
     using T = decltype(tag);
     using A = Acc<T>;
     StatisticsGradient<A> statistics;
@@ -99,8 +99,8 @@ void Kernels::recombine_backward(const Map& map, const Tensor& dout, const Tenso
       statistics =
           statistics_gradient(prologue, const_data<A>(*mean_dz), const_data<A>(*mean_dz_xhat));
     }
-    for_units<T>(p, [&](int64_t begin, int64_t end) {
-      recombine_backward_units<T>(p, prologue, statistics, const_data<T>(dout),
+    for_items<T>(p, [&](int64_t begin, int64_t end) {
+      recombine_backward_items<T>(p, prologue, statistics, const_data<T>(dout),
                                   const_data<T>(map.x), const_data<A>(attention),
                                   const_data<A>(dgap), begin, end, data<T>(dx));
     });

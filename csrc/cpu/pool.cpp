@@ -3,13 +3,14 @@
 
 #include <algorithm>
 
+#include "cpu/dtype.h"
 #include "cpu/rows.h"
-#include "cpu/units.h"
+#include "cpu/work_items.h"
 
 namespace resnest_fused::cpu {
 namespace {
 
-// partial[b,c] = sum_{r,p} z[b,r,c,p]; a unit is (b, c).
+// partial[b,c] = sum_{r,p} z[b,r,c,p]; a work item is (b, c).
 template <typename T, bool kPrologue>
 struct PoolNchw {
   template <typename Isa>
@@ -17,8 +18,8 @@ struct PoolNchw {
                             int64_t begin, int64_t end, Acc<T>* partial) {
     using A = Acc<T>;
     const int64_t pixels = p->pixels();
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t b = unit / p->channels, c = unit % p->channels;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t b = item / p->channels, c = item % p->channels;
       Sums<A, 1, 4> sums{};
       for (int64_t r = 0; r < p->radix; ++r) {
         const T* row = x + ((b * p->radix + r) * p->channels + c) * pixels;
@@ -31,12 +32,12 @@ struct PoolNchw {
       }
       A total[1];
       sums.template totals<Isa>(total);
-      partial[unit] = total[0];
+      partial[item] = total[0];
     }
   }
 };
 
-// partial[b,r,c] = sum_p dout[b,c,p] x[b,r,c,p]; a unit is (b, c).
+// partial[b,r,c] = sum_p dout[b,c,p] x[b,r,c,p]; a work item is (b, c).
 template <typename T>
 struct PoolBackwardNchw {
   template <typename Isa>
@@ -44,9 +45,9 @@ struct PoolBackwardNchw {
                             Acc<T>* partial) {
     using A = Acc<T>;
     const int64_t pixels = p->pixels();
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t b = unit / p->channels, c = unit % p->channels;
-      const T* g = dout + unit * pixels;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t b = item / p->channels, c = item % p->channels;
+      const T* g = dout + item * pixels;
       for (int64_t r = 0; r < p->radix; ++r) {
         const int64_t feature = (b * p->radix + r) * p->channels + c;
         const T* row = x + feature * pixels;
@@ -76,7 +77,7 @@ RF_INLINE void add_prologue_sums(Vec<A> g, Vec<A> x, Vec<A> mean, Vec<A> preacti
   sums[3] += stopped_x;
 }
 
-// The same unit by unit with a prologue: partial[b,s,r,c].
+// The same with a prologue, one work item at a time: partial[b,s,r,c].
 template <typename T>
 struct PoolBackwardPrologueNchw {
   template <typename Isa>
@@ -84,9 +85,9 @@ struct PoolBackwardPrologueNchw {
                             const T* x, int64_t begin, int64_t end, Acc<T>* partial) {
     using A = Acc<T>;
     const int64_t pixels = p->pixels(), features = p->features();
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t b = unit / p->channels, c = unit % p->channels;
-      const T* g = dout + unit * pixels;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t b = item / p->channels, c = item % p->channels;
+      const T* g = dout + item * pixels;
       for (int64_t r = 0; r < p->radix; ++r) {
         const int64_t feature = r * p->channels + c;
         const T* row = x + (b * features + feature) * pixels;
@@ -126,7 +127,7 @@ RF_INLINE void for_tiles(int64_t count, Add add) {
   }
 }
 
-// partial[b,j,c] = sum_{r, p in unit j} z[b,p,r,c]; rows of pixels stream, sums stay in L1.
+// partial[b,j,c] = sum_{r, p in item j} z[b,p,r,c]; rows of pixels stream, sums stay in L1.
 template <typename T, bool kPrologue>
 struct PoolNhwc {
   template <typename Isa>
@@ -134,10 +135,10 @@ struct PoolNhwc {
                             int64_t begin, int64_t end, Acc<T>* partial) {
     using A = Acc<T>;
     const int64_t channels = p->channels, features = p->features();
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const PixelUnit pixels(*p, unit);
+    for (int64_t item = begin; item < end; ++item) {
+      const PixelItem pixels(*p, item);
       const T* rows = x + pixels.first * features;
-      A* sums = partial + unit * channels;
+      A* sums = partial + item * channels;
       std::fill_n(sums, channels, A{});
       for_tiles(pixels.count, [&]<int kPixels>(int64_t first) __attribute__((always_inline)) {
         const T* tile = rows + first * features;
@@ -158,7 +159,7 @@ struct PoolNhwc {
   }
 };
 
-// partial[b,j,r,c] = sum_{p in unit j} dout[b,p,c] x[b,p,r,c].
+// partial[b,j,r,c] = sum_{p in item j} dout[b,p,c] x[b,p,r,c].
 template <typename T>
 struct PoolBackwardNhwc {
   template <typename Isa>
@@ -166,9 +167,9 @@ struct PoolBackwardNhwc {
                             Acc<T>* partial) {
     using A = Acc<T>;
     const int64_t channels = p->channels, features = p->features();
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const PixelUnit pixels(*p, unit);
-      A* sums = partial + unit * features;
+    for (int64_t item = begin; item < end; ++item) {
+      const PixelItem pixels(*p, item);
+      A* sums = partial + item * features;
       std::fill_n(sums, features, A{});
       for_tiles(pixels.count, [&]<int kPixels>(int64_t first) __attribute__((always_inline)) {
         const T* g = dout + (pixels.first + first) * channels;
@@ -199,9 +200,9 @@ struct PoolBackwardPrologueNhwc {
     using A = Acc<T>;
     const int64_t channels = p->channels, features = p->features();
     const A* mean = prologue->bn0.mean.data();
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const PixelUnit pixels(*p, unit);
-      A* sums = partial + unit * kPrologueSums * features;
+    for (int64_t item = begin; item < end; ++item) {
+      const PixelItem pixels(*p, item);
+      A* sums = partial + item * kPrologueSums * features;
       std::fill_n(sums, kPrologueSums * features, A{});
       for_tiles(pixels.count, [&]<int kPixels>(int64_t first) __attribute__((always_inline)) {
         const T* g = dout + (pixels.first + first) * channels;
@@ -279,7 +280,7 @@ void pool_form(const Problem& problem, const Prologue<Acc<T>>& prologue, const T
 }  // namespace
 
 template <typename T>
-void pool_units(const Problem& problem, const Prologue<Acc<T>>& prologue, const T* x, int64_t begin,
+void pool_items(const Problem& problem, const Prologue<Acc<T>>& prologue, const T* x, int64_t begin,
                 int64_t end, Acc<T>* partial) {
   if (prologue.active) {
     pool_form<T, true>(problem, prologue, x, begin, end, partial);
@@ -296,7 +297,7 @@ void pool_finish(const Problem& problem, const A* partial, int64_t begin, int64_
 }
 
 template <typename T>
-void pool_backward_units(const Problem& problem, const Prologue<Acc<T>>& prologue, const T* dout,
+void pool_backward_items(const Problem& problem, const Prologue<Acc<T>>& prologue, const T* dout,
                          const T* x, int64_t begin, int64_t end, Acc<T>* partial) {
   const bool nchw = problem.layout == Layout::kNchw;
   if (prologue.active && nchw) {
@@ -322,22 +323,18 @@ void pool_backward_finish(const Problem& problem, const Prologue<A>& prologue, c
 }
 
 #define RF_INSTANTIATE(T)                                                                          \
-  template void pool_units<T>(const Problem&, const Prologue<Acc<T>>&, const T*, int64_t, int64_t, \
+  template void pool_items<T>(const Problem&, const Prologue<Acc<T>>&, const T*, int64_t, int64_t, \
                               Acc<T>*);                                                            \
-  template void pool_backward_units<T>(const Problem&, const Prologue<Acc<T>>&, const T*,          \
+  template void pool_backward_items<T>(const Problem&, const Prologue<Acc<T>>&, const T*,          \
                                        const T*, int64_t, int64_t, Acc<T>*);
-RF_INSTANTIATE(float)
-RF_INSTANTIATE(double)
-RF_INSTANTIATE(BFloat16)
-RF_INSTANTIATE(Half)
+RF_FOR_EACH_DTYPE(RF_INSTANTIATE)
 #undef RF_INSTANTIATE
 
 #define RF_INSTANTIATE(A)                                                                      \
   template void pool_finish<A>(const Problem&, const A*, int64_t, int64_t, A*);                \
   template void pool_backward_finish<A>(const Problem&, const Prologue<A>&, const A*, int64_t, \
                                         int64_t, A*);
-RF_INSTANTIATE(float)
-RF_INSTANTIATE(double)
+RF_FOR_EACH_ACC(RF_INSTANTIATE)
 #undef RF_INSTANTIATE
 
 }  // namespace resnest_fused::cpu

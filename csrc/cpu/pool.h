@@ -8,9 +8,9 @@
 
 namespace resnest_fused::cpu {
 
-// partial = sum_{p, r} z over units [begin, end), one thread. Reads R units of x.
+// partial = sum_{p, r} z over work items [begin, end), one thread. Reads R units of x.
 template <typename T>
-void pool_units(const Problem& problem, const Prologue<Acc<T>>& prologue,
+void pool_items(const Problem& problem, const Prologue<Acc<T>>& prologue,
                 const T* x /* (B, R*C, H, W) */, int64_t begin, int64_t end,
                 Acc<T>* partial /* (B, partials, C) */);
 
@@ -25,10 +25,10 @@ int64_t pool_backward_sums(const Prologue<A>& prologue) {
   return prologue.active ? kPrologueSums : 1;
 }
 
-// partial = sum_p dout x, or with a prologue the sums that prologue_sums.h names, over units
+// partial = sum_p dout x, or with a prologue the sums that prologue_sums.h names, over items
 // [begin, end), one thread. Reads R + 1 units.
 template <typename T>
-void pool_backward_units(const Problem& problem, const Prologue<Acc<T>>& prologue,
+void pool_backward_items(const Problem& problem, const Prologue<Acc<T>>& prologue,
                          const T* dout /* (B, C, H, W) */, const T* x /* (B, R*C, H, W) */,
                          int64_t begin, int64_t end, Acc<T>* partial /* (B, partials, S, R, C) */);
 

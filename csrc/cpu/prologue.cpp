@@ -3,15 +3,16 @@
 
 #include <algorithm>
 
+#include "cpu/dtype.h"
 #include "cpu/rows.h"
 #include "cpu/scratch.h"
-#include "cpu/units.h"
+#include "cpu/work_items.h"
 
 namespace resnest_fused::cpu {
 namespace {
 
-// Of each (b, r, c), a unit being (b, c). Sums and squares are of distances from the pixel in the
-// middle, as near to the mean as the pixels of a row are to each other.
+// Mean and squares of each (b, r, c); a work item is (b, c). Sums are of distances from the pixel
+// in the middle, as near to the mean as the pixels of a row are to each other.
 template <typename T>
 struct StatisticsNchw {
   template <typename Isa>
@@ -20,9 +21,9 @@ struct StatisticsNchw {
     using A = Acc<T>;
     const int64_t pixels = p->pixels();
     const auto count = static_cast<double>(pixels);
-    // Descending: the pool's ascending read meets what was read last while it is still in cache.
-    for (int64_t unit = end; unit-- > begin;) {
-      const int64_t b = unit / p->channels, c = unit % p->channels;
+    // Descending: the pool then reads in ascending order, and finds the last rows still in cache.
+    for (int64_t item = end; item-- > begin;) {
+      const int64_t b = item / p->channels, c = item % p->channels;
       for (int64_t r = 0; r < p->radix; ++r) {
         const int64_t feature = (b * p->radix + r) * p->channels + c;
         const T* row = x + feature * pixels;
@@ -45,8 +46,8 @@ struct StatisticsNchw {
   }
 };
 
-// Of each (b, j, f), a unit being (b, j). Tiles of pixels, whose own mean and squares are taken in
-// registers, join those of the unit by the rule of Chan, Golub and LeVeque (1979).
+// Mean and squares of each (b, j, f); a work item is (b, j). A tile of pixels has its own in
+// registers. They join those of the work item by the rule of Chan, Golub and LeVeque (1979).
 template <typename T>
 struct StatisticsNhwc {
   static constexpr int kTile = 8;
@@ -55,19 +56,19 @@ struct StatisticsNhwc {
   static RF_INLINE void run(const Problem* p, const T* x, int64_t begin, int64_t end,
                             Acc<T>* mean /* (B, J, R, C) */, Acc<T>* squares /* (B, J, R, C) */) {
     const int64_t features = p->features();
-    for (int64_t unit = end; unit-- > begin;) {
-      const PixelUnit pixels(*p, unit);
+    for (int64_t item = end; item-- > begin;) {
+      const PixelItem pixels(*p, item);
       const T* rows = x + pixels.first * features;
-      Acc<T>* unit_mean = mean + unit * features;
-      Acc<T>* unit_squares = squares + unit * features;
-      std::fill_n(unit_mean, features, Acc<T>{});
-      std::fill_n(unit_squares, features, Acc<T>{});
+      Acc<T>* item_mean = mean + item * features;
+      Acc<T>* item_squares = squares + item * features;
+      std::fill_n(item_mean, features, Acc<T>{});
+      std::fill_n(item_squares, features, Acc<T>{});
       int64_t i = 0;
       for (; i + kTile <= pixels.count; i += kTile) {
-        join<Isa, kTile>(features, i, rows + i * features, unit_mean, unit_squares);
+        join<Isa, kTile>(features, i, rows + i * features, item_mean, item_squares);
       }
       for (; i < pixels.count; ++i) {
-        join<Isa, 1>(features, i, rows + i * features, unit_mean, unit_squares);
+        join<Isa, 1>(features, i, rows + i * features, item_mean, item_squares);
       }
     }
   }
@@ -168,7 +169,7 @@ void batch_statistics(const Problem& p, const T* x, Acc<T>* mean, Acc<T>* var) {
   const auto partial = uninitialized<A>(2 * rows * p.features());
   A* const means = partial.get();
   A* const squares = means + rows * p.features();
-  parallel_units(p.batch * units_per_sample(p), unit_bytes(p, sizeof(T)),
+  parallel_items(p.batch * items_per_sample(p), item_bytes(p, sizeof(T)),
                  [&](int64_t begin, int64_t end) {
                    if (p.layout == Layout::kNchw) {
                      dispatch<StatisticsNchw<T>>(&p, x, begin, end, means, squares);
@@ -176,7 +177,7 @@ void batch_statistics(const Problem& p, const T* x, Acc<T>* mean, Acc<T>* var) {
                      dispatch<StatisticsNhwc<T>>(&p, x, begin, end, means, squares);
                    }
                  });
-  const int64_t full = p.layout == Layout::kNchw ? p.pixels() : kPixelsPerUnit;
+  const int64_t full = p.layout == Layout::kNchw ? p.pixels() : kPixelsPerItem;
   const int64_t last = p.pixels() - (partials_per_sample(p) - 1) * full;
   combine_statistics<A>({means, squares, rows, partials_per_sample(p), static_cast<double>(full),
                          static_cast<double>(last)},
@@ -186,7 +187,7 @@ void batch_statistics(const Problem& p, const T* x, Acc<T>* mean, Acc<T>* var) {
 template <typename A>
 void prologue_dattention(const Problem& p, const Prologue<A>& prologue, const A* sums,
                          A* dattention) {
-  parallel_units(
+  parallel_items(
       p.batch, 3 * p.features() * static_cast<int64_t>(sizeof(A)), [&](int64_t begin, int64_t end) {
         dispatch<PrologueDattention<A>>(&prologue, sums, p.features(), begin, end, dattention);
       });
@@ -195,7 +196,7 @@ void prologue_dattention(const Problem& p, const Prologue<A>& prologue, const A*
 template <typename A>
 void prologue_backward(const Problem& p, const A* sums, const A* attention, const A* dgap,
                        A* dgamma, A* dbeta) {
-  parallel_units(p.channels, 6 * p.radix * p.batch * static_cast<int64_t>(sizeof(A)),
+  parallel_items(p.channels, 6 * p.radix * p.batch * static_cast<int64_t>(sizeof(A)),
                  [&](int64_t begin, int64_t end) {
                    dispatch<PrologueBackward<A>>(&p, sums, attention, dgap, begin, end, dgamma,
                                                  dbeta);
@@ -216,10 +217,7 @@ StatisticsGradient<A> statistics_gradient(const Prologue<A>& prologue, const A* 
 
 #define RF_INSTANTIATE(T) \
   template void batch_statistics<T>(const Problem&, const T*, Acc<T>*, Acc<T>*);
-RF_INSTANTIATE(float)
-RF_INSTANTIATE(double)
-RF_INSTANTIATE(BFloat16)
-RF_INSTANTIATE(Half)
+RF_FOR_EACH_DTYPE(RF_INSTANTIATE)
 #undef RF_INSTANTIATE
 
 #define RF_INSTANTIATE(A)                                                                        \
@@ -227,8 +225,7 @@ RF_INSTANTIATE(Half)
   template void prologue_dattention<A>(const Problem&, const Prologue<A>&, const A*, A*);        \
   template StatisticsGradient<A> statistics_gradient<A>(const Prologue<A>&, const A*, const A*); \
   template void prologue_backward<A>(const Problem&, const A*, const A*, const A*, A*, A*);
-RF_INSTANTIATE(float)
-RF_INSTANTIATE(double)
+RF_FOR_EACH_ACC(RF_INSTANTIATE)
 #undef RF_INSTANTIATE
 
 }  // namespace resnest_fused::cpu

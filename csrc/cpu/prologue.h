@@ -1,8 +1,8 @@
-// The prologue: z = relu(bn0(x)), or relu(x), which the pool and recombine compute wherever they
-// load x, so that z is never stored.
+// The prologue z = relu(bn0(x)) or relu(x). The pool and recombine compute it wherever they load x,
+// so that z is never stored.
 //
-// bn0 is one multiply-add there, x * scale + shift. Every kernel evaluates this very expression by
-// `preactivation`, or forward and backward would disagree on which elements the ReLU lets through.
+// There bn0 is one multiply-add, x * scale + shift. All kernels evaluate it by `preactivation`, or
+// forward and backward would disagree on which elements the ReLU lets through.
 #pragma once
 
 #include <type_traits>
@@ -17,7 +17,7 @@ namespace resnest_fused::cpu {
 
 template <typename A>
 struct Prologue {
-  bool active = false;   // not: z = x, and what follows is empty
+  bool active = false;   // else z = x, and all members are empty
   Norm<A> bn0;           // over R*C features; the identity for relu(x)
   std::vector<A> scale;  // (R*C) gamma * invstd
   std::vector<A> shift;  // (R*C) beta - mean * scale
@@ -73,7 +73,7 @@ RF_INLINE Vec<A> activation(Vec<A> x, const Affine<A>& at) {
   return passed_by_relu<Isa, A>(n, n);
 }
 
-// Mean and biased variance of x by feature over batch and pixels. Reads R units. Each pool unit's
+// Mean and biased variance of x by feature over batch and pixels. Reads R units. Each work item's
 // mean and sum of squared deviations come first; they are then combined in float64.
 template <typename T>
 void batch_statistics(const Problem& problem, const T* x /* (B, R*C, H, W) */,
@@ -89,10 +89,10 @@ void prologue_backward(const Problem& problem, const A* sums /* (B, 4, R, C) */,
                        const A* attention /* (B, R, C) */, const A* dgap /* (B, C) */,
                        A* dgamma /* (R*C) */, A* dbeta /* (R*C) */);
 
-// What dx loses to the dependence of the batch statistics on x, per feature:
+// The part of dx that is lost as the batch statistics depend on x, per feature:
 //   offset + slope * (x - mean) = scale * (mean_dz + xhat * mean_dz_xhat)
-// with mean_dz = dbeta / N and mean_dz_xhat = dgamma / N over N = B*H*W elements, as in
-// `batch_norm_backward`. Empty where the statistics are frozen.
+// as in `batch_norm_backward`; mean_dz = dbeta / N, mean_dz_xhat = dgamma / N, N = B*H*W. Both are
+// empty if the statistics are frozen.
 template <typename A>
 struct StatisticsGradient {
   std::vector<A> offset;  // (R*C)

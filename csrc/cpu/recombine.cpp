@@ -3,8 +3,9 @@
 
 #include <utility>
 
+#include "cpu/dtype.h"
 #include "cpu/scratch.h"
-#include "cpu/units.h"
+#include "cpu/work_items.h"
 
 namespace resnest_fused::cpu {
 namespace {
@@ -20,8 +21,8 @@ bool streams(const Problem& p, int64_t features) {
 
 // Write `row_count` rows of `count` elements, `stride` apart, a vector at a time. column(i, lanes,
 // rows) prepares what the rows share at element i and calls rows(value), value(row) being a row's
-// vector. The last vector of a row overlaps the one before it, which writes the same values again
-// (as does the first, where streaming starts at an aligned element).
+// vector. The last vector of a row overlaps the one before it and writes the same values again. So
+// does the first, if streaming starts at an aligned element.
 template <typename Isa, typename T, typename Column>
 RF_INLINE void write_rows(bool streamed, int64_t row_count, int64_t count, T* out, int64_t stride,
                           Column column) {
@@ -141,8 +142,8 @@ struct RecombineNchw {
     const bool streamed = streams<T>(*p, p->channels);
     const int64_t pixels = p->pixels(), channels = p->channels;
     const int64_t radix = kRadix ? kRadix : p->radix;
-    for (int64_t unit = end; unit-- > begin;) {
-      const int64_t b = unit / channels, c = unit % channels;
+    for (int64_t item = end; item-- > begin;) {
+      const int64_t b = item / channels, c = item % channels;
       const T* row = x + (b * radix * channels + c) * pixels;
       const A* a = attention + b * radix * channels + c;
       const auto make = [&](int64_t r) __attribute__((always_inline)) {
@@ -150,7 +151,7 @@ struct RecombineNchw {
         return Split<A, kPrologue>{broadcast(a[f]), affine_of<kPrologue>(*prologue, f + c)};
       };
       const auto held = hold<kRadix ? kRadix : 1>(0, make);
-      write_rows<Isa>(streamed, 1, pixels, out + unit * pixels, 0,
+      write_rows<Isa>(streamed, 1, pixels, out + item * pixels, 0,
                       [&](int64_t i, auto lanes, auto rows) __attribute__((always_inline)) {
                         const auto x_of = [&](int64_t r) __attribute__((always_inline)) {
                           return load(row + r * channels * pixels + i, lanes);
@@ -175,8 +176,8 @@ struct RecombineNhwc {
     const int64_t channels = p->channels;
     const int64_t radix = kRadix ? kRadix : p->radix;
     const int64_t features = radix * channels;
-    for (int64_t unit = end; unit-- > begin;) {
-      const PixelUnit pixels(*p, unit);
+    for (int64_t item = end; item-- > begin;) {
+      const PixelItem pixels(*p, item);
       const A* a = attention + pixels.sample * features;
       for_tiles_descending(pixels.count, [&](int64_t first,
                                              int64_t tile) __attribute__((always_inline)) {
@@ -249,10 +250,10 @@ struct RecombineBackwardNchw {
     constexpr bool kPrologue = kForm != Form::kPlain;
     const bool streamed = streams<T>(*p, p->features());
     const int64_t pixels = p->pixels(), channels = p->channels, radix = p->radix;
-    for (int64_t unit = end; unit-- > begin;) {
-      const int64_t b = unit / channels, c = unit % channels;
-      const T* g = dout + unit * pixels;
-      const A mean_dgap = dgap[unit] / static_cast<A>(pixels);
+    for (int64_t item = end; item-- > begin;) {
+      const int64_t b = item / channels, c = item % channels;
+      const T* g = dout + item * pixels;
+      const A mean_dgap = dgap[item] / static_cast<A>(pixels);
       for (int64_t r = 0; r < radix; ++r) {
         const int64_t f = r * channels + c;
         const int64_t feature = b * radix * channels + f;
@@ -297,8 +298,8 @@ struct RecombineBackwardNhwc {
     A* const p_of = scratch;
     A* const q_of = scratch + features;
     int64_t sample = -1;
-    for (int64_t unit = end; unit-- > begin;) {
-      const PixelUnit pixels(*p, unit);
+    for (int64_t item = end; item-- > begin;) {
+      const PixelItem pixels(*p, item);
       if (sample != pixels.sample) {
         sample = pixels.sample;
         for (int64_t r = 0; r < radix; ++r) {
@@ -383,7 +384,7 @@ void recombine_backward_form(const Problem& problem, const Prologue<Acc<T>>& pro
 }  // namespace
 
 template <typename T>
-void recombine_units(const Problem& problem, const Prologue<Acc<T>>& prologue, const T* x,
+void recombine_items(const Problem& problem, const Prologue<Acc<T>>& prologue, const T* x,
                      const Acc<T>* attention, int64_t begin, int64_t end, T* out) {
   switch (problem.radix) {
     case 2:
@@ -394,7 +395,7 @@ void recombine_units(const Problem& problem, const Prologue<Acc<T>>& prologue, c
 }
 
 template <typename T>
-void recombine_backward_units(const Problem& problem, const Prologue<Acc<T>>& prologue,
+void recombine_backward_items(const Problem& problem, const Prologue<Acc<T>>& prologue,
                               const StatisticsGradient<Acc<T>>& statistics, const T* dout,
                               const T* x, const Acc<T>* attention, const Acc<T>* dgap,
                               int64_t begin, int64_t end, T* dx) {
@@ -405,15 +406,12 @@ void recombine_backward_units(const Problem& problem, const Prologue<Acc<T>>& pr
 }
 
 #define RF_INSTANTIATE(T)                                                                          \
-  template void recombine_units<T>(const Problem&, const Prologue<Acc<T>>&, const T*,              \
+  template void recombine_items<T>(const Problem&, const Prologue<Acc<T>>&, const T*,              \
                                    const Acc<T>*, int64_t, int64_t, T*);                           \
-  template void recombine_backward_units<T>(const Problem&, const Prologue<Acc<T>>&,               \
+  template void recombine_backward_items<T>(const Problem&, const Prologue<Acc<T>>&,               \
                                             const StatisticsGradient<Acc<T>>&, const T*, const T*, \
                                             const Acc<T>*, const Acc<T>*, int64_t, int64_t, T*);
-RF_INSTANTIATE(float)
-RF_INSTANTIATE(double)
-RF_INSTANTIATE(BFloat16)
-RF_INSTANTIATE(Half)
+RF_FOR_EACH_DTYPE(RF_INSTANTIATE)
 #undef RF_INSTANTIATE
 
 }  // namespace resnest_fused::cpu

@@ -4,17 +4,17 @@
 #include <vector>
 
 #include "cpu/attention.h"
-#include "cpu/kernels.h"
 #include "cpu/pool.h"
 #include "cpu/recombine.h"
 #include "cpu/tensors.h"
-#include "cpu/units.h"
+#include "cpu/work_items.h"
+#include "kernels.h"
 
 namespace resnest_fused::cpu {
 namespace {
 
-// Bytes of x that one thread takes through all three phases at a time, so that recombine finds them
-// in L2 (2 MB was 20% slower at 128@28x28, B=32, on a Xeon with 1.25 MB of it).
+// Bytes of x that one thread takes through all three phases at a time. Recombine then finds them in
+// L2: 2 MB was 20% slower at 128@28x28, B=32, on a Xeon with 1.25 MB of it.
 constexpr int64_t kBlockBytes = 1024 * 1024;
 
 int64_t sample_elements(const Problem& p) { return p.features() * p.pixels(); }
@@ -24,8 +24,8 @@ int64_t weight_elements(const Problem& p) {
 }
 
 // Whether each thread takes samples of its own through all phases; else threads share each phase,
-// and each reads a share of the FCs' weights. On its own a thread reads all of them, for every
-// block of samples: they must be few beside its samples and beside a block.
+// and each reads a share of the FCs' weights. A thread on its own reads all weights for every block
+// of samples: they must be few beside its samples and beside a block.
 bool by_sample(const Problem& p, int64_t weight_bytes) {
   const int64_t threads = torch::stable::get_num_threads();
   const bool balanced = p.batch >= 4 * threads || p.batch % threads == 0;
@@ -34,7 +34,7 @@ bool by_sample(const Problem& p, int64_t weight_bytes) {
 }
 
 template <typename A>
-struct CrumbPointers {
+struct SavedPointers {
   A* gap;        // (B, C)
   A* hidden;     // (B, I)
   A* attention;  // (B, R, C)
@@ -45,92 +45,90 @@ struct CrumbPointers {
 };
 
 template <typename T>
-void forward(const Map& map, const AttentionTensors& tensors, const CrumbPointers<Acc<T>>& crumbs,
-             T* out) {
+void forward(const Map& map, const Mlp& mlp, const SavedPointers<Acc<T>>& saved, T* out) {
   using A = Acc<T>;
   const Problem& p = map.problem;
-  const NormTensors &bn0 = map.prologue.bn0, &bn1 = tensors.bn1;
+  const NormArguments &bn0 = map.bn0, &bn1 = mlp.bn1;
   const T* x = const_data<T>(map.x);
-  const StoredWeight<A> fc1_weight(tensors.fc1_weight), fc2_weight(tensors.fc2_weight);
-  const Widened<A> fc1_bias(tensors.fc1_bias), fc2_bias(tensors.fc2_bias);
+  const StoredWeight<A> fc1_weight(mlp.fc1_weight), fc2_weight(mlp.fc2_weight);
+  const Widened<A> fc1_bias(mlp.fc1_bias), fc2_bias(mlp.fc2_bias);
   AttentionParameters<A> params{fc1_weight.get(), fc1_bias.get(), fc2_weight.get(), fc2_bias.get(),
                                 make_norm<A>(bn1, p.inter)};
   auto prologue = make_prologue<A>(map);
   if (bn0.batch_stats) {
-    batch_statistics(p, x, crumbs.bn0_mean, crumbs.bn0_var);
-    prologue.bn0.set_statistics(crumbs.bn0_mean, crumbs.bn0_var, bn0.eps);
+    batch_statistics(p, x, saved.bn0_mean, saved.bn0_var);
+    prologue.bn0.set_statistics(saved.bn0_mean, saved.bn0_var, bn0.eps);
     prologue.set_scale_and_shift();
   }
-  const int64_t units = units_per_sample(p);
+  const int64_t items = items_per_sample(p);
   const auto partial_buffer = uninitialized<A>(p.batch * partials_per_sample(p) * p.channels);
   A* const partial = partial_buffer.get();
 
   const int64_t weight_bytes =
-      weight_elements(p) * static_cast<int64_t>(tensors.fc1_weight.element_size());
+      weight_elements(p) * static_cast<int64_t>(mlp.fc1_weight.element_size());
   if (!bn1.batch_stats && by_sample(p, weight_bytes)) {
     const int64_t sample_bytes = sample_elements(p) * static_cast<int64_t>(sizeof(T));
     // Each block reads the weights again, so it should not be smaller than they are.
     const int64_t block = std::max<int64_t>(std::max(kBlockBytes, weight_bytes) / sample_bytes, 1);
-    parallel_units(p.batch, sample_bytes, [&](int64_t begin, int64_t end) {
+    parallel_items(p.batch, sample_bytes, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; b += block) {
         const int64_t last = std::min(b + block, end);
-        pool_units(p, prologue, x, b * units, last * units, partial);
-        pool_finish<A>(p, partial, b, last, crumbs.gap);
-        A* const hidden = crumbs.hidden + b * p.inter;
-        A* const attention = crumbs.attention + b * p.features();
-        attention_hidden<A>(p, params, last - b, crumbs.gap + b * p.channels, hidden);
+        pool_items(p, prologue, x, b * items, last * items, partial);
+        pool_finish<A>(p, partial, b, last, saved.gap);
+        A* const hidden = saved.hidden + b * p.inter;
+        A* const attention = saved.attention + b * p.features();
+        attention_hidden<A>(p, params, last - b, saved.gap + b * p.channels, hidden);
         attention_from_hidden<A>(p, params, last - b, hidden, attention);
-        recombine_units<T>(p, prologue, x, crumbs.attention, b * units, last * units, out);
+        recombine_items<T>(p, prologue, x, saved.attention, b * items, last * items, out);
       }
     });
     return;
   }
 
-  const int64_t bytes = unit_bytes(p, sizeof(T));
-  parallel_units(p.batch * units, bytes, [&](int64_t begin, int64_t end) {
-    pool_units(p, prologue, x, begin, end, partial);
+  const int64_t bytes = item_bytes(p, sizeof(T));
+  parallel_items(p.batch * items, bytes, [&](int64_t begin, int64_t end) {
+    pool_items(p, prologue, x, begin, end, partial);
   });
-  pool_finish<A>(p, partial, 0, p.batch, crumbs.gap);
-  attention_hidden<A>(p, params, p.batch, crumbs.gap, crumbs.hidden);
+  pool_finish<A>(p, partial, 0, p.batch, saved.gap);
+  attention_hidden<A>(p, params, p.batch, saved.gap, saved.hidden);
   if (bn1.batch_stats) {
-    attention_batch_stats<A>(p, crumbs.hidden, crumbs.bn1_mean, crumbs.bn1_var);
-    params.bn1.set_statistics(crumbs.bn1_mean, crumbs.bn1_var, bn1.eps);
+    attention_batch_stats<A>(p, saved.hidden, saved.bn1_mean, saved.bn1_var);
+    params.bn1.set_statistics(saved.bn1_mean, saved.bn1_var, bn1.eps);
   }
-  attention_from_hidden<A>(p, params, p.batch, crumbs.hidden, crumbs.attention);
-  parallel_units(p.batch * units, bytes, [&](int64_t begin, int64_t end) {
-    recombine_units<T>(p, prologue, x, crumbs.attention, begin, end, out);
+  attention_from_hidden<A>(p, params, p.batch, saved.hidden, saved.attention);
+  parallel_items(p.batch * items, bytes, [&](int64_t begin, int64_t end) {
+    recombine_items<T>(p, prologue, x, saved.attention, begin, end, out);
   });
 }
 
 template <typename T>
-void backward(const Map& map, const AttentionTensors& tensors, const Tensor& dout_tensor,
-              const Tensor& gap, const Tensor& hidden, const Tensor& attention,
-              const Gradients& grads) {
+void backward(const Map& map, const Mlp& mlp, const Tensor& dout_tensor,
+              const SavedArguments& saved, const GradientResults& grads) {
   using A = Acc<T>;
   const Problem& p = map.problem;
-  const NormTensors &bn0 = map.prologue.bn0, &bn1 = tensors.bn1;
+  const NormArguments &bn0 = map.bn0, &bn1 = mlp.bn1;
   const T* dout = const_data<T>(dout_tensor);
   const T* x = const_data<T>(map.x);
-  const A* a = const_data<A>(attention);
-  const StoredWeight<A> fc1_weight(tensors.fc1_weight), fc2_weight(tensors.fc2_weight);
+  const A* a = const_data<A>(saved.attention);
+  const StoredWeight<A> fc1_weight(mlp.fc1_weight), fc2_weight(mlp.fc2_weight);
   const AttentionParameters<A> params{fc1_weight.get(), nullptr, fc2_weight.get(), nullptr,
                                       make_norm<A>(bn1, p.inter)};
   const auto prologue = make_prologue<A>(map);
 
-  const bool needs_dx = grads.x.has_value();
+  const bool needs_dx = is_needed(grads.dx);
   const bool needs_bn0 =
-      grads.bn0_weight.has_value() || grads.bn0_bias.has_value() || (needs_dx && bn0.batch_stats);
-  const Gradient<A> dbn0_weight(grads.bn0_weight), dbn0_bias(grads.bn0_bias);
-  const Gradient<A> dfc1_weight(grads.fc1_weight), dfc1_bias(grads.fc1_bias);
-  const Gradient<A> dfc2_weight(grads.fc2_weight), dfc2_bias(grads.fc2_bias);
-  const Gradient<A> dbn1_weight(grads.bn1_weight), dbn1_bias(grads.bn1_bias);
+      is_needed(grads.dbn0_weight) || is_needed(grads.dbn0_bias) || (needs_dx && bn0.batch_stats);
+  const Gradient<A> dbn0_weight(grads.dbn0_weight), dbn0_bias(grads.dbn0_bias);
+  const Gradient<A> dfc1_weight(grads.dfc1_weight), dfc1_bias(grads.dfc1_bias);
+  const Gradient<A> dfc2_weight(grads.dfc2_weight), dfc2_bias(grads.dfc2_bias);
+  const Gradient<A> dbn1_weight(grads.dbn1_weight), dbn1_bias(grads.dbn1_bias);
 
-  const int64_t units = p.batch * units_per_sample(p);
-  const int64_t bytes = unit_bytes(p, sizeof(T));
+  const int64_t items = p.batch * items_per_sample(p);
+  const int64_t bytes = item_bytes(p, sizeof(T));
   const int64_t sample_sums = pool_backward_sums(prologue) * p.features();
   const auto partial = uninitialized<A>(p.batch * partials_per_sample(p) * sample_sums);
-  parallel_units(units, bytes, [&](int64_t begin, int64_t end) {
-    pool_backward_units(p, prologue, dout, x, begin, end, partial.get());
+  parallel_items(items, bytes, [&](int64_t begin, int64_t end) {
+    pool_backward_items(p, prologue, dout, x, begin, end, partial.get());
   });
   const auto sums = uninitialized<A>(p.batch * sample_sums);
   pool_backward_finish<A>(p, prologue, partial.get(), 0, p.batch, sums.get());
@@ -144,7 +142,8 @@ void backward(const Map& map, const AttentionTensors& tensors, const Tensor& dou
 
   const auto dgap = uninitialized<A>(p.batch * p.channels);
   attention_backward<A>(
-      p, params, bn1.batch_stats, const_data<A>(gap), const_data<A>(hidden), a, dattention,
+      p, params, bn1.batch_stats, const_data<A>(saved.gap), const_data<A>(saved.hidden), a,
+      dattention,
       {needs_dx || needs_bn0 ? dgap.get() : nullptr, dfc1_weight.get(), dfc1_bias.get(),
        dfc2_weight.get(), dfc2_bias.get(), dbn1_weight.get(), dbn1_bias.get()});
 
@@ -166,10 +165,10 @@ void backward(const Map& map, const AttentionTensors& tensors, const Tensor& dou
     }
   }
   if (needs_dx) {
-    advise_huge_pages(*grads.x);
-    parallel_units(units, bytes, [&](int64_t begin, int64_t end) {
-      recombine_backward_units<T>(p, prologue, statistics, dout, x, a, dgap.get(), begin, end,
-                                  data<T>(*grads.x));
+    advise_huge_pages(grads.dx);
+    parallel_items(items, bytes, [&](int64_t begin, int64_t end) {
+      recombine_backward_items<T>(p, prologue, statistics, dout, x, a, dgap.get(), begin, end,
+                                  data<T>(grads.dx));
     });
   }
   for (const auto* grad : {&dbn0_weight, &dbn0_bias, &dfc1_weight, &dfc1_bias, &dfc2_weight,
@@ -180,18 +179,18 @@ void backward(const Map& map, const AttentionTensors& tensors, const Tensor& dou
 
 }  // namespace
 
-void Kernels::forward(const Map& map, const AttentionTensors& tensors, const Tensor& out,
-                      const Crumbs* crumbs) {
+void Kernels::forward(const Map& map, const Mlp& mlp, const Tensor& out,
+                      const TrainResults* train) {
   const Problem& p = map.problem;
   advise_huge_pages(out);
   for_dtype(p.dtype, [&](auto tag) {
     using T = decltype(tag);
     using A = Acc<T>;
-    if (crumbs) {
-      cpu::forward<T>(map, tensors,
-                      {data<A>(crumbs->gap), data<A>(crumbs->hidden), data<A>(crumbs->attention),
-                       data<A>(crumbs->bn0_mean), data<A>(crumbs->bn0_var),
-                       data<A>(crumbs->bn1_mean), data<A>(crumbs->bn1_var)},
+    if (train) {
+      cpu::forward<T>(map, mlp,
+                      {data<A>(train->gap), data<A>(train->hidden), data<A>(train->attention),
+                       data<A>(train->bn0_mean), data<A>(train->bn0_var), data<A>(train->bn1_mean),
+                       data<A>(train->bn1_var)},
                       data<T>(out));
       return;
     }
@@ -199,17 +198,15 @@ void Kernels::forward(const Map& map, const AttentionTensors& tensors, const Ten
     A* const gap = scratch.get();
     A* const hidden = gap + p.batch * p.channels;
     A* const attention = hidden + p.batch * p.inter;
-    cpu::forward<T>(map, tensors, {gap, hidden, attention, nullptr, nullptr, nullptr, nullptr},
+    cpu::forward<T>(map, mlp, {gap, hidden, attention, nullptr, nullptr, nullptr, nullptr},
                     data<T>(out));
   });
 }
 
-void Kernels::backward(const Map& map, const AttentionTensors& tensors, const Tensor& dout,
-                       const Tensor& gap, const Tensor& hidden, const Tensor& attention,
-                       const Gradients& grads) {
-  for_dtype(map.problem.dtype, [&](auto tag) {
-    cpu::backward<decltype(tag)>(map, tensors, dout, gap, hidden, attention, grads);
-  });
+void Kernels::backward(const Map& map, const Mlp& mlp, const Tensor& dout,
+                       const SavedArguments& saved, const GradientResults& grads) {
+  for_dtype(map.problem.dtype,
+            [&](auto tag) { cpu::backward<decltype(tag)>(map, mlp, dout, saved, grads); });
 }
 
 }  // namespace resnest_fused::cpu

@@ -39,7 +39,7 @@ struct Convert {
 template <typename To, typename From>
 void convert(const From* from, int64_t count, To* to) {
   constexpr int64_t kChunk = 4096;
-  parallel_units((count + kChunk - 1) / kChunk, kChunk * (sizeof(To) + sizeof(From)),
+  parallel_items((count + kChunk - 1) / kChunk, kChunk * (sizeof(To) + sizeof(From)),
                  [&](int64_t begin, int64_t end) {
                    const int64_t first = begin * kChunk;
                    const int64_t n = std::min(end * kChunk, count) - first;
@@ -51,7 +51,7 @@ void convert(const From* from, int64_t count, To* to) {
 template <typename A, typename P>
 inline constexpr bool kMeets = std::is_same_v<P, float> || kReads<A, P>;
 
-// A parameter in the accumulator's type: in place where it has it already, else converted.
+// A parameter in the accumulator's type: in place if it has that already, else converted.
 template <typename A>
 class Widened {
  public:
@@ -85,7 +85,7 @@ class Widened {
   std::unique_ptr<A[]> owned_;
 };
 
-// An FC's weight as the kernels read it: as it is stored, but for float32 beside float64.
+// An FC's weight as the kernels read it: as it is stored, except float32 beside float64.
 template <typename A>
 class StoredWeight {
  public:
@@ -104,9 +104,9 @@ class StoredWeight {
   Weight weight_;
 };
 
-// The norm over F features with the statistics that it has; those of the batch come later.
+// The norm over F features with its own statistics; those of the batch come later.
 template <typename A>
-Norm<A> make_norm(const NormTensors& tensors, int64_t features) {
+Norm<A> make_norm(const NormArguments& tensors, int64_t features) {
   Norm<A> norm;
   norm.mean.assign(static_cast<size_t>(features), A{});
   norm.invstd.assign(static_cast<size_t>(features), A(1));
@@ -122,9 +122,9 @@ Norm<A> make_norm(const NormTensors& tensors, int64_t features) {
 template <typename A>
 Prologue<A> make_prologue(const Map& map) {
   Prologue<A> prologue;
-  prologue.active = map.prologue.relu;
+  prologue.active = map.relu;
   if (prologue.active) {
-    prologue.bn0 = make_norm<A>(map.prologue.bn0, map.problem.features());
+    prologue.bn0 = make_norm<A>(map.bn0, map.problem.features());
     prologue.set_scale_and_shift();
   }
   return prologue;
@@ -144,32 +144,32 @@ A* data(const Tensor& tensor) {
 template <typename A>
 class Gradient {
  public:
-  explicit Gradient(const std::optional<Tensor>& tensor) : tensor_(tensor) {
-    if (tensor.has_value() && tensor->scalar_type() != kAccDtype<A>) {
-      buffer_ = uninitialized<A>(tensor->numel());
+  explicit Gradient(const Tensor& tensor) : tensor_(tensor) {
+    if (is_needed(tensor) && tensor.scalar_type() != kAccDtype<A>) {
+      buffer_ = uninitialized<A>(tensor.numel());
     }
   }
 
-  // Null where there is no tensor.
+  // Null where the gradient is not needed.
   A* get() const {
-    return buffer_ ? buffer_.get() : tensor_.has_value() ? data<A>(*tensor_) : nullptr;
+    return buffer_ ? buffer_.get() : is_needed(tensor_) ? data<A>(tensor_) : nullptr;
   }
 
-  // Into the tensor what is not there yet.
+  // Write the gradient into the tensor, unless it is there already.
   void store() const {
     if (!buffer_) {
       return;
     }
-    for_dtype(tensor_->scalar_type(), [&](auto tag) {
+    for_dtype(tensor_.scalar_type(), [&](auto tag) {
       using P = decltype(tag);
       if constexpr (kMeets<A, P> && !std::is_same_v<A, P>) {
-        convert(const_cast<const A*>(buffer_.get()), tensor_->numel(), data<P>(*tensor_));
+        convert(const_cast<const A*>(buffer_.get()), tensor_.numel(), data<P>(tensor_));
       }
     });
   }
 
  private:
-  std::optional<Tensor> tensor_;
+  Tensor tensor_;
   std::unique_ptr<A[]> buffer_;
 };
 

@@ -19,8 +19,8 @@ struct FcSizes {
   __device__ __forceinline__ int64_t group_inter() const { return inter / cardinality; }
 };
 
-// hidden = fc1(gap), and, where bn1 has its statistics already, u = relu(bn1(hidden)); both are
-// (B, I), and either may be null.
+// hidden = fc1(gap) and, if bn1 has its statistics already, u = relu(bn1(hidden)). Both are (B, I),
+// and either may be null.
 //   Grid: a block for a tile of samples and of a group's outputs.
 template <typename A>
 struct HiddenArgs {
@@ -40,7 +40,7 @@ __device__ __forceinline__ void hidden_block(const HiddenArgs<A>& args, int64_t 
   const int64_t inputs = args.sizes.group_channels(), outputs = args.sizes.group_inter();
   const Tile tile(block, args.batch, outputs);
   if (tile.group >= args.sizes.cardinality) {
-    return;  // the persistent launch gives every group of samples the largest one's blocks
+    return;  // the persistent launch gives every batch chunk the largest one's blocks
   }
   const Operand<A, Pooled<A>, false> gap{args.gap, 0, tile.group * inputs, args.batch, inputs};
   const Operand<A, Weight<A>, false> weight{
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kColumnThreads) batch_norm_kernel(BatchNormArg
 }
 
 // attention = r-softmax(fc2(u))
-//   Grid: a block for a tile of samples and of a group's channels, all splits of it.
+//   Grid: a block for a tile of samples and of a group's channels, in all splits.
 template <typename A>
 struct AttentionArgs {
   FcSizes sizes;
@@ -180,8 +180,8 @@ __global__ void __launch_bounds__(kProductThreads, kProductBlocks<A>)
   }
 }
 
-// From du through the ReLU and bn1 to dhidden, with bn1's gradients and fc1's bias', and u again
-// for fc2's weight gradient.
+// dhidden = du through the ReLU and bn1, with the gradients of bn1 and of fc1's bias. It computes u
+// again, for the gradient of fc2's weight.
 //   Grid: a block for kColumns features.
 template <typename A>
 struct BatchNormBackwardArgs {
@@ -233,10 +233,10 @@ __global__ void __launch_bounds__(kColumnThreads)
   }
 }
 
-// The weights' gradients dfc2 = dlogits^T u and dfc1 = dhidden^T gap, each result a sum over the
-// batch in one block; dgap = fc1^T dhidden; and fc2's bias', dlogits summed over the batch.
-//   Grid: first the tiles of dfc2, then those of dfc1 and of dgap, each only where it is wanted,
-//   then a block for kColumns of fc2's bias.
+// dfc2 = dlogits^T u and dfc1 = dhidden^T gap, each element a sum over the batch in one block;
+// dgap = fc1^T dhidden; and the gradient of fc2's bias, dlogits summed over the batch.
+//   Grid: the tiles of dfc2, of dfc1 and of dgap, then a block for kColumns of fc2's bias. Those
+//   of a gradient that is not wanted are left out.
 template <typename A>
 struct GradientsArgs {
   FcSizes sizes;

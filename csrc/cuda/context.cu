@@ -42,7 +42,7 @@ Device read_device(int index) {
   return device;
 }
 
-// Properties do not change, and asking for them takes longer than a launch.
+// The device's properties, kept: asking for them takes longer than a launch.
 const Device& known_device(int index) {
   static std::mutex mutex;
   static std::unordered_map<int, Device> devices;

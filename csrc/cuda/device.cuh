@@ -9,7 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cuda/plan.h"
+#include "cuda/tiling.h"
 
 namespace resnest_fused::cuda {
 
@@ -37,9 +37,9 @@ __device__ __forceinline__ T narrow(A value) {
 }
 
 // Elements that one instruction loads or stores. The compiler would take copies of the struct apart
-// into its elements, so loads and stores are of words of the same size. A store names its
-// instruction, as nvcc 13.0 splits even those of words in the loops over a run-time radix: the one
-// that leaves L2 to what is read again, as maps that are written are not.
+// into its elements, so loads and stores are of words of the same size. nvcc 13.0 splits even
+// stores of words in the loops over a run-time radix, so a store names its instruction. That one
+// leaves L2 to maps that are read again, as those that are written are not.
 template <typename T, int kCount>
 struct alignas(sizeof(T) * kCount) Vector {
   T values[kCount];
@@ -82,8 +82,8 @@ __device__ __forceinline__ void store(T* to, const Vector<T, kCount>& vector) {
 }
 
 #if defined(__CUDACC__)
-// The block's dynamic shared memory, 16-byte aligned; kernels reach theirs only through here, so
-// that a runtime for another processor can provide it.
+// The block's dynamic shared memory, 16-byte aligned. Kernels reach it only through here, so that a
+// runtime for another processor can provide it.
 __device__ __forceinline__ unsigned char* shared_memory() {
   extern __shared__ __align__(16) unsigned char bytes[];
   return bytes;
@@ -97,7 +97,7 @@ __device__ __forceinline__ A* shared() {
 
 enum class Dtype : int32_t { kFloat, kDouble, kHalf, kBFloat16 };
 
-// f(data) with a pointer of the dtype, which is float32 or that of a map with sums in A.
+// f(data) with a pointer of the dtype: float32, or that of a map with sums in A.
 template <typename A, typename Void, typename F>
 __device__ __forceinline__ auto with_dtype(Void* data, Dtype dtype, F f) {
   const auto as = [&](auto tag) {
@@ -114,7 +114,7 @@ __device__ __forceinline__ auto with_dtype(Void* data, Dtype dtype, F f) {
   }
 }
 
-// A tensor whose dtype is known only at run time: a parameter, or a parameter's gradient.
+// Tensors whose dtype is known only at run time: a parameter,
 struct Parameter {
   const void* data = nullptr;  // null: absent
   Dtype dtype = Dtype::kFloat;
@@ -131,6 +131,7 @@ struct Parameter {
   }
 };
 
+// and a parameter's gradient.
 struct Result {
   void* data = nullptr;  // null: not wanted
   Dtype dtype = Dtype::kFloat;
@@ -145,9 +146,9 @@ struct Result {
   }
 };
 
-// The sum of `kSums` values over groups of `lanes` neighbouring threads, a power of two; every
-// thread of the block must call. The result is the same in all threads of a group. Groups of more
-// than a warp use the block's shared memory: kSums values a warp.
+// The sum of `kSums` values over `lanes` neighbouring threads, a power of two, which all get it.
+// Every thread of the block must call. More lanes than a warp has use the block's shared memory:
+// kSums values a warp.
 template <int kSums, typename A>
 __device__ __forceinline__ void sum_over_lanes(A (&sums)[kSums], int lanes) {
   for (int apart = (lanes < kWarp ? lanes : static_cast<int>(kWarp)) / 2; apart > 0; apart /= 2) {

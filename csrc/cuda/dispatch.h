@@ -22,7 +22,7 @@ void for_flag(bool flag, F f) {
   }
 }
 
-// f(nhwc, vector): vectors of 16 bytes, or single elements, the one path of float64.
+// Call f(nhwc, vector): vectors of 16 bytes, or single elements, the one path of float64.
 template <typename T, typename F>
 void for_layout(bool nhwc, const Tiling& tiling, F f) {
   for_flag(nhwc, [&](auto is_nhwc) {
@@ -35,7 +35,7 @@ void for_layout(bool nhwc, const Tiling& tiling, F f) {
   });
 }
 
-// f(nhwc, radix, vector, prologue), radix 0 standing for any. Single elements take any radix.
+// Call f(nhwc, radix, vector, prologue). Radix 0 stands for any, as always with single elements.
 template <typename T, typename F>
 void for_map(Form form, const MapSizes& sizes, const Tiling& tiling, F f) {
   for_layout<T>(form.nhwc, tiling, [&](auto nhwc, auto vector) {
@@ -56,5 +56,28 @@ void for_map(Form form, const MapSizes& sizes, const Tiling& tiling, F f) {
     });
   });
 }
+
+// Define what launches.h declares, for a kernel with sums in A,
+#define RF_LAUNCH(name, Args)                                                  \
+  template <typename A>                                                        \
+  void name(cudaStream_t stream, const Launch& planned, const Args<A>& args) { \
+    launch(stream, name##_kernel<A>, planned, args);                           \
+  }                                                                            \
+  template void name(cudaStream_t, const Launch&, const Args<float>&);         \
+  template void name(cudaStream_t, const Launch&, const Args<double>&);
+
+// and for one of a map with elements T.
+#define RF_LAUNCH_ON_MAP(name, Args)                                                              \
+  template <typename T>                                                                           \
+  void name(cudaStream_t stream, const Launch& planned, Form form, const Args<T>& args) {         \
+    for_map<T>(                                                                                   \
+        form, args.sizes, args.tiling, [&](auto nhwc, auto radix, auto vector, auto prologue) {   \
+          launch(stream, name##_kernel<T, nhwc(), radix(), vector(), prologue()>, planned, args); \
+        });                                                                                       \
+  }                                                                                               \
+  template void name(cudaStream_t, const Launch&, Form, const Args<float>&);                      \
+  template void name(cudaStream_t, const Launch&, Form, const Args<double>&);                     \
+  template void name(cudaStream_t, const Launch&, Form, const Args<__half>&);                     \
+  template void name(cudaStream_t, const Launch&, Form, const Args<__nv_bfloat16>&);
 
 }  // namespace resnest_fused::cuda

@@ -1,18 +1,16 @@
 // How the threads of a block walk over their share of a map, in both memory formats.
 //
 // A thread works on one vector of channels (NHWC) or on one channel (NCHW) of one sample, at some
-// of its positions. A position is a pixel; in NCHW a vector covers several of them. Element (split
-// r, position p) of the thread's share is at x[r * split + p * x_step], that of the output at out[p
-// * out_step].
+// of its positions. A position is a pixel; in NCHW a vector covers several of them. The element of
+// split r at position p is x[r * split + p * x_step]; the output's is out[p * out_step].
 //
-// Vectors start at multiples of their own size, though a channel's pixels in NCHW need not: what is
-// before the first and behind the last vector is taken element by element. As the elements of a
-// sample are a multiple of a vector's, that depends on the channel alone, and with it the order of
-// sums.
+// Vectors start at multiples of their own size, but in NCHW a channel's pixels need not. Elements
+// before the first and behind the last vector are taken one by one. Which these are depends on the
+// channel alone, as a sample has a multiple of a vector's elements; so does the order of sums.
 #pragma once
 
 #include "cuda/device.cuh"
-#include "cuda/plan.h"
+#include "cuda/tiling.h"
 
 namespace resnest_fused::cuda {
 
@@ -85,8 +83,8 @@ struct Share {
     }
   }
 
-  // Call visit(width, first, step, end) for batches of up to kBatch positions first, first + step,
-  // ... below end, with elements of the width, a std::integral_constant, at each.
+  // Call visit(width, first, step, end) for batches of up to kBatch positions: first, first + step,
+  // ... below end. Each has elements of the width, a std::integral_constant.
   template <int kBatch, typename Visit>
   __device__ __forceinline__ void for_each(Visit visit) const {
     for (int first = begin; first < end; first += kBatch * step) {
@@ -101,13 +99,14 @@ struct Share {
   }
 };
 
-// A value for each channel of a thread's vector: one in NCHW, where they are pixels of one channel.
+// A value for each channel of a thread's vector: one in NCHW, where a vector has one channel.
 template <typename A, int kVector, bool kNhwc>
 struct PerChannel {
   static constexpr int kCount = kNhwc ? kVector : 1;
   A values[kCount];
 
-  // Those of an array by feature from `first` on, aligned as the map is; `otherwise` without one.
+  // From an array by feature, `first` and those behind it, aligned as the map is. Without an array
+  // all are `otherwise`.
   static __device__ __forceinline__ PerChannel of(const A* array, int64_t first, A otherwise,
                                                   bool inside) {
     PerChannel result;
@@ -149,9 +148,9 @@ __device__ __forceinline__ void load_batch(const T* from, int64_t offset, int64_
   }
 }
 
-// The partial sums of `kSums` kinds that a block has of its channels: over the thread's lanes, in
-// fixed order. put(channel, sums) is called once for each channel inside, by one thread.
-// Shared memory: share_sums_bytes.
+// A block's partial sums of `kSums` kinds for each of its channels, over its threads in fixed
+// order. One thread calls put(channel, sums) for each channel inside. Shared memory:
+// share_sums_bytes.
 template <int kSums, int kVector, bool kNhwc, typename A, typename Put>
 __device__ __forceinline__ void sum_over_share(const Share<kVector, kNhwc>& share,
                                                const Tiling& tiling, int channels,

@@ -1,9 +1,9 @@
-// Batch normalisation at one feature, and sums over rows of per-feature data, as its statistics and
-// gradients need them.
+// Batch normalisation at one feature, and the sums over rows that its statistics and gradients
+// need.
 #pragma once
 
 #include "cuda/device.cuh"
-#include "cuda/plan.h"
+#include "cuda/tiling.h"
 #include "formulas.h"
 
 namespace resnest_fused::cuda {
@@ -18,7 +18,7 @@ struct NormAt {
   __device__ __forceinline__ A xhat(A value) const { return (value - mean) * invstd; }
 };
 
-// Absent without a mean: the identity.
+// The parameters of a norm. Without a mean it is absent: the identity.
 template <typename A>
 struct Norm {
   Parameter weight;  // (F) or absent
@@ -45,8 +45,8 @@ struct Norm {
   }
 };
 
-// The block's threads stand in rows of kColumns, a column each; the rows share the rows of the
-// data.
+// A thread's column. The block's threads stand in rows of kColumns, a column each, which share the
+// rows of the data.
 struct Column {
   int64_t feature;
   int lane, lanes;
@@ -60,8 +60,8 @@ struct Column {
   }
 };
 
-// Sums over rows in float64, as PyTorch's batch normalisation keeps them on the CPU: add(row, sums)
-// adds what a row has; all threads of a column get the totals. Every thread of the block must call.
+// Sums over rows in float64, as PyTorch's batch normalisation keeps them on the CPU. add(row, sums)
+// adds a row's values; all threads of a column get the totals. Every thread of the block must call.
 // Shared memory: row_sums_bytes.
 template <int kSums, typename Add>
 __device__ __forceinline__ void sum_over_rows(const Column& column, int64_t rows,

@@ -5,24 +5,21 @@
 namespace resnest_fused::cuda {
 
 template <typename T>
-void persistent(const Context& context, const Plan& plan, Form form,
+void persistent(cudaStream_t stream, const Launch& planned, Form form,
                 const PersistentArgs<T>& args) {
   for_map<T>(form, args.pool.sizes, args.pool.tiling,
              [&](auto nhwc, auto radix, auto vector, auto prologue) {
                if constexpr (radix() == kPersistentRadix) {
-                 launch(context, persistent_kernel<T, nhwc(), radix(), vector(), prologue()>,
-                        persistent_launch(plan, nhwc(), sizeof(Acc<T>)), args);
+                 launch(stream, persistent_kernel<T, nhwc(), radix(), vector(), prologue()>,
+                        planned, args);
                } else {
                  throw std::logic_error("resnest_fused: no persistent kernel for this call");
                }
              });
 }
 
-#define RF_INSTANTIATE(T) \
-  template void persistent<T>(const Context&, const Plan&, Form, const PersistentArgs<T>&);
-RF_INSTANTIATE(float)
-RF_INSTANTIATE(__half)
-RF_INSTANTIATE(__nv_bfloat16)
-#undef RF_INSTANTIATE
+template void persistent(cudaStream_t, const Launch&, Form, const PersistentArgs<float>&);
+template void persistent(cudaStream_t, const Launch&, Form, const PersistentArgs<__half>&);
+template void persistent(cudaStream_t, const Launch&, Form, const PersistentArgs<__nv_bfloat16>&);
 
 }  // namespace resnest_fused::cuda

@@ -1,6 +1,6 @@
-// Single phases on CUDA.
-#include "cuda/kernels.h"
+// Single phases on CUDA: what each of their launches is given.
 #include "cuda/run.h"
+#include "kernels.h"
 
 namespace resnest_fused::cuda {
 
@@ -9,9 +9,11 @@ void Kernels::batch_statistics(const Map& map, const Tensor& mean, const Tensor&
   for_dtype(map.problem.dtype, [&](auto tag) {
     using T = decltype(tag);
     const Workload w = workload_of(map, Pass::kTrain, {&map.x});
-    const int64_t rows = statistics_map(w).batch * statistics_tiling(context.device, w).chunks;
-    const Run<T> run(context, map, w, 2 * rows * w.features() * w.acc_size());
-    run.take_statistics(run.at(0), {}, mean, var);
+    const int64_t rows = statistics_rows(context.device, w);
+    const Run<T> run(context, map, w, make_plan(context.device, w),
+                     2 * rows * w.features() * w.acc_size());
+    run.take_statistics(run.whole(Kernel::kStatistics), run.at(0));
+    run.combine(run.whole(Kernel::kCombine), run.at(0), {}, mean, var);
   });
 }
 
@@ -21,22 +23,21 @@ void Kernels::pool(const Map& map, const Tensor& gap) {
     using T = decltype(tag);
     using A = Acc<T>;
     const Workload w = workload_of(map, Pass::kTrain, {&map.x});
-    const Tiling tiling = make_tiling(context.device, w);
-    const bool whole = tiling.chunks == 1;
-    Workspace space;
-    const int64_t parameters = space.take(kPrologueArrays * w.features(), w.acc_size());
-    const int64_t partial =
-        space.take(whole ? 0 : w.batch * tiling.chunks * w.channels, w.acc_size());
-    const Run<T> run(context, map, w, space.bytes);
-    const Prologue<A> prologue = run.prologue_at(parameters, false);
+    const Plan plan = make_plan(context.device, w);
+    const ForwardWorkspace space(context.device, w, plan);
+    const Run<T> run(context, map, w, plan, space.bytes);
+    const int64_t chunks = plan.tiling.chunks;
+    const Prologue<A> prologue = run.prologue_at(space.prologue, false);
+    A* const partial = chunks == 1 ? data<A>(gap) : run.at(space.partial);
     const A per_pixel = A(1) / static_cast<A>(w.pixels);
-    run.prepare(prologue);
-    cuda::pool<T>(context, run.form,
-                  {run.sizes, tiling, run.blocks(w.batch), const_data<T>(map.x), prologue,
-                   whole ? per_pixel : A(1), whole ? data<A>(gap) : run.at(partial)});
-    if (!whole) {
-      pool_finish<A>(
-          context, {w.batch, tiling.chunks, w.channels, run.at(partial), per_pixel, data<A>(gap)});
+    const Launch planned = run.whole(Kernel::kPool);
+    run.prepare(run.whole(Kernel::kPrepare), prologue);
+    cuda::pool<T>(context.stream, planned, run.form,
+                  {run.sizes, plan.tiling, planned.blocks, const_data<T>(map.x), prologue,
+                   chunks == 1 ? per_pixel : A(1), partial});
+    if (chunks > 1) {
+      pool_finish<A>(context.stream, run.whole(Kernel::kPoolFinish),
+                     {w.batch, chunks, w.channels, partial, per_pixel, data<A>(gap)});
     }
   });
 }
@@ -47,11 +48,13 @@ void Kernels::recombine(const Map& map, const Tensor& attention, const Tensor& o
     using T = decltype(tag);
     using A = Acc<T>;
     const Workload w = workload_of(map, Pass::kTrain, {&map.x, &attention, &out});
-    const Run<T> run(context, map, w, kPrologueArrays * w.features() * w.acc_size());
+    const Run<T> run(context, map, w, make_plan(context.device, w),
+                     kPrologueArrays * w.features() * w.acc_size());
     const Prologue<A> prologue = run.prologue_at(0, false);
-    run.prepare(prologue);
-    cuda::recombine<T>(context, run.form,
-                       {run.sizes, run.tiling, run.blocks(w.batch), const_data<T>(map.x), prologue,
+    const Launch planned = run.whole(Kernel::kRecombine);
+    run.prepare(run.whole(Kernel::kPrepare), prologue);
+    cuda::recombine<T>(context.stream, planned, run.form,
+                       {run.sizes, run.plan.tiling, planned.blocks, const_data<T>(map.x), prologue,
                         const_data<A>(attention), data<T>(out)});
   });
 }
@@ -63,22 +66,22 @@ void Kernels::pool_backward(const Map& map, const Tensor& dout, const Tensor& da
     using T = decltype(tag);
     using A = Acc<T>;
     const Workload w = workload_of(map, Pass::kBackward, {&map.x, &dout});
-    const Tiling tiling = make_tiling(context.device, w);
+    const Plan plan = make_plan(context.device, w);
+    const int64_t chunks = plan.tiling.chunks, kinds = w.relu ? kPrologueSums : 1;
     Workspace space;
     const int64_t parameters = space.take(kPrologueArrays * w.features(), w.acc_size());
-    const int64_t kinds = w.relu ? kPrologueSums : 1;
-    const int64_t partial =
-        space.take(w.batch * tiling.chunks * kinds * w.features(), w.acc_size());
-    const Run<T> run(context, map, w, space.bytes);
+    const int64_t partial = space.take(w.batch * chunks * kinds * w.features(), w.acc_size());
+    const Run<T> run(context, map, w, plan, space.bytes);
     const Prologue<A> prologue = run.prologue_at(parameters, false);
-    run.prepare(prologue);
-    cuda::pool_backward<T>(context, run.form,
-                           {run.sizes, tiling, run.blocks(w.batch), const_data<T>(dout),
+    const Launch planned = run.whole(Kernel::kPoolBackward);
+    run.prepare(run.whole(Kernel::kPrepare), prologue);
+    cuda::pool_backward<T>(context.stream, planned, run.form,
+                           {run.sizes, plan.tiling, planned.blocks, const_data<T>(dout),
                             const_data<T>(map.x), prologue, run.at(partial)});
-    pool_backward_finish<A>(
-        context, {w.batch, tiling.chunks, w.radix, w.channels, w.channels, w.relu, run.at(partial),
-                  norm_of<A>(map.prologue.bn0), prologue.invstd, data<A>(sums), data<A>(dattention),
-                  nullptr, nullptr});
+    pool_backward_finish<A>(context.stream, run.whole(Kernel::kPoolBackwardFinish),
+                            {w.batch, chunks, w.radix, w.channels, w.channels, w.relu,
+                             run.at(partial), norm_of<A>(map.bn0), prologue.invstd, data<A>(sums),
+                             data<A>(dattention), nullptr, nullptr});
   });
 }
 
@@ -87,16 +90,22 @@ void Kernels::prologue_backward(const Problem& problem, const Tensor& sums, cons
   const Context context = context_of(sums);
   for_dtype(problem.dtype, [&](auto tag) {
     using A = Acc<decltype(tag)>;
-    cuda::prologue_backward<A>(context, {problem.batch,
-                                         problem.radix,
-                                         problem.channels,
-                                         static_cast<double>(problem.pixels()),
-                                         const_data<A>(sums),
-                                         const_data<A>(attention),
-                                         const_data<A>(dgap),
-                                         result(dweight),
-                                         result(dbias),
-                                         {}});
+    Workload w{};
+    w.batch = problem.batch;
+    w.radix = problem.radix;
+    w.channels = problem.channels;
+    const Launch planned = launch_of(context.device, w, {}, Kernel::kPrologueBackward, 0, w.batch);
+    cuda::prologue_backward<A>(context.stream, planned,
+                               {problem.batch,
+                                problem.radix,
+                                problem.channels,
+                                static_cast<double>(problem.pixels()),
+                                const_data<A>(sums),
+                                const_data<A>(attention),
+                                const_data<A>(dgap),
+                                result(dweight),
+                                result(dbias),
+                                {}});
   });
 }
 
@@ -108,14 +117,16 @@ void Kernels::recombine_backward(const Map& map, const Tensor& dout, const Tenso
     using T = decltype(tag);
     using A = Acc<T>;
     const Workload w = workload_of(map, Pass::kBackward, {&map.x, &dout, &attention, &dgap, &dx});
-    const Run<T> run(context, map, w, kPrologueArrays * w.features() * w.acc_size());
+    const Run<T> run(context, map, w, make_plan(context.device, w),
+                     kPrologueArrays * w.features() * w.acc_size());
     const bool loses = mean_dz.has_value();
     const Prologue<A> prologue = run.prologue_at(0, loses);
-    run.prepare(prologue, loses ? const_data<A>(*mean_dz) : nullptr,
+    const Launch planned = run.whole(Kernel::kRecombineBackward);
+    run.prepare(run.whole(Kernel::kPrepare), prologue, loses ? const_data<A>(*mean_dz) : nullptr,
                 loses ? const_data<A>(*mean_dz_xhat) : nullptr);
     cuda::recombine_backward<T>(
-        context, run.form,
-        {run.sizes, run.tiling, run.blocks(w.batch), const_data<T>(dout), const_data<T>(map.x),
+        context.stream, planned, run.form,
+        {run.sizes, run.plan.tiling, planned.blocks, const_data<T>(dout), const_data<T>(map.x),
          prologue, const_data<A>(attention), const_data<A>(dgap), A(1) / static_cast<A>(w.pixels),
          data<T>(dx)});
   });

@@ -7,12 +7,13 @@
 #include <string>
 #include <vector>
 
-#include "cuda/plan.h"
+#include "cuda/planner.h"
+#include "cuda/tuning.h"
 #include "pybind.h"
 
 namespace resnest_fused::cuda {
 
-// The fields of a dict; std::invalid_argument, in Python ValueError, names the one that is wrong.
+// The fields of a dict. A wrong one is named by std::invalid_argument, in Python ValueError.
 class Fields {
  public:
   Fields(const char* dict_name, const pybind11::dict& dict) : name_(dict_name), dict_(dict) {}
@@ -43,7 +44,7 @@ class Fields {
     return given.cast<std::string>();
   }
 
-  // Behind the last field: no other is there.
+  // Behind the last field: refuses a dict with any other.
   void finish() const {
     if (dict_.size() == taken_.size()) {
       return;
@@ -125,6 +126,7 @@ inline Workload workload_from(const pybind11::dict& dict) {
       fields.expected(field, what);
     }
   };
+  w.wanted = {true, w.bn0, true, true, true};
   require(w.element_size == 2 || w.element_size == 4 || w.element_size == 8, "element_size",
           "2, 4 or 8");
   require(w.channels % w.cardinality == 0, "channels", "a multiple of cardinality");
@@ -133,8 +135,8 @@ inline Workload workload_from(const pybind11::dict& dict) {
   require(w.bn0 || !w.batch_stats, "batch_stats", "False without bn0");
   require(w.pass != Pass::kEval || !w.batch_stats, "batch_stats", "False in evaluation");
   require(w.pass != Pass::kEval || !w.bn1_batch_stats, "bn1_batch_stats", "False in evaluation");
-  // More than any memory has, and little enough for what is a small multiple of it; of one sample
-  // even where there is none.
+  // More than any memory has, and so few that small multiples fit 64 bits. An empty batch counts as
+  // one sample.
   constexpr double kMostElements = 0x1p50;
   const double samples = std::max(static_cast<double>(w.batch), 1.0);
   require(samples * static_cast<double>(w.features()) * static_cast<double>(w.pixels) <=
@@ -173,21 +175,21 @@ inline pybind11::dict plan(const pybind11::dict& of_device, const pybind11::dict
                          arg("threads") = launch.threads,
                          arg("shared_bytes") = launch.shared_bytes));
   }
-  dict result(
-      arg("strategy") = plan.strategy == Strategy::kPersistent ? "persistent" : "launches",
-      arg("tiling") = tiling_dict(plan.tiling), arg("product_threads") = plan.product_threads,
-      arg("column_threads") = plan.column_threads, arg("group") = plan.group,
-      arg("groups") = plan.groups(w.batch), arg("persistent_blocks") = plan.persistent_blocks,
-      arg("workspace_bytes") = plan.workspace_bytes, arg("launches") = launches,
-      arg("predicted_launches") = plan.launches, arg("predicted_bytes") = plan.predicted_bytes,
-      arg("predicted_microseconds") = plan.predicted_microseconds);
+  dict result(arg("strategy") = plan.strategy == Strategy::kPersistent ? "persistent" : "launches",
+              arg("tiling") = tiling_dict(plan.tiling), arg("batch_chunk") = plan.batch_chunk,
+              arg("batch_chunks") = plan.batch_chunks(w.batch),
+              arg("persistent_blocks") = plan.persistent_blocks,
+              arg("workspace_bytes") = plan.workspace_bytes, arg("launches") = launches,
+              arg("predicted_launches") = plan.launches,
+              arg("predicted_bytes") = plan.predicted_bytes,
+              arg("predicted_microseconds") = plan.predicted_microseconds);
   if (w.batch_stats) {
     result["statistics_tiling"] = tiling_dict(statistics_tiling(device, w));
   }
   return result;
 }
 
-// The constants of plan.h.
+// The constants that tests compare with.
 inline pybind11::dict plan_limits() {
   using pybind11::arg;
   return pybind11::dict(
@@ -199,7 +201,7 @@ inline pybind11::dict plan_limits() {
       arg("usable_l2") = kUsableL2, arg("launch_microseconds") = kLaunchMicroseconds,
       arg("handover_microseconds") = kHandoverMicroseconds,
       arg("persistent_blocks") = kPersistentBlocks, arg("persistent_radix") = kPersistentRadix,
-      arg("groups_between") = kGroupsBetween, arg("most_blocks") = kMostBlocks,
+      arg("batch_chunks_between") = kBatchChunksBetween, arg("most_blocks") = kMostBlocks,
       arg("most_pixels") = kMostPixels, arg("most_channels") = kMostChannels);
 }
 

@@ -6,8 +6,8 @@
 
 namespace resnest_fused::cuda {
 
-// Splits whose loads are in flight, and whose sums are held, at the same time: all of a compiled
-// radix where their `each` registers are few.
+// Splits whose loads are in flight, and whose sums are held, at the same time. They are all of a
+// compiled radix if `each` of them takes few registers, else one.
 __host__ __device__ constexpr int splits_held(int radix, int each) {
   return radix * each <= 32 && radix > 0 ? radix : 1;
 }
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
   }
 }
 
-// gap[b,c] = scale * sum_j partial[b,j,c], where a sample has several chunks.
+// gap[b,c] = scale * sum_j partial[b,j,c], for samples of several chunks.
 //   Grid: a thread for each (b, c).
 template <typename A>
 struct PoolFinishArgs {
@@ -114,8 +114,8 @@ __global__ void __launch_bounds__(kMapThreads) pool_finish_kernel(PoolFinishArgs
   }
 }
 
-// partial[b,j,r,c] = sum_{p in chunk j} dout x, or with a prologue partial[b,j,s,r,c], the sums
-// that prologue_sums.h names, S3 and S4 still of x - mean.
+// partial[b,j,r,c] = sum_{p in chunk j} dout x. With a prologue partial[b,j,s,r,c] are the sums
+// that prologue_sums.h names, with x - mean for xhat in S3 and S4.
 //   Grid: blocks of the map. Reads R + 1 units.
 template <typename T>
 struct PoolBackwardArgs {
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
                 const int own = kNhwc ? e : 0;
                 if constexpr (kPrologue) {
                   const A n = preactivation(value, scale[r][e], shift[r][e]);
-                  // What the ReLU stops is taken out of both factors: 0 times infinity is no 0.
+                  // Both factors are 0 where the ReLU stops x: 0 times infinity would be NaN.
                   const A passed_g = relu_backward(dout, n);
                   const A passed_x = relu_backward(value - mean[r][e], n);
                   sum[0][own] += passed_g;

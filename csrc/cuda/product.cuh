@@ -1,12 +1,12 @@
 // Matrix products of (B, C)-sized data: result[m, n] = sum_k a[m, k] b[n, k], a tile a block.
 //
 // The warps of a block share the depth k, four values at a time; within a warp a thread has 4 x 4
-// results. Their partial sums are added in shared memory in ascending order of the warps. The order
-// of a result's sum so depends on the depth and the block's size alone, not on the other rows.
+// results. Their partial sums are added in shared memory in ascending order of the warps. So the
+// order of a result's sum depends on the depth and the block's size alone, not on other rows.
 #pragma once
 
 #include "cuda/device.cuh"
-#include "cuda/plan.h"
+#include "cuda/tiling.h"
 
 namespace resnest_fused::cuda {
 
@@ -14,7 +14,7 @@ namespace resnest_fused::cuda {
 template <typename A>
 constexpr int64_t kProductBlocks = sizeof(A) == 8 ? 1 : kBlocksPerMultiprocessor;
 
-// Where an operand's values come from: four neighbours in a row of a matrix.
+// A source of an operand's values, four neighbours in a row of a matrix at a time.
 template <typename A>
 struct Values {
   const A* data;
@@ -39,7 +39,7 @@ struct Values {
   }
 };
 
-// A weight as it is stored.
+// The same of a weight in its own dtype.
 template <typename A>
 struct Weight {
   Parameter parameter;
@@ -58,8 +58,8 @@ struct Weight {
   }
 };
 
-// The sum over the chunks of a sample: gap from the pool's partial sums, or gap itself as one
-// chunk.
+// The same of the sum over a sample's chunks: gap from the pool's partial sums, or gap itself as
+// one chunk.
 template <typename A>
 struct Pooled {
   const A* partial;  // (B, chunks, C)
@@ -85,8 +85,8 @@ struct Pooled {
   }
 };
 
-// An operand: `rows` by `depth` values of a source from (first_row, first_column) on, where a row
-// of the source is a row of the operand, or with kTransposed a column of it.
+// An operand: `rows` by `depth` values of a source from (first_row, first_column) on. With
+// kTransposed a row of the source is a column of the operand.
 template <typename A, typename Source, bool kTransposed>
 struct Operand {
   Source source;
@@ -124,9 +124,9 @@ struct Operand {
   }
 };
 
-// put(m, n, value) for the results [row, row + kTileRows) x [column, column + kTileColumns) that
-// the operands have. Every thread of the block must call; what was put can be read by all
-// afterwards. Shared memory: product_bytes.
+// Call put(m, n, value) for those results in [row, row + kTileRows) x [column, column +
+// kTileColumns) that the operands have. Every thread of the block must call; all of them can read
+// afterwards what was put. Shared memory: product_bytes.
 template <typename A, typename OperandA, typename OperandB, typename Put>
 __device__ __forceinline__ void multiply_tile(const OperandA& a, const OperandB& b, int64_t row,
                                               int64_t column, Put put) {
@@ -173,7 +173,7 @@ __device__ __forceinline__ void multiply_tile(const OperandA& a, const OperandB&
   __syncthreads();
 }
 
-// Which tile of which group a block has.
+// The tile of a block, and its group.
 struct Tile {
   int64_t group, row, column;
 

@@ -1,8 +1,8 @@
-// The prologue, z = relu(bn0(x)) or relu(x), which the pool and recombine compute wherever they
-// load x: its parameters by feature, bn0's batch statistics, and bn0's gradients.
+// The prologue z = relu(bn0(x)) or relu(x): its parameters by feature, bn0's batch statistics, and
+// bn0's gradients. The pool and recombine compute it wherever they load x.
 //
-// bn0 is one multiply-add there, x * scale + shift. Every kernel evaluates this very expression by
-// `preactivation`, or forward and backward would disagree on which elements the ReLU lets through.
+// There bn0 is one multiply-add, x * scale + shift. All kernels evaluate it by `preactivation`, or
+// forward and backward would disagree on which elements the ReLU lets through.
 #pragma once
 
 #include "cuda/map.cuh"
@@ -11,9 +11,10 @@
 
 namespace resnest_fused::cuda {
 
-// By feature; null for relu(x): the identity. `offset` and `slope` are null where the statistics
-// are frozen; else dx loses offset + slope * (x - mean) = scale * (mean_dz + xhat * mean_dz_xhat)
-// to them, with mean_dz = dbeta / N and mean_dz_xhat = dgamma / N, as in `batch_norm_backward`.
+// Parameters by feature, null for relu(x). `offset` and `slope` are null with frozen statistics.
+// With those of the batch dx loses, as in `batch_norm_backward`,
+//   offset + slope * (x - mean) = scale * (mean_dz + xhat * mean_dz_xhat)
+// where mean_dz = dbeta / N and mean_dz_xhat = dgamma / N.
 template <typename A>
 struct Prologue {
   A* scale;   // (R*C) gamma * invstd
@@ -50,8 +51,8 @@ __device__ __forceinline__ void put_statistics_gradient(const Prologue<A>& prolo
   prologue.slope[f] = prologue.scale[f] * prologue.invstd[f] * mean_dz_xhat;
 }
 
-// What a launch needs before its first phase: the prologue from bn0's running statistics, and
-// counters at zero. A thread a feature and a counter.
+// The prologue from bn0's running statistics, and counters at zero.
+//   Grid: a thread for each feature and each counter.
 template <typename A>
 struct Prepare {
   int64_t features;
@@ -81,11 +82,11 @@ __global__ void __launch_bounds__(kMapThreads) prepare_kernel(Prepare<A> args) {
 }
 
 // Mean and sum of squared deviations of x over the pixels of a block, by feature. A thread takes
-// both of a few elements at a time and joins them to those before by the rule of Chan, Golub and
-// LeVeque (1979); then threads are joined, first their means. So no sum cancels, whichever values
-// come first. Reads R units.
-//   Grid: blocks of the map with radix 1; in NHWC the batch counts as one sample, as its pixels lie
-//   one behind the other.
+// those of a few elements at a time. It joins them to the ones before by the rule of Chan, Golub
+// and LeVeque (1979). Then threads are joined, first their means. So no sum cancels, whichever
+// values come first. Reads R units.
+//   Grid: blocks of the map with radix 1. In NHWC the batch is one sample, as its pixels lie one
+//   behind the other.
 template <typename T>
 struct StatisticsArgs {
   MapSizes sizes;  // radix 1: `channels` are all features
@@ -181,9 +182,9 @@ __global__ void __launch_bounds__(kMapThreads) statistics_kernel(StatisticsArgs<
   }
 }
 
-// Mean and biased variance of each column over all elements, from those of parts of them: row j has
-// the mean and the sum of squared deviations of `count` elements, the last row of `last_count`.
-// In two passes over the rows. Zeros over no elements.
+// Mean and biased variance of each column over all elements, in two passes over rows of partial
+// ones. A row has the mean and the sum of squared deviations of `count` elements, the last row of
+// `last_count`. Over no elements the result is zeros.
 //   Grid: a block for kColumns columns.
 template <typename A>
 struct ColumnStatistics {
@@ -238,8 +239,8 @@ __global__ void __launch_bounds__(kColumnThreads) combine_kernel(CombineArgs<A> 
   }
 }
 
-// dgamma and dbeta of bn0 by the formulas of prologue_sums.h, and what dx loses to the batch's
-// statistics.
+// dgamma and dbeta of bn0 by the formulas of prologue_sums.h, and the part of dx that is lost to
+// the batch's statistics.
 //   Grid: a block for kColumns features.
 template <typename A>
 struct PrologueBackwardArgs {

@@ -6,8 +6,8 @@
 namespace resnest_fused::cuda {
 
 // out[b,c,p] = sum_r attention[b,r,c] z[b,r,c,p]
-//   Grid: blocks of the map; the last come first, so that what the pool read last is met while it
-//   is still in L2. Reads R units, writes 1.
+//   Grid: blocks of the map. The last come first, to find what the pool read last still in L2.
+//   Reads R units, writes 1.
 template <typename T>
 struct RecombineArgs {
   MapSizes sizes;
@@ -24,7 +24,7 @@ __device__ __forceinline__ void recombine_block(const RecombineArgs<T>& args, in
   using A = Acc<T>;
   using Coefficient = PerChannel<A, kVector, kNhwc>;
   constexpr int kEach = (kNhwc ? kVector : 1) * (kPrologue ? 3 : 1);
-  // With few coefficients all splits' stay in registers, else each split's come from L1.
+  // If all splits have few coefficients, these stay in registers. Else a split's come from L1.
   constexpr bool kHeld = kRadix > 0 && kRadix * kEach <= 48;
   constexpr int kSplits = kHeld ? kRadix : 1;
   constexpr int kBatch = kHeld ? (kRadix >= 4 ? 1 : 4 / kRadix) : 4;
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
     recombine_backward_kernel(RecombineBackwardArgs<T> args) {
   using A = Acc<T>;
   using Coefficient = PerChannel<A, kVector, kNhwc>;
-  // x of 16 bits has fewer digits than a mean far from zero costs: there it goes into the offset.
+  // With x of 16 bits the mean goes into the offset: x has fewer digits than that costs.
   constexpr bool kFolded = sizeof(T) < 4;
   constexpr int kSplits = splits_held(kRadix, (kNhwc ? kVector : 1) * (kPrologue ? 9 : 2));
   constexpr int kBatch = kNhwc && kPrologue && kRadix == 0 ? 1 : kSplits == 1 && !kNhwc ? 4 : 2;

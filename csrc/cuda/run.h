@@ -41,8 +41,8 @@ inline Parameter parameter(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? Parameter{tensor->const_data_ptr(), dtype_of(*tensor)} : Parameter{};
 }
 
-inline Result result(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? Result{tensor->mutable_data_ptr(), dtype_of(*tensor)} : Result{};
+inline Result result(const Tensor& gradient) {
+  return is_needed(gradient) ? Result{gradient.mutable_data_ptr(), dtype_of(gradient)} : Result{};
 }
 
 template <typename T>
@@ -56,7 +56,7 @@ T* data(const Tensor& tensor) {
 }
 
 template <typename A>
-Norm<A> norm_of(const NormTensors& norm) {
+Norm<A> norm_of(const NormArguments& norm) {
   return {parameter(norm.weight), parameter(norm.bias), parameter(norm.mean), parameter(norm.var),
           static_cast<A>(norm.eps)};
 }
@@ -70,7 +70,7 @@ inline bool is_aligned(std::initializer_list<const Tensor*> maps) {
   return true;
 }
 
-// What the planner is told; `maps` are all that the call reads and writes in vectors.
+// The call as the planner sees it; `maps` are all that it reads and writes in vectors.
 inline Workload workload_of(const Map& map, Pass pass, std::initializer_list<const Tensor*> maps) {
   const Problem& p = map.problem;
   Workload w{};
@@ -84,9 +84,9 @@ inline Workload workload_of(const Map& map, Pass pass, std::initializer_list<con
   w.element_size = static_cast<int64_t>(map.x.element_size());
   w.channels_last = p.layout == Layout::kNhwc;
   w.aligned = is_aligned(maps);
-  w.relu = map.prologue.relu;
-  w.bn0 = map.prologue.bn0.present();
-  w.batch_stats = map.prologue.bn0.batch_stats;
+  w.relu = map.relu;
+  w.bn0 = is_present(map.bn0);
+  w.batch_stats = map.bn0.batch_stats;
   return w;
 }
 
@@ -95,17 +95,19 @@ inline MapSizes sizes_of(int64_t radix, int64_t channels, int64_t pixels) {
           counted(pixels, kMostPixels)};
 }
 
+// A call with its plan and its workspace.
 template <typename T>
 class Run {
  public:
   using A = Acc<T>;
 
-  Run(const Context& of_call, const Map& of_map, const Workload& of_work, int64_t workspace_bytes)
+  Run(const Context& of_call, const Map& of_map, const Workload& of_work, const Plan& of_plan,
+      int64_t workspace_bytes)
       : context(of_call),
         map(of_map),
         work(of_work),
+        plan(of_plan),
         sizes(sizes_of(of_work.radix, of_work.channels, of_work.pixels)),
-        tiling(make_tiling(of_call.device, of_work)),
         form{of_work.channels_last, of_work.relu},
         space_(empty_on(of_map.x, {workspace_bytes}, ScalarType::Byte)) {}
 
@@ -115,9 +117,7 @@ class Run {
     return reinterpret_cast<E*>(data<unsigned char>(space_) + offset);
   }
 
-  int64_t blocks(int64_t samples) const { return map_blocks(tiling, samples); }
-
-  // Room for bn0's parameters, and for what dx loses to the batch's statistics where it does.
+  // Room for bn0's parameters and, if dx loses something to the batch's statistics, for that.
   Prologue<A> prologue_at(int64_t offset, bool loses) const {
     if (!work.bn0) {
       return {};
@@ -132,41 +132,51 @@ class Run {
             loses ? arrays + 5 * f : nullptr};
   }
 
-  // bn0's parameters from the statistics it was given, and counters at zero.
-  void prepare(const Prologue<A>& prologue, const A* mean_dz = nullptr,
-               const A* mean_dz_xhat = nullptr, unsigned* counters = nullptr,
-               int64_t counter_count = 0) const {
-    if (prologue.scale || counter_count > 0) {
-      cuda::prepare<A>(context, {work.features(), norm_of<A>(map.prologue.bn0), prologue, mean_dz,
-                                 mean_dz_xhat, counters, counter_count});
-    }
+  // A kernel's launch for the whole batch.
+  Launch whole(Kernel kernel) const {
+    return launch_of(context.device, work, plan, kernel, 0, work.batch);
   }
 
-  // The batch's statistics, and bn0's parameters from them unless prologue is empty.
-  void take_statistics(A* rows, const Prologue<A>& prologue, const Tensor& mean,
-                       const Tensor& var) const {
+  // bn0's parameters from the statistics it was given, and counters at zero.
+  void prepare(const Launch& planned, const Prologue<A>& prologue, const A* mean_dz = nullptr,
+               const A* mean_dz_xhat = nullptr, unsigned* counters = nullptr) const {
+    cuda::prepare<A>(context.stream, planned,
+                     {work.features(), norm_of<A>(map.bn0), prologue, mean_dz, mean_dz_xhat,
+                      counters, plan.counters(work.batch)});
+  }
+
+  // Mean and squares of each chunk's pixels, by feature, into `rows`;
+  void take_statistics(const Launch& planned, A* rows) const {
     const Workload features = statistics_map(work);
-    const Tiling of_features = statistics_tiling(context.device, work);
-    const int64_t count = features.batch * of_features.chunks;
-    A* const squares = rows + count * work.features();
-    statistics<T>(context, form.nhwc,
-                  {sizes_of(1, features.channels, features.pixels), of_features,
-                   map_blocks(of_features, features.batch), const_data<T>(map.x), rows, squares});
-    const int64_t full = of_features.chunk_pixels;
-    const int64_t last = features.pixels - (of_features.chunks - 1) * full;
-    combine<A>(context, {{count, work.features(), rows, squares, static_cast<double>(full),
-                          static_cast<double>(last)},
-                         norm_of<A>(map.prologue.bn0),
-                         data<A>(mean),
-                         data<A>(var),
-                         prologue});
+    const Tiling tiling = statistics_tiling(context.device, work);
+    A* const squares = rows + statistics_rows(context.device, work) * work.features();
+    statistics<T>(context.stream, planned, form.nhwc,
+                  {sizes_of(1, features.channels, features.pixels), tiling, planned.blocks,
+                   const_data<T>(map.x), rows, squares});
+  }
+
+  // from them the batch's statistics, and bn0's parameters unless prologue is empty.
+  void combine(const Launch& planned, const A* rows, const Prologue<A>& prologue,
+               const Tensor& mean, const Tensor& var) const {
+    const Workload features = statistics_map(work);
+    const Tiling tiling = statistics_tiling(context.device, work);
+    const int64_t count = statistics_rows(context.device, work);
+    const int64_t full = tiling.chunk_pixels;
+    const int64_t last = features.pixels - (tiling.chunks - 1) * full;
+    cuda::combine<A>(context.stream, planned,
+                     {{count, work.features(), rows, rows + count * work.features(),
+                       static_cast<double>(full), static_cast<double>(last)},
+                      norm_of<A>(map.bn0),
+                      data<A>(mean),
+                      data<A>(var),
+                      prologue});
   }
 
   const Context& context;
   const Map& map;
   const Workload work;
+  const Plan plan;
   const MapSizes sizes;
-  const Tiling tiling;
   const Form form;
 
  private:

@@ -1,211 +1,221 @@
-// All phases on CUDA: the order of the launches.
-#include "cuda/kernels.h"
+// All phases on CUDA: what each of the planned launches is given.
 #include "cuda/persistent.cuh"
 #include "cuda/run.h"
+#include "kernels.h"
 
 namespace resnest_fused::cuda {
 namespace {
 
 FcSizes fc_sizes(const Workload& w) { return {w.radix, w.cardinality, w.channels, w.inter}; }
 
-// What the forward passes from phase to phase for samples [first, first + samples): the arrays of
-// training start at the batch's first sample, those of the workspace at the group's.
-template <typename T>
-struct Forward {
-  using A = Acc<T>;
-
-  Forward(const Run<T>& run, const Plan& plan, const ForwardWorkspace& space,
-          const AttentionTensors& tensors, const Crumbs* crumbs, const Prologue<A>& prologue,
-          const Tensor& out, int64_t first, int64_t samples)
-      : run(run), plan(plan), crumbs(crumbs), samples(samples) {
-    const Workload& w = run.work;
-    const Tiling& tiling = plan.tiling;
-    const int64_t map_of_sample = w.channels * w.pixels;
-    const T* const x = const_data<T>(run.map.x) + first * w.radix * map_of_sample;
-    const A per_pixel = A(1) / static_cast<A>(w.pixels);
-    const bool whole = tiling.chunks == 1;  // the pool's sums are over all pixels
-    A* const gap = crumbs ? data<A>(crumbs->gap) : nullptr;
-    A* const partial = whole && crumbs ? gap : run.at(space.partial);
-    A* const a = crumbs ? data<A>(crumbs->attention) : run.at(space.attention);
-    A* const u = run.at(space.u);
-    const bool bn1_of_batch = tensors.bn1.batch_stats;
-    pool = {run.sizes, tiling, run.blocks(samples), x, prologue, whole ? per_pixel : A(1), partial};
-    finish = {samples, tiling.chunks, w.channels, partial, per_pixel, gap};
-    const Pooled<A> pooled = whole || crumbs
-                                 ? Pooled<A>{whole ? partial : gap, 1, w.channels, A(1)}
-                                 : Pooled<A>{partial, tiling.chunks, w.channels, per_pixel};
-    hidden = {fc_sizes(w),
-              samples,
-              hidden_blocks(w, samples),
-              pooled,
-              parameter(tensors.fc1_weight),
-              parameter(tensors.fc1_bias),
-              norm_of<A>(tensors.bn1),
-              crumbs ? data<A>(crumbs->hidden) : nullptr,
-              bn1_of_batch ? nullptr : u};
-    if (bn1_of_batch) {
-      batch_norm = {{samples, w.inter, hidden.hidden, nullptr, 1, 1},
-                    hidden.bn1,
-                    data<A>(crumbs->bn1_mean),
-                    data<A>(crumbs->bn1_var),
-                    u};
-    }
-    attention = {fc_sizes(w),
-                 samples,
-                 attention_blocks(w, samples),
-                 u,
-                 parameter(tensors.fc2_weight),
-                 parameter(tensors.fc2_bias),
-                 a};
-    recombine = {run.sizes,
-                 tiling,
-                 run.blocks(samples),
-                 x,
-                 prologue,
-                 a,
-                 data<T>(out) + first * map_of_sample};
-  }
-
-  // One launch after the other.
-  void by_launches() const {
-    cuda::pool<T>(run.context, run.form, pool);
-    if (crumbs && plan.tiling.chunks > 1) {
-      pool_finish<A>(run.context, finish);
-    }
-    cuda::hidden<A>(run.context, plan, hidden);
-    if (batch_norm.u) {
-      cuda::batch_norm<A>(run.context, plan, batch_norm);
-    }
-    cuda::attention<A>(run.context, plan, attention);
-    cuda::recombine<T>(run.context, run.form, recombine);
-  }
-
-  // All at once.
-  void persistently(unsigned* counters) const {
-    const Workload& w = run.work;
-    if constexpr (sizeof(T) < 8) {
-      persistent<T>(run.context, plan, run.form,
-                    {pool, hidden, attention, recombine, w.batch, plan.group, plan.groups(w.batch),
-                     run.blocks(plan.group), hidden_blocks(w, plan.group),
-                     attention_blocks(w, plan.group), counters});
-    }
-  }
-
-  const Run<T>& run;
-  const Plan& plan;
-  const Crumbs* crumbs;
-  int64_t samples;
-  PoolArgs<T> pool;
-  PoolFinishArgs<A> finish;
-  HiddenArgs<A> hidden;
-  BatchNormArgs<A> batch_norm{};
-  AttentionArgs<A> attention;
-  RecombineArgs<T> recombine;
-};
+[[noreturn]] void refuse(const Launch& planned) {
+  throw std::logic_error(std::string("resnest_fused: kernel ") + planned.name +
+                         " is not of this pass");
+}
 
 template <typename T>
-void forward(const Context& context, const Map& map, const AttentionTensors& tensors,
-             const Tensor& out, const Crumbs* crumbs) {
+void forward(const Context& context, const Map& map, const Mlp& mlp, const Tensor& out,
+             const TrainResults* train) {
   using A = Acc<T>;
-  Workload w = workload_of(map, crumbs ? Pass::kTrain : Pass::kEval, {&map.x, &out});
-  w.bn1_batch_stats = tensors.bn1.batch_stats;
+  Workload w = workload_of(map, train ? Pass::kTrain : Pass::kEval, {&map.x, &out});
+  w.bn1_batch_stats = mlp.bn1.batch_stats;
   const Plan plan = make_plan(context.device, w, context.choice);
   const ForwardWorkspace space(context.device, w, plan);
-  const Run<T> run(context, map, w, space.bytes);
+  const Run<T> run(context, map, w, plan, space.bytes);
+  const cudaStream_t stream = context.stream;
+  const Tiling& tiling = plan.tiling;
+
+  // Arrays of training start at the batch's first sample, those of the workspace at the chunk's.
   const Prologue<A> prologue = run.prologue_at(space.prologue, false);
   unsigned* const counters = run.template at<unsigned>(space.counters);
-  if (w.batch_stats) {
-    run.take_statistics(run.at(space.statistics), prologue, crumbs->bn0_mean, crumbs->bn0_var);
-  } else {
-    run.prepare(prologue, nullptr, nullptr, counters, space.counter_count);
-  }
-  const auto group = [&](int64_t first, int64_t samples) {
-    return Forward<T>(run, plan, space, tensors, crumbs, prologue, out, first, samples);
+  const bool whole = tiling.chunks == 1;  // the pool's sums are over all pixels
+  const A per_pixel = A(1) / static_cast<A>(w.pixels);
+  A* const gap = train ? data<A>(train->gap) : nullptr;
+  A* const partial = whole && train ? gap : run.at(space.partial);
+  A* const hidden = train ? data<A>(train->hidden) : nullptr;
+  A* const u = run.at(space.u);
+  A* const attention = train ? data<A>(train->attention) : run.at(space.attention);
+
+  const auto x_of = [&](const Launch& step) {
+    return const_data<T>(map.x) + step.first * w.features() * w.pixels;
   };
-  if (plan.strategy == Strategy::kPersistent) {
-    group(0, w.batch).persistently(counters);
-    return;
-  }
-  for (int64_t first = 0; first < std::max<int64_t>(w.batch, 1); first += plan.group) {
-    group(first, std::min(plan.group, w.batch - first)).by_launches();
+  const auto pool_args = [&](const Launch& step) -> PoolArgs<T> {
+    return {run.sizes, tiling, step.blocks, x_of(step), prologue, whole ? per_pixel : A(1),
+            partial};
+  };
+  const auto hidden_args = [&](const Launch& step) -> HiddenArgs<A> {
+    const Pooled<A> pooled = whole || train
+                                 ? Pooled<A>{whole ? partial : gap, 1, w.channels, A(1)}
+                                 : Pooled<A>{partial, tiling.chunks, w.channels, per_pixel};
+    return {fc_sizes(w),
+            step.samples,
+            step.blocks,
+            pooled,
+            parameter(mlp.fc1_weight),
+            parameter(mlp.fc1_bias),
+            norm_of<A>(mlp.bn1),
+            hidden,
+            w.bn1_batch_stats ? nullptr : u};
+  };
+  const auto attention_args = [&](const Launch& step) -> AttentionArgs<A> {
+    return {fc_sizes(w),
+            step.samples,
+            step.blocks,
+            u,
+            parameter(mlp.fc2_weight),
+            parameter(mlp.fc2_bias),
+            attention};
+  };
+  const auto recombine_args = [&](const Launch& step) -> RecombineArgs<T> {
+    return {run.sizes,
+            tiling,
+            step.blocks,
+            x_of(step),
+            prologue,
+            attention,
+            data<T>(out) + step.first * w.channels * w.pixels};
+  };
+
+  for (const Launch& step : launches_of(context.device, w, plan)) {
+    switch (step.kernel) {
+      case Kernel::kStatistics:
+        run.take_statistics(step, run.at(space.statistics));
+        break;
+      case Kernel::kCombine:
+        run.combine(step, run.at(space.statistics), prologue, train->bn0_mean, train->bn0_var);
+        break;
+      case Kernel::kPrepare:
+        run.prepare(step, prologue, nullptr, nullptr, counters);
+        break;
+      case Kernel::kPool:
+        pool<T>(stream, step, run.form, pool_args(step));
+        break;
+      case Kernel::kPoolFinish:
+        pool_finish<A>(stream, step,
+                       {step.samples, tiling.chunks, w.channels, partial, per_pixel, gap});
+        break;
+      case Kernel::kHidden:
+        cuda::hidden<A>(stream, step, hidden_args(step));
+        break;
+      case Kernel::kBatchNorm:
+        batch_norm<A>(stream, step,
+                      {{step.samples, w.inter, hidden, nullptr, 1, 1},
+                       norm_of<A>(mlp.bn1),
+                       data<A>(train->bn1_mean),
+                       data<A>(train->bn1_var),
+                       u});
+        break;
+      case Kernel::kAttention:
+        cuda::attention<A>(stream, step, attention_args(step));
+        break;
+      case Kernel::kRecombine:
+        recombine<T>(stream, step, run.form, recombine_args(step));
+        break;
+      case Kernel::kPersistent:
+        if constexpr (sizeof(T) < 8) {
+          const int64_t chunk = plan.batch_chunk;
+          persistent<T>(
+              stream, step, run.form,
+              {pool_args(step), hidden_args(step), attention_args(step), recombine_args(step),
+               w.batch, chunk, plan.batch_chunks(w.batch), map_blocks(tiling, chunk),
+               hidden_blocks(w, chunk), attention_blocks(w, chunk), counters});
+        }
+        break;
+      default:
+        refuse(step);
+    }
   }
 }
 
 template <typename T>
-void backward(const Context& context, const Map& map, const AttentionTensors& tensors,
-              const Tensor& dout, const Tensor& gap, const Tensor& hidden, const Tensor& attention,
-              const Gradients& grads) {
+void backward(const Context& context, const Map& map, const Mlp& mlp, const Tensor& dout,
+              const SavedArguments& saved, const GradientResults& grads) {
   using A = Acc<T>;
-  const Tensor& dx = grads.x.has_value() ? *grads.x : dout;
-  const Workload w = workload_of(map, Pass::kBackward, {&map.x, &dout, &dx, &attention});
+  const Tensor& dx = is_needed(grads.dx) ? grads.dx : dout;
+  Workload w = workload_of(map, Pass::kBackward, {&map.x, &dout, &dx, &saved.attention});
+  const bool dx_loses = w.batch_stats && is_needed(grads.dx);
+  w.wanted = {
+      is_needed(grads.dx), dx_loses || is_needed(grads.dbn0_weight) || is_needed(grads.dbn0_bias),
+      is_needed(grads.dfc1_weight), is_needed(grads.dfc2_weight), is_needed(grads.dfc2_bias)};
   const Plan plan = make_plan(context.device, w);
   const BackwardWorkspace space(w, plan);
-  const Run<T> run(context, map, w, space.bytes);
+  const Run<T> run(context, map, w, plan, space.bytes);
+  const cudaStream_t stream = context.stream;
   const FcSizes sizes = fc_sizes(w);
-  const bool dx_loses = w.batch_stats && grads.x.has_value();
   const Prologue<A> prologue = run.prologue_at(space.prologue, dx_loses);
-  run.prepare(prologue);
-
-  pool_backward<T>(context, run.form,
-                   {run.sizes, plan.tiling, run.blocks(w.batch), const_data<T>(dout),
-                    const_data<T>(map.x), prologue, run.at(space.partial)});
-  pool_backward_finish<A>(
-      context,
-      {w.batch, plan.tiling.chunks, w.radix, w.channels, w.channels / w.cardinality, w.relu,
-       run.at(space.partial), norm_of<A>(map.prologue.bn0), prologue.invstd, run.at(space.sums),
-       run.at(space.dattention), const_data<A>(attention), run.at(space.dlogits)});
-
-  const bool needs_bn0 = dx_loses || grads.bn0_weight.has_value() || grads.bn0_bias.has_value();
+  A* const sums = run.at(space.sums);
+  A* const dlogits = run.at(space.dlogits);
   A* const dhidden = run.at(space.dhidden);
-  hidden_gradient<A>(context, plan,
-                     {sizes, w.batch, hidden_blocks(w, w.batch), run.at(space.dlogits),
-                      parameter(tensors.fc2_weight), dhidden});
-  batch_norm_backward<A>(context, plan,
-                         {w.batch, w.inter, tensors.bn1.batch_stats, norm_of<A>(tensors.bn1),
-                          const_data<A>(hidden), dhidden, run.at(space.u), result(grads.bn1_weight),
-                          result(grads.bn1_bias), result(grads.fc1_bias)});
-  GradientsArgs<A> products{};
-  products.sizes = sizes;
-  products.batch = w.batch;
-  products.gap = const_data<A>(gap);
-  products.u = run.at(space.u);
-  products.dlogits = run.at(space.dlogits);
-  products.dhidden = dhidden;
-  products.fc1_weight = parameter(tensors.fc1_weight);
-  products.dfc1_weight = result(grads.fc1_weight);
-  products.dfc2_weight = result(grads.fc2_weight);
-  products.dfc2_bias = result(grads.fc2_bias);
-  products.dgap = grads.x.has_value() || needs_bn0 ? run.at(space.dgap) : nullptr;
-  gradients<A>(context, plan, products);
+  A* const u = run.at(space.u);
+  A* const dgap = w.wanted.x || w.wanted.bn0 ? run.at(space.dgap) : nullptr;
 
-  if (needs_bn0) {
-    prologue_backward<A>(context, {w.batch, w.radix, w.channels, static_cast<double>(w.pixels),
-                                   run.at(space.sums), const_data<A>(attention), run.at(space.dgap),
-                                   result(grads.bn0_weight), result(grads.bn0_bias), prologue});
-  }
-  if (grads.x.has_value()) {
-    recombine_backward<T>(context, run.form,
-                          {run.sizes, plan.tiling, run.blocks(w.batch), const_data<T>(dout),
-                           const_data<T>(map.x), prologue, const_data<A>(attention),
-                           run.at(space.dgap), A(1) / static_cast<A>(w.pixels), data<T>(dx)});
+  for (const Launch& step : launches_of(context.device, w, plan)) {
+    switch (step.kernel) {
+      case Kernel::kPrepare:
+        run.prepare(step, prologue);
+        break;
+      case Kernel::kPoolBackward:
+        pool_backward<T>(stream, step, run.form,
+                         {run.sizes, plan.tiling, step.blocks, const_data<T>(dout),
+                          const_data<T>(map.x), prologue, run.at(space.partial)});
+        break;
+      case Kernel::kPoolBackwardFinish:
+        pool_backward_finish<A>(
+            stream, step,
+            {w.batch, plan.tiling.chunks, w.radix, w.channels, w.channels / w.cardinality, w.relu,
+             run.at(space.partial), norm_of<A>(map.bn0), prologue.invstd, sums,
+             run.at(space.dattention), const_data<A>(saved.attention), dlogits});
+        break;
+      case Kernel::kHiddenGradient:
+        hidden_gradient<A>(
+            stream, step,
+            {sizes, w.batch, step.blocks, dlogits, parameter(mlp.fc2_weight), dhidden});
+        break;
+      case Kernel::kBatchNormBackward:
+        batch_norm_backward<A>(stream, step,
+                               {w.batch, w.inter, mlp.bn1.batch_stats, norm_of<A>(mlp.bn1),
+                                const_data<A>(saved.hidden), dhidden, u, result(grads.dbn1_weight),
+                                result(grads.dbn1_bias), result(grads.dfc1_bias)});
+        break;
+      case Kernel::kGradients:
+        gradients<A>(
+            stream, step,
+            {sizes, w.batch, const_data<A>(saved.gap), u, dlogits, dhidden,
+             parameter(mlp.fc1_weight), result(grads.dfc1_weight), result(grads.dfc2_weight),
+             result(grads.dfc2_bias), dgap, gradient_blocks(w)});
+        break;
+      case Kernel::kPrologueBackward:
+        prologue_backward<A>(stream, step,
+                             {w.batch, w.radix, w.channels, static_cast<double>(w.pixels), sums,
+                              const_data<A>(saved.attention), dgap, result(grads.dbn0_weight),
+                              result(grads.dbn0_bias), prologue});
+        break;
+      case Kernel::kRecombineBackward:
+        recombine_backward<T>(stream, step, run.form,
+                              {run.sizes, plan.tiling, step.blocks, const_data<T>(dout),
+                               const_data<T>(map.x), prologue, const_data<A>(saved.attention), dgap,
+                               A(1) / static_cast<A>(w.pixels), data<T>(dx)});
+        break;
+      default:
+        refuse(step);
+    }
   }
 }
 
 }  // namespace
 
-void Kernels::forward(const Map& map, const AttentionTensors& tensors, const Tensor& out,
-                      const Crumbs* crumbs) {
+void Kernels::forward(const Map& map, const Mlp& mlp, const Tensor& out,
+                      const TrainResults* train) {
   const Context context = context_of(map.x);
   for_dtype(map.problem.dtype,
-            [&](auto tag) { cuda::forward<decltype(tag)>(context, map, tensors, out, crumbs); });
+            [&](auto tag) { cuda::forward<decltype(tag)>(context, map, mlp, out, train); });
 }
 
-void Kernels::backward(const Map& map, const AttentionTensors& tensors, const Tensor& dout,
-                       const Tensor& gap, const Tensor& hidden, const Tensor& attention,
-                       const Gradients& grads) {
+void Kernels::backward(const Map& map, const Mlp& mlp, const Tensor& dout,
+                       const SavedArguments& saved, const GradientResults& grads) {
   const Context context = context_of(map.x);
   for_dtype(map.problem.dtype, [&](auto tag) {
-    cuda::backward<decltype(tag)>(context, map, tensors, dout, gap, hidden, attention, grads);
+    cuda::backward<decltype(tag)>(context, map, mlp, dout, saved, grads);
   });
 }
 

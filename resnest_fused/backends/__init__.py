@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import os
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from resnest_fused.backends import native, reference
 from resnest_fused.backends.triton import backend as triton
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class Backend(Protocol):
@@ -33,22 +35,9 @@ class Backend(Protocol):
 
 
 class FusedBackend(Backend, Protocol):
-    """A backend with kernels of its own.
+    """A backend with kernels of its own: a function for each op, with its flat arguments."""
 
-    Arguments and results are those of the ops in ``csrc/ops.cpp``: the first three are
-    ``split_attention``, ``split_attention_train`` and ``split_attention_backward``, the others have
-    their op's name.
-    """
-
-    def forward(self, *args: Any) -> Tensor: ...
-    def forward_train(self, *args: Any) -> tuple[Tensor, ...]: ...
-    def backward(self, *args: Any) -> tuple[Tensor, ...]: ...
-    def batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
-    def pool(self, *args: Any) -> Tensor: ...
-    def recombine(self, *args: Any) -> Tensor: ...
-    def pool_backward(self, *args: Any) -> tuple[Tensor, Tensor]: ...
-    def prologue_backward(self, *args: Any) -> tuple[Tensor, Tensor]: ...
-    def recombine_backward(self, *args: Any) -> Tensor: ...
+    def __getattr__(self, op: str) -> Callable[..., Any]: ...
 
 
 class BackendStatus(NamedTuple):
@@ -79,22 +68,46 @@ def check_name(name: str, source: str) -> str:
 _default = os.environ.get("RESNEST_FUSED_BACKEND") or "auto"
 
 
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Let every call whose own backend is "auto" run on ``name`` within the ``with`` block.
+class use_backend:
+    """Let every call whose own backend is "auto" run on another one, from now on.
 
-    Holds for the whole process; the environment variable ``RESNEST_FUSED_BACKEND`` sets the same.
+    In a ``with`` statement until its end, and as a decorator during calls of the function::
+
+        rf.use_backend("triton")
+        with rf.use_backend("reference"):
+            expected = model(images)
+
+    This holds for the whole process, as the environment variable ``RESNEST_FUSED_BACKEND`` does.
+
+    Args:
+        name: "native", "triton", "reference", or "auto" for the first that can run a call.
 
     Raises:
-        ValueError: when there is no such backend.
+        ValueError: there is no such backend.
     """
-    global _default
-    previous = _default
-    _default = check_name(name, "backend")
-    try:
-        yield
-    finally:
-        _default = previous
+
+    def __init__(self, name: str) -> None:
+        self._name = check_name(name, "backend")
+        self._previous = _default
+        self.__enter__()
+
+    def __enter__(self) -> None:
+        global _default
+        _default = self._name
+
+    def __exit__(self, *_: object) -> None:
+        global _default
+        _default = self._previous
+
+    def __call__(self, function: _Function) -> _Function:
+        self.__exit__()
+
+        @functools.wraps(function)
+        def wrapped(*args: Any, **options: Any) -> Any:
+            with use_backend(self._name):
+                return function(*args, **options)
+
+        return cast(_Function, wrapped)
 
 
 def backends() -> list[BackendStatus]:

@@ -2,8 +2,8 @@
 
 Installed, it stands beside the package's Python files. A package that stands beside its C++ and
 CUDA sources, in a checkout, takes it from where it is installed, if it was built from the same
-sources: it carries their hash. Only the standard library is imported, as ``setup.py`` runs this
-file for the hash.
+sources: it carries their hash. The table of ops, which C++ is generated from, counts as one. Only
+the standard library is imported, as ``setup.py`` runs this file for the hash.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from pathlib import Path
 NAME = "resnest_fused._C"
 
 _SUFFIXES = (".h", ".cpp", ".cuh", ".cu")
+_TABLE = "resnest_fused/ops.py"
 
 
-def hash_sources(csrc: Path) -> str:
-    """The SHA-256 of all C++ and CUDA files in a folder, with their names."""
+def hash_sources(checkout: Path) -> str:
+    """The SHA-256 of all that the compiled module is made from, with the files' names."""
     digest = hashlib.sha256()
-    for path in sorted(csrc.rglob("*")):
-        if path.suffix in _SUFFIXES:
-            content = path.read_bytes()
-            digest.update(f"{path.relative_to(csrc).as_posix()} {len(content)}\n".encode())
-            digest.update(content)
+    sources = [path for path in checkout.glob("csrc/**/*") if path.suffix in _SUFFIXES]
+    for path in (*sorted(sources), checkout / "csrc/generate_ops.py", checkout / _TABLE):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(checkout).as_posix()} {len(content)}\n".encode())
+        digest.update(content)
     return digest.hexdigest()
 
 
@@ -40,7 +41,7 @@ def find(package: Path) -> ModuleSpec | None:
     csrc = package.parent / "csrc"
     if not (csrc / "ops.cpp").is_file():
         return _compiled_in(package)
-    sources = hash_sources(csrc)
+    sources = hash_sources(package.parent)
     others = []
     for folder in (package, *(Path(entry, package.name) for entry in sys.path)):
         spec = _compiled_in(folder)

@@ -7,39 +7,38 @@ total is the unfused one's. The ops of single phases have none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from resnest_fused.backends.registration import latest
+from resnest_fused.ops import GradientResults
 
 Shape = Sequence[int]
 # Stride, padding, dilation, transposed and output padding of the FCs.
 _POINTWISE = ([1, 1], [0, 0], [1, 1], False, [0, 0])
 
 
-def split_attention(x: Shape, *args: Any, **_: Any) -> int:
-    fc1_weight, _, fc2_weight = args[6:9]
-    return _fcs(x[0], args[-1], fc1_weight, fc2_weight)
+def split_attention(map: Any, bn0: Any, fcs: Any, bn1: Any) -> int:
+    return _fcs(map.x[0], fcs.cardinality, fcs.fc1_weight, fcs.fc2_weight)
 
 
-def split_attention_train(x: Shape, *args: Any, **_: Any) -> int:
-    fc1_weight, _, fc2_weight = args[7:10]
-    return _fcs(x[0], args[-1], fc1_weight, fc2_weight)
+def split_attention_train(map: Any, bn0: Any, fcs: Any, bn1: Any) -> int:
+    return split_attention(map, bn0, fcs, bn1)
 
 
-def split_attention_backward(dout: Shape, x: Shape, *args: Any, **_: Any) -> int:
-    fc1_weight, fc2_weight = args[7:9]
-    cardinality, needed = args[-2:]
-    dx, dbn0_weight, dbn0_bias, dfc1_weight, dfc1_bias, dfc2_weight, _, *dbn1 = needed
-    dgap = dx or dbn0_weight or dbn0_bias
-    dhidden = dgap or dfc1_weight or dfc1_bias or any(dbn1)
+def split_attention_backward(
+    dout: Shape, map: Any, bn0: Any, fcs: Any, bn1: Any, saved: Any, needed: list[bool]
+) -> int:
+    wanted = dict(zip(GradientResults._fields, needed, strict=True))
+    dgap = wanted["dx"] or wanted["dbn0_weight"] or wanted["dbn0_bias"]
+    dbn1 = wanted["dbn1_weight"] or wanted["dbn1_bias"]
+    dhidden = dgap or wanted["dfc1_weight"] or wanted["dfc1_bias"] or dbn1
     return sum(
-        _fc_backward(x[0], cardinality, weight, dinputs, dweight)
+        _fc_backward(map.x[0], fcs.cardinality, weight, dinputs, dweight)
         for weight, dinputs, dweight in (
-            (fc1_weight, dgap, dfc1_weight),
-            (fc2_weight, dhidden, dfc2_weight),
+            (fcs.fc1_weight, dgap, wanted["dfc1_weight"]),
+            (fcs.fc2_weight, dhidden, wanted["dfc2_weight"]),
         )
     )
 
@@ -72,16 +71,15 @@ def _maps(batch: int, groups: int, weight: Shape) -> tuple[list[int], list[int]]
     return [batch, groups * group_inputs, 1, 1], [batch, outputs, 1, 1]
 
 
-OPS = (split_attention, split_attention_train, split_attention_backward)
+# Of the ops of the same name, with tensors' shapes in the tensors' place.
+FORMULAS = (split_attention, split_attention_train, split_attention_backward)
 
 
-def register(namespace: str) -> None:
-    """Give the namespace's ops their formulas, where PyTorch can count at all."""
+def register(op: Any, formula: Callable[..., int]) -> None:
+    """Give an op its formula, where PyTorch can count at all."""
     try:
         from torch.utils.flop_counter import flop_registry, register_flop_formula
     except Exception:  # it imports Triton, which may be broken
         return
-    for formula in OPS:
-        op = getattr(getattr(torch.ops, namespace), formula.__name__)
-        if op not in flop_registry:
-            register_flop_formula(op)(latest(formula))
+    if op not in flop_registry:
+        register_flop_formula(op)(formula)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnest_fused.backends import binary, fakes, flops
+from resnest_fused.backends import binary
+from resnest_fused.backends.registration import bind
 
 
 def _load() -> ModuleType | None:
@@ -155,15 +156,5 @@ def cuda_status() -> str:
 
 
 if _C is not None:
-    _ops = torch.ops.resnest_fused
-    forward = _ops.split_attention.default
-    forward_train = _ops.split_attention_train.default
-    backward = _ops.split_attention_backward.default
-    batch_statistics = _ops.batch_statistics.default
-    pool = _ops.pool.default
-    recombine = _ops.recombine.default
-    pool_backward = _ops.pool_backward.default
-    prologue_backward = _ops.prologue_backward.default
-    recombine_backward = _ops.recombine_backward.default
-    fakes.register("resnest_fused")
-    flops.register("resnest_fused")
+    # An attribute for each op: what torch.compile traces without a question.
+    globals().update(bind("resnest_fused"))

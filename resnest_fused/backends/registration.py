@@ -1,4 +1,10 @@
-"""Lets an op that PyTorch keeps for the whole process run the code that was imported last."""
+"""Binds the table of ops to a namespace of PyTorch's: kernels, fake kernels, FLOP formulas.
+
+What PyTorch once registered stays for the whole process: an op cannot be defined twice, and graphs
+and modules hold it. So each function is called as its module has it by then: a module can be run
+again (``importlib.reload``, autoreload in a notebook) or be imported anew after its removal from
+``sys.modules``.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +12,41 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from resnest_fused import ops
+from resnest_fused.backends import flops
+
 
 def latest(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Calls ``function`` as its module has it by then.
+    """Takes an op's flat arguments and calls ``function``, as its module has it by then."""
 
-    A module can be run again (``importlib.reload``, autoreload in a notebook) or be imported anew
-    after its removal from ``sys.modules``. What PyTorch once registered stays: an op cannot be
-    defined twice, and graphs and modules hold it.
-    """
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        module = sys.modules.get(function.__module__)
-        return getattr(module, function.__name__, function)(*args, **kwargs)
+    def call(*args: Any, **_: Any) -> Any:
+        run = getattr(sys.modules.get(function.__module__), function.__name__, function)
+        table = getattr(sys.modules.get(ops.__name__), "TABLE", ops.TABLE)
+        return run(*table[function.__name__].unpack(args))
 
     return call
+
+
+def bind(namespace: str) -> dict[str, Callable[..., Any]]:
+    """Give every op of the namespace its fake kernel and its FLOP formula; the ops by name."""
+    found = {name: getattr(getattr(torch.ops, namespace), name).default for name in ops.TABLE}
+    for name, op in ops.TABLE.items():
+        _register_fake(f"{namespace}::{name}", op.fake)
+    for formula in flops.FORMULAS:
+        flops.register(getattr(getattr(torch.ops, namespace), formula.__name__), latest(formula))
+    return found
+
+
+def _register_fake(name: str, fake: Callable[..., Any]) -> None:
+    run = latest(fake)
+
+    @torch.library.register_fake(name, allow_override=True)
+    def checked(first: Tensor, *args: Any) -> Any:
+        # Beside a meta tensor PyTorch calls this, whatever the device of the others.
+        for tensor in args:
+            if isinstance(tensor, Tensor) and tensor.device != first.device:
+                raise RuntimeError(f"expected all tensors on {first.device}, got {tensor.device}")
+        return run(first, *args)

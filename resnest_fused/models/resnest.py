@@ -1,6 +1,6 @@
 """ResNeSt in its official layout: the same state_dict keys, order, shapes and numbers."""
 
-# Annotations are no strings here: of a network that torch.fx traced pickle wants their objects.
+# No annotations as strings here: pickle wants their objects in a network that torch.fx traced.
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ _EXPANSION = 4
 class _AvgPool2d(torch.autograd.Function):
     """3x3 average pooling with padding 1, which saves its input's shape and not the input.
 
-    For contiguous maps: the gradient takes its memory format from the input's.
+    It is for contiguous maps only, because the gradient has the input's memory format.
     """
 
     @staticmethod
@@ -34,7 +34,7 @@ class _AvgPool2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:
-        # ATen's backward takes the input for its shape alone.
+        # ATen's backward reads nothing of the input but its shape.
         shaped = dout.new_empty(()).expand(ctx.shape)
         dx = torch.ops.aten.avg_pool2d_backward(
             dout, shaped, [3, 3], [ctx.stride] * 2, [1, 1], False, True, None
@@ -65,7 +65,11 @@ class Bottleneck(nn.Module):
     """1x1 conv -> 3x3 split attention -> average pool -> 1x1 conv, added to the shortcut.
 
     ``(B, in_channels, H, W)`` to ``(B, 4*planes, ceil(H/stride), ceil(W/stride))``. The pooling
-    behind the attention, not the convolution, has the stride; with a stride of 1 there is none.
+    behind the attention has the stride, not the convolution. With stride 1 there is no pooling.
+
+    Example::
+
+        block = Bottleneck(256, 64, FusedSplitAttentionConv2d, nn.BatchNorm2d)
 
     Args:
         in_channels: channels of the input.
@@ -109,10 +113,14 @@ class Bottleneck(nn.Module):
 class ResNeSt(nn.Module):
     """A ResNeSt classifier (arXiv:2004.08955): deep stem, four stages, global pooling, one FC.
 
-    ``(B, 3, H, W)`` to logits ``(B, num_classes)``. Radix 2, cardinality 1, and the changes to
-    ResNet that the paper adopts: three 3x3 convolutions as the stem, average pooling in strided
-    blocks and in their shortcuts. Convolutions start normal with variance 2/fan_out, so one seed
-    gives the official model's initial weights.
+    ``(B, 3, H, W)`` to logits ``(B, num_classes)``. Radix is 2 and cardinality 1. The changes to
+    ResNet are those that the paper adopts: three 3x3 convolutions as the stem, and average pooling
+    in strided blocks and in their shortcuts. Convolutions start normal with variance 2/fan_out, so
+    one seed gives the official model's initial weights.
+
+    Example::
+
+        model = ResNeSt((3, 4, 6, 3), stem_width=32, num_classes=10)
 
     Args:
         layers: blocks in each of the four stages.
@@ -183,7 +191,7 @@ class ResNeSt(nn.Module):
 
 
 def _shortcut(in_channels: int, planes: int, norm_layer: NormLayer, stride: int) -> nn.Sequential:
-    # The official layout pools at stride 1 too, by 1x1: its keys begin at 1 for that reason.
+    # The official layout pools at stride 1, too, by 1x1. So the keys begin at 1 there as well.
     return nn.Sequential(
         nn.Identity()
         if stride == 1
@@ -201,12 +209,16 @@ def resnest50(
     The layout is the official ``resnest50``'s: its checkpoints load strictly, and the other way
     round. ``fused`` changes neither parameters nor state_dict.
 
+    Example::
+
+        model = resnest50(num_classes=10)
+        logits = model.eval()(torch.randn(1, 3, 224, 224))
+
     Args:
         num_classes: number of logits.
         norm_layer: called with a number of features to make each norm.
         fused: True runs each split attention as one op (:class:`FusedSplitAttentionConv2d`);
-            False builds the plain PyTorch reference, which ``resnest_fused.fuse`` can turn into
-            the former later.
+            False builds the plain PyTorch reference, which ``resnest_fused.fuse`` can fuse later.
 
     Returns:
         The model, freshly initialised, in training mode.

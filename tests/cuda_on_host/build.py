@@ -6,16 +6,19 @@ the sanitizer's library, :func:`run_python`.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from build_files import load
 from cuda_on_host import cache
 
 HERE = Path(__file__).parent
@@ -72,6 +75,19 @@ class Source(NamedTuple):
 RUNTIME = Source(HERE / "runtime.cpp")
 
 
+def generated() -> Path:
+    """The folder with the header that is written from the ops' table; its text gives the name."""
+    generator = load("csrc/generate_ops.py")
+    text = generator.header().encode()
+    folder = cache.folder() / f"generated-{hashlib.sha256(text).hexdigest()[:32]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, unfinished = tempfile.mkstemp(dir=folder)
+    os.write(handle, text)
+    os.close(handle)
+    os.replace(unfinished, folder / "ops_generated.h")
+    return folder
+
+
 def build(sources: Mapping[str, Sequence[Source]], *, torch: bool = False) -> dict[str, Path]:
     """The library of each kind's sources and of the runtime; with ``torch`` they may use it.
 
@@ -83,6 +99,7 @@ def build(sources: Mapping[str, Sequence[Source]], *, torch: bool = False) -> di
         from torch.utils import cpp_extension
 
         flags += [f"-isystem{path}" for path in cpp_extension.include_paths()]
+        flags.append(f"-I{generated()}")
         flags.append(f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}")
         link_flags = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch_cpu"]
     compiler = run([*COMPILER, "-v"])

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -69,4 +70,4 @@ def prune() -> None:
     for path in folder().glob("*"):
         with contextlib.suppress(FileNotFoundError):  # another process was faster
             if path.stat().st_mtime < oldest:
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()

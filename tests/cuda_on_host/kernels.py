@@ -12,6 +12,7 @@ import torch
 from cuda_on_host.build import CSRC, HERE, Source, build
 
 from resnest_fused.backends import native
+from resnest_fused.ops import TABLE
 
 # What needs a GPU: the device's properties, and the registration for CUDA tensors.
 REAL_DEVICE = ("context.cu", "library.cu")
@@ -31,23 +32,6 @@ DEVICE = {
 # The library for tests that are run once more, by a build with a sanitizer.
 LIBRARY = "RESNEST_FUSED_ON_HOST_LIBRARY"
 STRATEGIES = {"fastest": 0, "launches": 1, "persistent": 2}
-# Of the native backend, by the ops that they are.
-KERNELS = {
-    "forward": "split_attention",
-    "forward_train": "split_attention_train",
-    "backward": "split_attention_backward",
-    **{
-        name: name
-        for name in (
-            "batch_statistics",
-            "pool",
-            "recombine",
-            "pool_backward",
-            "prologue_backward",
-            "recombine_backward",
-        )
-    },
-}
 
 
 def build_kernels(
@@ -58,8 +42,8 @@ def build_kernels(
     The files that are ``changed`` in a kind come from another ``csrc``, unoptimised, and in front:
     of a function that several files have, the linker takes the first.
     """
-    names = [path.relative_to(CSRC) for path in sorted(CSRC.glob("cuda/*.cu"))]
-    names = [name for name in names if name.name not in REAL_DEVICE] + [Path("problem.cpp")]
+    paths = [*sorted(CSRC.glob("cuda/*.cu")), *CSRC.glob("cuda/*.cpp"), CSRC / "problem.cpp"]
+    names = [path.relative_to(CSRC) for path in paths if path.name not in REAL_DEVICE]
 
     def sources(kind: str) -> list[Source]:
         others = changed.get(kind, ())
@@ -85,8 +69,8 @@ class Kernels:
 
     def replace_native(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Let the native backend run these kernels, on CPU tensors."""
-        for name, op in KERNELS.items():
-            monkeypatch.setattr(native, name, getattr(self.ops, op).default)
+        for name in TABLE:
+            monkeypatch.setattr(native, name, getattr(self.ops, name).default)
 
     def reset(self) -> None:
         """The usual device, the fastest strategy, the first schedule, and no mistake."""

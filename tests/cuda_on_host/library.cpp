@@ -3,8 +3,7 @@
 
 #include "calls.h"
 #include "cuda/context.h"
-#include "cuda/kernels.h"
-#include "schemas.h"
+#include "kernels.h"
 
 namespace resnest_fused::cuda {
 namespace {
@@ -50,5 +49,5 @@ extern "C" __attribute__((visibility("default"))) bool device_on_host_set(const 
 STABLE_TORCH_LIBRARY(resnest_fused_on_host, m) { resnest_fused::define_ops(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(resnest_fused_on_host, CPU, m) {
-  resnest_fused::implement_ops<resnest_fused::cuda::Kernels>(m);
+  resnest_fused::implement_ops<resnest_fused::Calls<resnest_fused::cuda::Kernels>>(m);
 }

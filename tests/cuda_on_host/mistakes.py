@@ -108,15 +108,15 @@ MISTAKES = [
         "plain",
         "persistent.cu",
         "persistent.cuh",
-        "first * of_group.gap.chunks * of_group.gap.channels",
-        "first * of_group.gap.channels",
+        "first * of_chunk.gap.chunks * of_chunk.gap.channels",
+        "first * of_chunk.gap.channels",
     ),
     Mistake(
         "plain",
         "split_attention.cu",
         "split_attention.cu",
-        "group(first, std::min(plan.group, w.batch - first))",
-        "group(0, std::min(plan.group, w.batch - first))",
+        "step.first * w.features()",
+        "0 * w.features()",
     ),
 ]
 

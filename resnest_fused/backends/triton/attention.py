@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnest_fused.backends.triton import launch
-from resnest_fused.backends.triton.problem import Fcs, Map
+from resnest_fused.backends.triton.problem import Map, Mlp
 from resnest_fused.backends.triton.prologue import (
     batch_norm,
     inverse_std,
@@ -215,20 +215,20 @@ def attention_kernel(
 
 
 def attention(
-    m: Map, gap: Tensor, fcs: Fcs, hidden: Tensor | None, statistics: tuple[Tensor, Tensor] | None
+    m: Map, gap: Tensor, mlp: Mlp, hidden: Tensor | None, statistics: tuple[Tensor, Tensor] | None
 ) -> Tensor:
     """attention (B, R, C); ``hidden`` and bn1's batch ``statistics`` are filled where given."""
     block, acc = launch.PRODUCT, launch.acc(m.x)
-    u, result = m.empty(m.batch, fcs.inter), m.empty(m.batch, m.radix, m.channels)
+    u, result = m.empty(m.batch, mlp.inter), m.empty(m.batch, m.radix, m.channels)
     launch.run(
         hidden_kernel,
-        block.tiles(m.batch, fcs.group_inter) * fcs.cardinality,
-        (gap, fcs.fc1_weight, fcs.fc1_bias, *fcs.bn1[:4], hidden, None if statistics else u),
+        block.tiles(m.batch, mlp.group_inter) * mlp.cardinality,
+        (gap, mlp.fc1_weight, mlp.fc1_bias, *mlp.bn1[:4], hidden, None if statistics else u),
         batch=m.batch,
-        inputs=fcs.group_channels,
-        outputs=fcs.group_inter,
-        CARDINALITY=fcs.cardinality,
-        EPS=fcs.bn1.eps,
+        inputs=mlp.group_channels,
+        outputs=mlp.group_inter,
+        CARDINALITY=mlp.cardinality,
+        EPS=mlp.bn1.eps,
         ACC=acc,
         **block.options(),
     )
@@ -236,9 +236,9 @@ def attention(
         columns = launch.COLUMNS
         launch.run(
             batch_norm_kernel,
-            triton.cdiv(fcs.inter, columns.features),
-            (hidden, *fcs.bn1[:2], *statistics, u, m.batch, fcs.inter),
-            EPS=fcs.bn1.eps,
+            triton.cdiv(mlp.inter, columns.features),
+            (hidden, *mlp.bn1[:2], *statistics, u, m.batch, mlp.inter),
+            EPS=mlp.bn1.eps,
             ACC=acc,
             **columns.options(),
         )
@@ -246,12 +246,12 @@ def attention(
     block = block._replace(n=max(block.n // splits, 16 // splits, 1))
     launch.run(
         attention_kernel,
-        block.tiles(m.batch, fcs.group_channels) * fcs.cardinality,
-        (u, fcs.fc2_weight, fcs.fc2_bias, result),
+        block.tiles(m.batch, mlp.group_channels) * mlp.cardinality,
+        (u, mlp.fc2_weight, mlp.fc2_bias, result),
         batch=m.batch,
-        inputs=fcs.group_inter,
-        outputs=fcs.group_channels,
-        CARDINALITY=fcs.cardinality,
+        inputs=mlp.group_inter,
+        outputs=mlp.group_channels,
+        CARDINALITY=mlp.cardinality,
         RADIX=m.radix,
         SPLITS=splits,
         ACC=acc,
@@ -407,22 +407,22 @@ class Gradients(NamedTuple):
 
 def attention_backward(
     m: Map,
-    fcs: Fcs,
+    mlp: Mlp,
     gap: Tensor,
     hidden: Tensor,
     dlogits: Tensor,
     grads: Gradients,
 ) -> None:
     """Fill the gradients from those of the logits (B, K, R, C/K)."""
-    batch, inter, channels, groups = m.batch, fcs.inter, m.channels, fcs.cardinality
-    inputs, hiddens = fcs.group_channels, fcs.group_inter  # of a group
+    batch, inter, channels, groups = m.batch, mlp.inter, m.channels, mlp.cardinality
+    inputs, hiddens = mlp.group_channels, mlp.group_inter  # of a group
     outputs = m.radix * inputs
     columns, acc = launch.COLUMNS, launch.acc(m.x)
     du, dhidden, u = (m.empty(batch, inter) for _ in range(3))
     # du = fc2^T dlogits
     product(
         (dlogits, outputs, m.features, 1),
-        (fcs.fc2_weight, outputs * hiddens, 1, hiddens),
+        (mlp.fc2_weight, outputs * hiddens, 1, hiddens),
         (du, hiddens, inter),
         (groups, batch, hiddens, outputs),
         acc,
@@ -430,11 +430,11 @@ def attention_backward(
     launch.run(
         batch_norm_backward_kernel,
         triton.cdiv(inter, columns.features),
-        (hidden, du, *fcs.bn1[:4], dhidden, u, grads.bn1_weight, grads.bn1_bias, grads.fc1_bias),
+        (hidden, du, *mlp.bn1[:4], dhidden, u, grads.bn1_weight, grads.bn1_bias, grads.fc1_bias),
         batch=batch,
         inter=inter,
-        BATCH_STATS=fcs.bn1.batch_stats,
-        EPS=fcs.bn1.eps,
+        BATCH_STATS=mlp.bn1.batch_stats,
+        EPS=mlp.bn1.eps,
         ACC=acc,
         **columns.options(),
     )
@@ -457,7 +457,7 @@ def attention_backward(
     # dgap = fc1^T dhidden
     product(
         (dhidden, hiddens, inter, 1),
-        (fcs.fc1_weight, hiddens * inputs, 1, inputs),
+        (mlp.fc1_weight, hiddens * inputs, 1, inputs),
         (grads.gap, inputs, channels),
         (groups, batch, inputs, hiddens),
         acc,

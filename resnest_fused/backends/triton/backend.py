@@ -14,21 +14,23 @@ from torch import Tensor
 OLDEST_GPU = (7, 5)
 
 
-def _load() -> tuple[Any, str | None]:
-    """What the kernels know of Triton, and why they cannot be had."""
+def _load() -> tuple[Any, dict[str, Any], str | None]:
+    """What the kernels know of Triton, the ops by name, and why they cannot be had."""
     try:
         if importlib.util.find_spec("triton") is None:
-            return None, "Triton is not installed"
+            return None, {}, "Triton is not installed"
         compat = importlib.import_module("resnest_fused.backends.triton.compat")
         reason = compat.too_old()
-        if reason is None:
-            importlib.import_module("resnest_fused.backends.triton.ops")
+        if reason is not None:
+            return compat, {}, reason
+        ops = importlib.import_module("resnest_fused.backends.triton.ops")
     except Exception as error:  # whatever is wrong with it, the other backends do without
-        return None, f"Triton cannot be imported ({error})"
-    return compat, reason
+        return None, {}, f"Triton cannot be imported ({error})"
+    return compat, ops.BOUND, None
 
 
-_compat, _missing = _load()
+_compat, _ops, _missing = _load()
+globals().update(_ops)  # as in native.py
 
 
 def unavailable() -> str | None:
@@ -92,16 +94,3 @@ def describe() -> str:
     where = "in Triton's interpreter, on the CPU" if _compat.INTERPRETED else "for GPUs"
     tuned = ", tuned at first calls" if _compat.autotunes() else ""
     return f"Triton {_compat.VERSION} kernels {where}{tuned}"
-
-
-if _missing is None:
-    _ops = torch.ops.resnest_fused_triton
-    forward = _ops.split_attention.default
-    forward_train = _ops.split_attention_train.default
-    backward = _ops.split_attention_backward.default
-    batch_statistics = _ops.batch_statistics.default
-    pool = _ops.pool.default
-    recombine = _ops.recombine.default
-    pool_backward = _ops.pool_backward.default
-    prologue_backward = _ops.prologue_backward.default
-    recombine_backward = _ops.recombine_backward.default

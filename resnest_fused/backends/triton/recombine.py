@@ -6,11 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnest_fused.backends.fakes import empty_map
 from resnest_fused.backends.triton import launch
 from resnest_fused.backends.triton.map import aligned, at, locate
 from resnest_fused.backends.triton.problem import Map
 from resnest_fused.backends.triton.prologue import norm_at, preactivation, relu, relu_backward
+from resnest_fused.ops import empty_map
 
 
 @triton.jit

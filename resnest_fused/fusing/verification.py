@@ -1,4 +1,4 @@
-"""Runs every fused module of a model beside its unfused self, on what it meets in the model."""
+"""Runs every fused module of a model beside its unfused self, on its inputs in the model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._pytree import tree_map
 
-from resnest_fused import agreement
-from resnest_fused import fold as folding
-from resnest_fused.agreement import Call, Check, Form, Incomparable, tensors_of
-from resnest_fused.fuse import unfused_class
-from resnest_fused.modules import FusedSplitAttention, FusedSplitAttentionConv2d
+from resnest_fused.children import path_of
+from resnest_fused.fusing import folding
+from resnest_fused.fusing.swap import unfused_class
+from resnest_fused.measure import agreement
+from resnest_fused.measure.agreement import Call, Check, Form, Incomparable, tensors_of
+from resnest_fused.modules import FusedModule
 
 
 class VerifyEntry(NamedTuple):
@@ -27,10 +28,10 @@ class VerifyEntry(NamedTuple):
     Attributes:
         name: the module's name in the model; "" for the model itself.
         kind: the unfused class, as ``package.module.Class``.
-        checks: every quantity that was compared, in float64 and in the module's own dtype; of a
-            module that was met several times each quantity's worst.
-        problem: why it was not compared, or not to the end; None when it was.
-        remark: what was not checked of one that was compared, and why; None for nothing.
+        checks: every quantity that was compared, in float64 and in the module's own dtype. A module
+            that ran several times has the worst check of each quantity.
+        problem: why the module was not compared, or not to the end; None when it was.
+        remark: what was not checked although the module was compared, and why; None for nothing.
     """
 
     name: str
@@ -41,7 +42,7 @@ class VerifyEntry(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """Whether it was compared and every quantity is within its bound."""
+        """Whether the module was compared and every quantity is within its bound."""
         return self.problem is None and not self.failed
 
     @property
@@ -67,8 +68,8 @@ class VerifyEntry(NamedTuple):
 class VerifyReport:
     """Every fused module of a model beside its unfused self, in the model's order.
 
-    A report is true when there is a fused module and all of them agree; one that was not run, or
-    could not be compared, does not. ``str(report)`` has a line for each module.
+    A report is true when there is a fused module and all of them agree. A module that did not run,
+    or could not be compared, does not agree. ``str(report)`` has a line for each module.
 
     Attributes:
         entries: one for each module.
@@ -93,58 +94,68 @@ class VerifyReport:
 
 
 def verify(model: nn.Module, /, *inputs: Any, **options: Any) -> VerifyReport:
-    """Run every fused module beside its unfused self, on what it meets in one call of the model.
+    """Run every fused module beside its unfused self, on its inputs in one call of the model.
 
-    ``model(*inputs, **options)`` is run once, and differentiated where gradients are enabled and
-    something requires one: a random projection of the outputs, so whatever they mean. Then each
-    module that :func:`resnest_fused.fuse` fused, or that was built fused, is run on the inputs and
-    output gradients that it met, forward and backward, and so is the module that it stands for:
-    the same object with its original class, and with its norms where they were folded. Both run
-    with the model's parameters, buffers, children, hooks, training modes, autocast and
-    ``requires_grad`` as they are now. So this finds what :func:`resnest_fused.fuse` could not
-    see, as a class that was patched afterwards.
+    ::
 
-    Outputs, gradients of inputs and parameters, and buffers are compared twice. In float64, against
-    each other: the 2-norm of a difference (of outputs the largest) may be 1.5e-8 of the result.
-    In the dtypes that the call has, against the unfused module in float64: the fused one may
-    err by 1.5 times what the unfused one does, a rounding of the narrowest dtype, and sqrt(N)
-    roundings of float32 for a sum of N elements in any order; gradients also by four of N
-    elements, which a rounding turns on or off at the edge of a ReLU. What is beyond its bound is
-    drawn again with inputs moved a little, and differs if it is beyond in ten draws (in float64 in
-    three). Buffers of integers must be equal. A tensor's size counts as at least the average over
-    all parameters' gradients, or buffers. Folded layers hold rounded weights: modules with them are
-    compared in their dtype alone, and without those parameters.
+        rf.fuse(model)
+        report = rf.verify(model, images)
+        assert report, report
 
-    Nothing is left changed: parameters, their ``.grad``, buffers, attributes of modules, modes,
-    hooks, and the states of PyTorch's random generators, also when the model raises. What hooks
-    and children do elsewhere, they do several times more. Random modules get the same random
-    numbers in both runs, and are compared in float64 alone, as other dtypes draw others.
+    ``model(*inputs, **options)`` runs once. If gradients are enabled and a tensor requires one, a
+    random projection of the outputs is differentiated, whatever they mean. Then each fused module
+    runs, forward and backward, on the inputs and output gradients that it had in the model. So does
+    its unfused self: the same object with its original class and its original norms. Both have the
+    model's parameters, buffers, children, hooks, training modes, autocast and ``requires_grad`` as
+    they are now. This finds what :func:`resnest_fused.fuse` cannot see, such as a class that was
+    patched later.
 
-    A compiled model runs eagerly, and the module in a ``DataParallel`` or
-    ``DistributedDataParallel`` without its wrapper, on this process's inputs alone. Processes that
-    share a ``SyncBatchNorm`` must all call this, each with inputs of its own; on the CPU PyTorch's
-    module refuses to run, so it cannot be compared there. Reentrant checkpoints, which PyTorch
-    allows no such differentiation of, raise its RuntimeError; for FSDP call this before sharding.
+    Outputs, gradients of inputs and parameters, and buffers are compared twice. In float64 they are
+    compared with each other: the 2-norm of a difference (the largest one, for outputs) may be
+    1.5e-8 of the result. In the call's dtypes both are compared with the unfused module in float64.
+    There the fused module's error may be the sum of
+
+    - 1.5 times the unfused module's error,
+    - one rounding of the narrowest dtype,
+    - sqrt(N) roundings of float32, as for a sum of N elements in any order,
+    - for gradients, four of N elements: a rounding turns them on or off at the edge of a ReLU.
+
+    What exceeds its bound is drawn again with slightly moved inputs. It differs if it exceeds the
+    bound in ten draws, or in float64 in three. Buffers of integers must be equal. A tensor's size
+    counts as at least the average over all parameters' gradients, or buffers. Folded layers hold
+    rounded weights. So a module with folded layers is compared in its dtype alone, and without the
+    folded parameters.
+
+    Nothing stays changed, even if the model raises: parameters, their ``.grad``, buffers,
+    attributes of modules, modes, hooks, and the states of PyTorch's random generators. What hooks
+    and children do elsewhere happens several times more. Random modules get the same random numbers
+    in both runs, and are compared in float64 alone, since other dtypes draw other numbers.
+
+    A compiled model runs eagerly. The module in a ``DataParallel`` or ``DistributedDataParallel``
+    runs without its wrapper, on this process's inputs alone. Processes that share a
+    ``SyncBatchNorm`` must all call this function, each with its own inputs. On the CPU PyTorch's
+    ``SyncBatchNorm`` does not run, so it cannot be compared there. Reentrant checkpoints raise
+    PyTorch's RuntimeError, since they allow no such differentiation. With FSDP call this function
+    before sharding.
 
     Args:
         model: any module, with fused modules in it or fused itself.
-        inputs, options: its arguments.
+        inputs, options: the model's arguments.
 
     Returns:
-        The report; a module used in several places has one entry, a module that the call did not
-        run is reported so and has not passed.
+        The report. A module used in several places has one entry. A module that the call did not
+        run has not passed.
 
     Raises:
-        TypeError: when ``model`` is not a module.
+        TypeError: ``model`` is not a module.
         Exception: whatever the model raises. What a module raises when it runs alone is reported.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    ours = FusedSplitAttention, FusedSplitAttentionConv2d
     found = {
         name: module
         for name, module in model.named_modules()
-        if unfused_class(module) is not None or isinstance(module, ours)
+        if unfused_class(module) is not None or isinstance(module, FusedModule)
     }
     if not found:
         return VerifyReport(())
@@ -163,7 +174,7 @@ def verify(model: nn.Module, /, *inputs: Any, **options: Any) -> VerifyReport:
 
 
 def _eagerly() -> contextlib.AbstractContextManager[Any]:
-    # Only where something can have been compiled: importing Dynamo takes seconds.
+    # Importing Dynamo takes seconds, and nothing is compiled before it is imported.
     if "torch._dynamo" in sys.modules:
         return torch.compiler.set_stance("force_eager")
     return contextlib.nullcontext()
@@ -171,8 +182,7 @@ def _eagerly() -> contextlib.AbstractContextManager[Any]:
 
 def _compare(name: str, module: nn.Module, calls: list[Call]) -> VerifyEntry:
     original = unfused_class(module)
-    kind = original or type(module)
-    entry = VerifyEntry(name, f"{kind.__module__}.{kind.__qualname__}", ())
+    entry = VerifyEntry(name, path_of(original or type(module)), ())
     if original is None:
         return entry._replace(problem="a subclass of a fused class, which has no unfused self")
     if not calls:
@@ -207,7 +217,7 @@ def _compare(name: str, module: nn.Module, calls: list[Call]) -> VerifyEntry:
 def _record(
     model: nn.Module, modules: list[nn.Module], inputs: Any, options: dict[str, Any]
 ) -> dict[nn.Module, list[Call]]:
-    """What each of the modules meets in one call of the model."""
+    """The calls of each module, with gradients, in one call of the model."""
     calls: dict[nn.Module, list[Call]] = {module: [] for module in modules}
     edges: list[tuple[nn.Module, int, list[GradientEdge | None]]] = []
 
@@ -240,7 +250,7 @@ def _record(
                 handles.append(module.register_forward_hook(leave))
             output = model(*inputs, **options)
         finally:
-            # Before a backward pass, in which checkpoints call modules again.
+            # Before the backward pass, in which checkpoints call modules again.
             for handle in handles:
                 handle.remove()
         gradients = _differentiate(output, [way for _, _, ways in edges for way in ways if way])
@@ -252,14 +262,14 @@ def _record(
 
 
 def _differentiate(output: Any, edges: list[GradientEdge]) -> Iterator[Tensor | None]:
-    """The gradients of a random projection of the output; None for what it does not depend on."""
+    """The gradients of a random projection of the output; None where it does not depend on them."""
     ends = [tensor for tensor in tensors_of(output) if tensor.requires_grad]
     if not ends or not edges:
         return iter([None] * len(edges))
     generator = torch.Generator("cpu").manual_seed(0)
     weights = []
     for end in ends:
-        # Of either sign and none near zero: a narrow dtype is not to lose them.
+        # Weights have either sign, and none is near zero, where a narrow dtype would lose it.
         sizes = torch.rand(end.shape, generator=generator, device="cpu") + 0.5
         signs = torch.rand(end.shape, generator=generator, device="cpu") - 0.5
         weights.append(sizes.copysign(signs).to(end))

@@ -18,6 +18,10 @@ _STD = torch.tensor([0.229, 0.224, 0.225])
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
     """The picture in a file, decoded, in RGB.
 
+    Example::
+
+        x = preprocess(read_image("photo.jpg"))[None]
+
     Raises:
         ValueError: not a file, not a picture that Pillow can read, truncated, or too large.
     """
@@ -37,8 +41,12 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
 def preprocess(image: Image.Image, size: int = 224) -> Tensor:
     """An RGB picture as the official verification script feeds it; ``(3, size, size)``, float32.
 
-    The central square with size/(size+32) of the shorter side, resized bicubically, scaled to
+    The central square with size/(size+32) of the shorter side is resized bicubically, scaled to
     [0, 1] and normalised by ImageNet's mean and standard deviation.
+
+    Example::
+
+        x = preprocess(read_image("photo.jpg"), size=256)[None]
     """
     width, height = image.size
     side = min(width, height) * size / (size + 32)
@@ -52,8 +60,12 @@ def preprocess(image: Image.Image, size: int = 224) -> Tensor:
 def random_images(count: int, size: int, seed: int) -> Tensor:
     """Seeded smooth colour patterns, normalised like photos; ``(count, 3, size, size)``, float32.
 
-    Smooth, as white noise has the same global average in every picture and attention would see no
-    difference between them.
+    White noise has the same global average in every picture, so attention would see no difference
+    between them.
+
+    Example::
+
+        x = random_images(4, 224, seed=0)
     """
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(count, 3, 8, 8, generator=generator)
@@ -64,6 +76,10 @@ def random_crops(pictures: Tensor, count: int, seed: int) -> Tensor:
     """``count`` seeded random crops, resized and half of them mirrored, cycling through pictures.
 
     ``(N, C, H, W)`` to ``(count, C, H, W)``. A crop has half to all of the height and width.
+
+    Example::
+
+        x = random_crops(preprocess(read_image("photo.jpg"))[None], 8, seed=0)
     """
     generator = torch.Generator().manual_seed(seed)
     height, width = pictures.shape[-2:]

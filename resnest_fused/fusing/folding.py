@@ -1,4 +1,4 @@
-"""Batch normalisation folded into the convolution in front of it, for inference, and back.
+"""Folds batch normalisation into the convolution in front of it, for inference, and unfolds it.
 
 In eval mode ``bn(conv(x))`` is a convolution itself. With scale = gamma / sqrt(var + eps)::
 
@@ -8,7 +8,8 @@ In eval mode ``bn(conv(x))`` is a convolution itself. With scale = gamma / sqrt(
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,26 +23,14 @@ from resnest_fused.children import (
     intercepted,
     is_sequence,
 )
+from resnest_fused.fusing import registry
 
-# A convolution and the norm that follows it, in split-attention modules of every kind.
+# In split-attention modules of every kind.
 _ATTENTION = (("conv", "bn0"), ("fc1", "bn1"))
-# The same in the rest of the networks, by class.
-_BLOCK = (("conv1", "bn1"), ("conv3", "bn3"))
-_STEM = (("conv1", "bn1"),)
-_NETWORKS = {
-    "resnest_fused.models.resnest.Bottleneck": _BLOCK,
-    "resnest.torch.resnet.Bottleneck": _BLOCK,
-    "resnest.torch.models.resnet.Bottleneck": _BLOCK,
-    "timm.models.resnest.ResNestBottleneck": _BLOCK,
-    "resnest_fused.models.resnest.ResNeSt": _STEM,
-    "resnest.torch.resnet.ResNet": _STEM,
-    "resnest.torch.models.resnet.ResNet": _STEM,
-    "timm.models.resnet.ResNet": _STEM,
-}
 
 
 class _Pair(NamedTuple):
-    """A convolution and a norm, each as the parent and the name that hold it."""
+    """A convolution and the norm after it, each given by its parent and its name there."""
 
     conv_parent: nn.Module
     conv_name: str
@@ -60,10 +49,10 @@ class _Pair(NamedTuple):
 def fold_attention(module: nn.Module) -> list[str]:
     """Fold a split-attention module's ``bn0`` into ``conv`` and ``bn1`` into ``fc1``.
 
-    The children are replaced; :func:`unfold` puts them back.
+    Both children are replaced; :func:`unfold` puts them back.
 
     Returns:
-        Why what could not be folded was not; empty when all is folded.
+        The reasons of those that could not be folded; empty when all are folded.
     """
     reasons = []
     for pair in _named_pairs(module, _ATTENTION):
@@ -74,10 +63,10 @@ def fold_attention(module: nn.Module) -> list[str]:
 
 
 def fold_network(model: nn.Module) -> None:
-    """Fold what can be of the other norms of the networks in ``model`` that are known.
+    """Fold the other norms of ``model``, where possible.
 
-    These are the norms behind a convolution in ResNeSt's blocks and stem, and in every
-    ``nn.Sequential``, whose order is that of its children.
+    These are the norms behind convolutions in ResNeSt's blocks and stem and in every
+    ``nn.Sequential``, which runs its children in order.
     """
     for module in list(model.modules()):
         for pair in _pairs_of_network(module):
@@ -85,7 +74,7 @@ def fold_network(model: nn.Module) -> None:
 
 
 def unfold(model: nn.Module) -> None:
-    """Undo both: the original layers, where ``model`` is now, in its dtype where that changed."""
+    """Put the original layers back, on the model's device, and in its dtype if that changed."""
     for parent in list(model.modules()):
         for name, folded in list(parent._modules.items()):
             if isinstance(folded, FoldedNorm):
@@ -99,7 +88,7 @@ def unfold(model: nn.Module) -> None:
 
 
 def count_folded(model: nn.Module) -> int:
-    """How many norms of ``model`` are folded."""
+    """The number of folded norms in ``model``."""
     return sum(isinstance(module, FoldedNorm) for module in model.modules())
 
 
@@ -121,14 +110,13 @@ def _pairs_of_network(module: nn.Module) -> list[_Pair]:
     if is_sequence(module):
         names = list(module._modules)
         return [_Pair(module, a, module, b) for a, b in itertools.pairwise(names)]
-    kind = f"{type(module).__module__}.{type(module).__qualname__}"
-    return _named_pairs(module, _NETWORKS.get(kind, ()))
+    return _named_pairs(module, registry.fold_pairs(type(module)))
 
 
 def _fold(pair: _Pair) -> str | None:
-    """Fold one pair, or say why not; None also where there is no norm."""
+    """Fold one pair, or return why not; None also without a norm."""
     conv, norm = pair.conv, pair.norm
-    if norm is None or isinstance(norm, Identity):  # as a folded one is
+    if norm is None or isinstance(norm, Identity):  # which a folded norm is too
         return None
     reason = _obstacle(pair)
     if reason is None:
@@ -175,7 +163,27 @@ def _folded_conv(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
     weight = (conv.weight.double() * scale.view(-1, 1, 1, 1)).to(conv.weight)
     folded.weight = nn.Parameter(weight.contiguous(memory_format=_format(conv.weight)), False)
     folded.bias = nn.Parameter(bias.to(conv.weight), False)
+    folded.register_state_dict_pre_hook(_refuse_to_save)
+    folded.register_load_state_dict_pre_hook(_refuse_to_load)
     return folded.train(conv.training)
+
+
+def _refuse_to_save(conv: nn.Module, prefix: str, keep_vars: bool) -> None:
+    # A state_dict with keep_vars is no checkpoint: exporters read a model's tensors by it.
+    if not keep_vars:
+        _refuse(prefix)
+
+
+def _refuse_to_load(conv: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    _refuse(prefix)
+
+
+def _refuse(prefix: str) -> NoReturn:
+    name = prefix.removesuffix(".") or "this layer"
+    raise RuntimeError(
+        f"{name} is folded: unfuse first, with resnest_fused.unfuse(model), then save or load; "
+        "checkpoints hold the original convolution and batch normalisation"
+    )
 
 
 def _format(weight: Tensor) -> torch.memory_format:

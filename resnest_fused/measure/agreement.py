@@ -1,29 +1,30 @@
 """Runs two forms of a module on the same call, forward and backward, and says how far they agree.
 
-Two questions, as rounding and mistakes look different:
+There are two questions, because rounding and mistakes look different.
 
 **Do they compute the same?** Both run in float64, where every result keeps some 16 digits. No
-order of summation costs half of them, for normalisation amplifies rounding by 1/sqrt(eps), about
-300, at most. So the 2-norm of a difference (for outputs the largest one) may be sqrt(u64) = 1.5e-8
-of the result, where u is the dtype's spacing at 1. A mistake is far larger: one wrong element
-among a million is 1e-3.
+order of summation costs half of these, for normalisation amplifies rounding by 1/sqrt(eps), about
+300, at most. So the 2-norm of a difference (for outputs the largest difference) may be
+sqrt(u64) = 1.5e-8 of the result, where u is the dtype's spacing at 1. A mistake is far larger: one
+wrong element among a million is 1e-3.
 
-**Do they round alike?** Both run in the dtype of the call, and each is measured against the first
-form in float64. The second may err by
+**Do they round alike?** Both run in the dtype of the call, and both are measured against the first
+form in float64. The second form may err by
 
     1.5 * the first form's own error  +  u  +  sqrt(N) * u_sum  (+ 2 / sqrt(N) for gradients)
 
-The first form's error holds the problem's condition and all the roundings that both make. u, of the
-narrowest dtype that takes part, is for the last rounding. A sum of N terms errs by about sqrt(N)
-roundings in whatever order it is taken; N is the number of elements that came in, and u_sum that of
-float32. In gradients rounding may turn a ReLU's element on or off, each as large as its own error;
-where these are many, 1.5 times covers them, and where they are few, up to four among N do.
+The first form's error holds the problem's condition and all roundings that both make. The last
+rounding is allowed u, that of the narrowest dtype that takes part. A sum of N terms errs by about
+sqrt(N) roundings in whatever order it is taken. N is the number of elements that came in, and u_sum
+is that of float32. In gradients, rounding may turn a ReLU's element on or off, and that element's
+error is as large as the element. Where such elements are many, 1.5 times covers them. Where they
+are few, up to four among N do.
 
-What exceeds its bound is drawn again with inputs moved a little, and fails if it does so in ten
-draws: of two forms that err alike either errs more in half of all draws, whatever the distribution
-of their errors, so luck lasts that long less than once in a thousand times; a mistake lasts. In
-float64 three draws tell, as only inputs that leave nothing but rounding exceed there, as a batch of
-equal images, which normalisation takes to the very edge of a ReLU.
+What exceeds its bound is drawn again with inputs moved a little. It fails if it exceeds in ten
+draws. Of two forms that err alike, either errs more in half of all draws, whatever the distribution
+of their errors. So luck lasts that long less than once in a thousand times, and a mistake lasts.
+In float64 three draws tell. There only inputs that leave nothing but rounding exceed, such as a
+batch of equal images, which normalisation takes to the very edge of a ReLU.
 """
 
 from __future__ import annotations
@@ -51,11 +52,16 @@ KINDS = (OUTPUTS, INPUT_GRADIENTS, PARAMETER_GRADIENTS, BUFFERS)
 class Check(NamedTuple):
     """The agreement of one quantity; errors are those of :func:`relative_error`.
 
+    Example::
+
+        >>> print(Check("outputs", "", torch.float32, 2e-7, 3e-7, 4e-7))
+        outputs, in float32 off by 3.0e-07, allowed 4.0e-07
+
     Attributes:
-        kind: what is compared, as "outputs" or "parameter gradients".
+        kind: what is compared, such as "outputs" or "parameter gradients".
         tensor: the name of the tensor where there are several, else "".
         dtype: what both forms ran in.
-        reference_error: the error of the unfused form against its own run in float64, or None when
+        reference_error: the error of the unfused form against its own run in float64. None when
             the fused result is compared with the unfused one directly.
         error: that of the fused form, against the same.
         allowed: the largest error that passes.
@@ -92,7 +98,7 @@ class Call(NamedTuple):
 
     Attributes:
         args, kwargs: its arguments; tensors carry whether they require a gradient.
-        gradients: for each tensor of the output the gradient that comes back, or None; empty when
+        gradients: for each tensor of the output the gradient that comes back, or None. Empty when
             nothing is to be differentiated.
         grad_enabled: whether operations are recorded.
         autocast: the dtype of autocast, or None where it is off.
@@ -110,7 +116,7 @@ class Call(NamedTuple):
         return [t for t in tensors_of((self.args, self.kwargs)) if t.is_floating_point()]
 
     def moved(self, generator: torch.Generator) -> Call:
-        """The call with every number multiplied by others near 1, and so other means too."""
+        """The call with every number multiplied by one near 1, so that means move, too."""
 
         def factor(shape: Iterable[int]) -> Tensor:
             return 1 + (torch.rand(tuple(shape), generator=generator, device="cpu") - 0.5) / 8
@@ -139,7 +145,7 @@ class Form(NamedTuple):
     Attributes:
         name: "fused" or "unfused", for errors.
         module: the module to call while it has this form.
-        take: a context manager in which it has it.
+        take: makes a context manager in which the module has this form.
     """
 
     name: str
@@ -152,7 +158,12 @@ class Incomparable(Exception):
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
-    """The tensors in nested containers and dataclasses, in order."""
+    """The tensors in nested containers and dataclasses, in order.
+
+    Example::
+
+        a, b = tensors_of({"x": [a], "y": (b, 3)})
+    """
     found: list[Tensor] = []
     for leaf in tree_leaves(tree):
         if isinstance(leaf, Tensor):
@@ -192,7 +203,7 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Put class, attributes, parameters, buffers and children of every module back at the end."""
+    """Put back every module's class, attributes, parameters, buffers and children at the end."""
     before = [
         (module, type(module), dict(vars(module)), [dict(table) for table in _tables(module)])
         for module in model.modules()
@@ -225,12 +236,17 @@ def stand_in(
     parameter: Callable[[Tensor], Tensor] | None,
     buffer: Callable[[str, Tensor], Tensor],
 ) -> None:
-    """Put other tensors in the place of parameters and buffers, to be undone by :func:`preserved`.
+    """Put other tensors in the place of parameters and buffers; :func:`preserved` undoes it.
+
+    Example::
+
+        with preserved(model):
+            stand_in(model, copied, lambda name, tensor: copied(tensor))
 
     Args:
         model: the module, with its submodules.
-        parameter: makes the new one of each parameter; None leaves all.
-        buffer: makes the new one of each buffer, of its own name.
+        parameter: makes a new tensor from each parameter; None leaves all.
+        buffer: makes a new tensor from each buffer's own name and the buffer.
     """
     new: dict[int, Tensor] = {}
     for module in model.modules():
@@ -247,7 +263,12 @@ def stand_in(
 
 
 def copied(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A copy of the tensor's values, in ``dtype`` when that is given and they are floating."""
+    """A copy of the tensor, in ``dtype`` when that is given and its values are floating.
+
+    Example::
+
+        wide = copied(weight, torch.float64)
+    """
     wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
     return tensor.detach().to(wanted, copy=True)
 
@@ -257,10 +278,15 @@ def run(
 ) -> Results:
     """The results of a form for a call; its module stays as it was.
 
+    Example::
+
+        form = Form("unfused", module, contextlib.nullcontext)
+        out = run(form, Call((x,), {}))[OUTPUTS][""]
+
     Args:
         form, call: what is called, and how.
         dtype: of the run, or None for the dtypes that the call and the module have.
-        all_parameters: differentiate by those too that require no gradient.
+        all_parameters: whether also to differentiate by parameters that require no gradient.
 
     Raises:
         Incomparable: the form raised an error.
@@ -315,7 +341,7 @@ def _run(module: nn.Module, call: Call, dtype: torch.dtype | None, all_parameter
 def _gradients(
     outputs: list[Tensor], sources: list[Tensor], gradients: tuple[Tensor | None, ...]
 ) -> list[Tensor]:
-    """Those of the sources; zeros where nothing depends on them."""
+    """The gradients of the sources; zeros where nothing depends on them."""
     pairs = [
         (out, gradient.to(out.dtype))
         for out, gradient in zip(outputs, gradients, strict=True)
@@ -343,6 +369,11 @@ def relative_error(
 
     The norm is the largest value when ``order`` is infinite, and the root of the squares' sum
     when it is 2. ``floor`` is the least that is divided by.
+
+    Example::
+
+        >>> relative_error(torch.tensor([1.0, 4.0]), torch.tensor([2.0, 4.0]))
+        0.25
     """
     if expected.numel() == 0:
         return 0.0
@@ -362,8 +393,15 @@ def compare(
     """Every check of one call, and a remark on what was not checked, or None.
 
     Every run starts from the present states of the random generators, which are left there. With
-    ``rounded`` the fused form has parameters of its own, rounded to their dtype: then float64 shows
-    that rounding, and the dtype of the call alone counts.
+    ``rounded`` the fused form has parameters of its own, which are rounded to their dtype. Then
+    float64 would show that rounding, so the dtype of the call alone counts.
+
+    Example::
+
+        unfused = Form("unfused", module, lambda: unfused_for_a_while(module))
+        fused = Form("fused", module, contextlib.nullcontext)
+        checks, remark = compare(unfused, fused, Call((x,), {}))
+        print(worst(checks))
 
     Raises:
         Incomparable: one of the forms raised an error.
@@ -374,7 +412,7 @@ def compare(
     def results(form: Form, call: Call, dtype: torch.dtype | None = None) -> Results:
         nonlocal drew
         try:
-            # The truth has every parameter's gradient, by whose size rounding is judged.
+            # Rounding is judged by the size of every parameter's gradient, so the truth has all.
             return run(form, call, dtype, all_parameters=form is unfused and dtype is not None)
         finally:
             drew = drew or random.moved()
@@ -411,7 +449,12 @@ def compare(
 
 
 def worst(checks: Iterable[Check]) -> Check:
-    """The check that is nearest to what is allowed, or farthest beyond."""
+    """The check that is nearest to what is allowed, or farthest beyond.
+
+    Example::
+
+        print(worst(checks))
+    """
     return max(checks, key=_excess)
 
 
@@ -445,7 +488,7 @@ def _formula(truth: Results, found: Results) -> _Checks:
 def _rounding(
     truth: Results, unfused: Results, found: Results, dtype: torch.dtype, elements: int
 ) -> _Checks:
-    """Both against the truth; ``dtype`` is the narrowest of a call that ``elements`` come into."""
+    """Both against the truth; ``dtype`` is the call's narrowest, ``elements`` is its N."""
     slack = torch.finfo(dtype).eps + elements**0.5 * torch.finfo(torch.float32).eps
     checks: _Checks = {}
     for kind, name, expected, result in _pairs(unfused, found):
@@ -464,7 +507,7 @@ def _rounding(
 
 
 def _pairs(expected: Results, found: Results) -> Iterator[tuple[str, str, Tensor, Tensor]]:
-    """What both have, by kind and name; of outputs and inputs all must be there."""
+    """What both have, by kind and name; every output and input gradient must be there."""
     for kind in KINDS:
         for name, tensor in expected.get(kind, {}).items():
             if name in found[kind]:
@@ -474,7 +517,7 @@ def _pairs(expected: Results, found: Results) -> Iterator[tuple[str, str, Tensor
 
 
 def _both_beyond(a: Tensor, b: Tensor) -> Tensor | None:
-    """Where both hold the same NaN or infinity, which is agreement; None for nowhere."""
+    """Where both hold the same NaN or infinity, which is agreement; None if nowhere."""
     if a.shape != b.shape:
         return None
     same = ((a == b) | (a.isnan() & b.isnan())) & ~a.isfinite()
@@ -494,8 +537,8 @@ def _error(
         return relative_error(result, expected)
     floor = 0.0
     if kind in (PARAMETER_GRADIENTS, BUFFERS):
-        # Some are zero but for rounding, as fc1.bias's gradient before a normalisation. So a
-        # tensor counts as no smaller than if its elements were as large as they are on average.
+        # Some are zero but for rounding, such as fc1.bias's gradient in front of a normalisation.
+        # So a tensor counts as at least as large as the average over all elements makes it.
         tensors = [t.double() for t in truth[kind].values() if t.is_floating_point()]
         squares = sum(t.square().sum().item() for t in tensors)
         floor = (squares / sum(t.numel() for t in tensors) * expected.numel()) ** 0.5

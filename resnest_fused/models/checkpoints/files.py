@@ -18,12 +18,17 @@ class CheckpointError(ValueError):
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The state_dict in a file that ``torch.save`` wrote.
 
-    The file holds the state_dict itself or a dictionary with one under "state_dict"; the prefix
-    "module." of ``DataParallel`` is taken off. Read with ``weights_only=True``: no code runs.
+    The file holds the state_dict itself or a dictionary with one under "state_dict". The prefix
+    "module." of ``DataParallel`` is taken off. It is read with ``weights_only=True``, so no code
+    in it runs.
+
+    Example::
+
+        state = read_checkpoint("resnest50.pth")
 
     Raises:
-        CheckpointError: not a file, truncated or damaged, or something else than tensors by name. A
-            training script's own objects beside the weights are named, with what can be done.
+        CheckpointError: not a file, truncated or damaged, or something else than tensors by name.
+            The message names a training script's own objects beside the weights, and what to do.
     """
     if not os.path.isfile(path):
         raise CheckpointError(f"{os.fspath(path)}: not a file that exists")
@@ -79,11 +84,29 @@ def _describe(value: object) -> str:
 def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Load a checkpoint into ``model``; every key and shape is compared before the first copy.
 
+    Example::
+
+        load_checkpoint(model, "resnest50.pth")
+
     Raises:
         CheckpointError: as :func:`read_checkpoint`, or keys or shapes differ from the model's. The
             model is then as it was.
+        RuntimeError: the model's norms are folded; see :func:`resnest_fused.fuse`.
     """
-    state, expected = read_checkpoint(path), model.state_dict()
+    load_state(model, read_checkpoint(path), path)
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Load what :func:`read_checkpoint` read from ``path``, as :func:`load_checkpoint` does.
+
+    Example::
+
+        load_state(model, read_checkpoint("resnest50.pth"), "resnest50.pth")
+
+    Raises:
+        CheckpointError: keys or shapes differ from the model's. The model is then as it was.
+    """
+    expected = model.state_dict()
     complaints = [
         _listing("missing", (key for key in expected if key not in state)),
         _listing("unexpected", (key for key in state if key not in expected)),
@@ -105,7 +128,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def _listing(what: str, keys: Iterable[str]) -> str:
-    """``keys`` counted and the first few named; empty when there are none."""
+    """How many ``keys`` there are, and the first few; empty when there are none."""
     found = list(keys)
     if not found:
         return ""

@@ -1,22 +1,18 @@
-"""Times the contenders of one case in turns, so that what disturbs the machine disturbs them all.
-
-Clock rates and memory bandwidth drift by more than the differences of interest. A ratio of two
-numbers taken a minute apart measures that drift; here every round times every contender once.
-"""
+"""Makes the contenders of one case, compares their results, and times them in turns."""
 
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from grid import DTYPES, LAYOUTS, Case
 from torch import Tensor, nn
 
 import resnest_fused as rf
+from resnest_fused.measure.timing import Work, take_turns
 
-# A timed burst is one call, or as many short ones as fill this, far above the clock's own cost.
+# Short calls are timed together for as long, far above the clock's own cost.
 BURST_S = 1e-3
 # Bounds on relative differences in the 2-norm, there to notice that the wrong thing is being timed;
 # the tests are the ones to judge precision. The ReLU between the FCs often sits so near zero that
@@ -46,49 +42,8 @@ def interleave(
     torch.compiler.reset()
     torch.manual_seed(0)
     with torch.set_grad_enabled(case.train):
-        steps = _contenders(case, backend, compiler)
-        calls = {
-            name: max(1, round(BURST_S / min(_burst(step, 1) for _ in range(3))))
-            for name, step in steps.items()
-        }
-        return take_turns(steps, calls, seconds, min_rounds, settle=True)
-
-
-def take_turns(
-    steps: Mapping[str, Callable[[], object]],
-    calls: Mapping[str, int],
-    seconds: float,
-    min_rounds: int,
-    *,
-    settle: bool,
-) -> dict[str, list[float]]:
-    """Seconds per call of each step, one entry a round; a round times every step once.
-
-    Args:
-        steps: what to call.
-        calls: how many calls of each step are timed together.
-        seconds: time to spend on rounds.
-        min_rounds: rounds to make even if they take longer.
-        settle: whether an untimed call comes before each timed burst, so that caches and allocator
-            are again as this step leaves them.
-    """
-    samples: dict[str, list[float]] = {name: [] for name in steps}
-    rounds = 0
-    end = time.perf_counter() + seconds
-    while rounds < min_rounds or time.perf_counter() < end:
-        for name, step in steps.items():
-            if settle:
-                step()
-            samples[name].append(_burst(step, calls[name]))
-        rounds += 1
-    return samples
-
-
-def _burst(step: Callable[[], object], calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        step()
-    return (time.perf_counter() - start) / calls
+        works = {name: Work(step) for name, step in _contenders(case, backend, compiler).items()}
+        return take_turns(works, min_rounds, seconds=seconds, burst=BURST_S, settle=True)
 
 
 def _contenders(case: Case, backend: str, compiler: str | None) -> dict[str, Step]:

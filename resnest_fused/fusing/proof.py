@@ -1,4 +1,4 @@
-"""Tries out, before a module is fused, whether it would compute the same: on synthetic inputs."""
+"""Tries out on synthetic inputs, before a module is fused, whether it would compute the same."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import Identity
 
-from resnest_fused import agreement
-from resnest_fused.agreement import Call, Form, Incomparable
+from resnest_fused.measure import agreement
+from resnest_fused.measure.agreement import Call, Form, Incomparable
 
-# Batch, height and width. More than two samples, as normalising two leaves nothing of them.
+# Batch, height and width. There are more than two samples, since normalising two gives +1 and -1.
 _SHAPES = ((5, 6, 5), (3, 1, 1), (4, 9, 12))
 _LAYOUTS = (torch.contiguous_format, torch.channels_last, torch.contiguous_format)
 
@@ -23,17 +23,16 @@ _UNTRIED = "it cannot be tried out"
 def _draw(
     random: Callable[..., Tensor], shape: Iterable[int], generator: torch.Generator
 ) -> Tensor:
-    # Whatever the default device is, as generators have one of their own.
+    # On the generator's device, whatever the default device is.
     return random(tuple(shape), generator=generator, dtype=torch.float64, device="cpu")
 
 
 def difference(module: nn.Module, fused: type[nn.Module], backend: str) -> str | None:
-    """By how much ``module`` would differ if ``fused`` were its class; None where it would not.
+    """By how much ``module`` would differ if ``fused`` were its class; None if it would not.
 
-    Both are run in float64 on maps of several sizes, in eval and in training mode, forward and
-    backward, with random parameters and running statistics in the place of the module's own. The
-    convolution in front, which is called either way, is left out. Module and random generators
-    stay as they are.
+    Both classes run in float64 on maps of several sizes, in eval and in training mode, forward and
+    backward. Random parameters and running statistics take the place of the module's own. The
+    convolution in front is left out, as both call it. Module and random generators stay unchanged.
     """
     radix = getattr(module, "radix", None)
     features = _features(module, radix)
@@ -74,7 +73,7 @@ def difference(module: nn.Module, fused: type[nn.Module], backend: str) -> str |
 
 
 def _features(module: nn.Module, radix: Any) -> int | None:
-    """radix * channels: what the attention gets."""
+    """radix * channels, the number of features that enter the attention; None if unknown."""
     for name in ("conv", "fc2"):
         features = getattr(getattr(module, name, None), "out_channels", None)
         if isinstance(features, int):
@@ -93,7 +92,7 @@ def _randomise(module: nn.Module, generator: torch.Generator) -> None:
         return (values / fan_in**0.5).to(tensor.device)
 
     def buffer(name: str, tensor: Tensor) -> Tensor:
-        # Those of a normalisation: of a frozen one weight and bias too.
+        # The buffers of a normalisation; a frozen one has its weight and bias among them.
         if name not in ("running_mean", "running_var", "weight", "bias"):
             return agreement.copied(tensor, torch.float64)
         values = _draw(torch.rand, tensor.shape, generator)
@@ -116,6 +115,6 @@ def _call(
     def draw(*sizes: int) -> Tensor:
         return _draw(torch.randn, sizes, generator).to(device, memory_format=layout)
 
-    # Samples that differ in their means, as bn1 divides by their spread.
+    # The samples differ in their means, since bn1 divides by the spread of these.
     x = draw(batch, features, *size) + draw(batch, features, 1, 1)
     return Call((x.requires_grad_(),), {}, (draw(batch, features // radix, *size),))

@@ -1,0 +1,50 @@
+// How the work on a map is cut into work items, the smallest pieces that threads share.
+//
+//   NCHW: a work item is one (b, c), all its splits.
+//   NHWC: a work item is kPixelsPerItem pixels of one sample, all features.
+//
+// Sums over pixels take two steps of fixed order, so that neither threads nor the batch change a
+// bit. A work item yields partial sums; then a sample's partial sums are added in ascending order.
+// In NCHW a sample has one partial sum for each feature, as a work item has all its pixels.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "problem.h"
+
+namespace resnest_fused::cpu {
+
+inline constexpr int64_t kPixelsPerItem = 128;
+
+inline int64_t partials_per_sample(const Problem& p) {
+  return p.layout == Layout::kNchw ? 1 : (p.pixels() + kPixelsPerItem - 1) / kPixelsPerItem;
+}
+
+inline int64_t items_per_sample(const Problem& p) {
+  return p.layout == Layout::kNchw ? p.channels : partials_per_sample(p);
+}
+
+// Bytes of x in a work item.
+inline int64_t item_bytes(const Problem& p, int64_t element_size) {
+  const int64_t elements =
+      p.layout == Layout::kNchw ? p.radix * p.pixels() : kPixelsPerItem * p.features();
+  return elements * element_size;
+}
+
+// The pixels of a work item in NHWC.
+struct PixelItem {
+  int64_t sample;
+  int64_t first;  // counted through the whole batch
+  int64_t count;
+
+  PixelItem(const Problem& p, int64_t item) {
+    const int64_t per_sample = partials_per_sample(p);
+    const int64_t in_sample = item % per_sample * kPixelsPerItem;
+    sample = item / per_sample;
+    first = sample * p.pixels() + in_sample;
+    count = std::min(kPixelsPerItem, p.pixels() - in_sample);
+  }
+};
+
+}  // namespace resnest_fused::cpu

@@ -1,0 +1,89 @@
+// How the work of a call is cut into blocks and threads: what kernels and the host both count with.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+namespace resnest_fused::cuda {
+
+constexpr int64_t kWarp = 32;
+// Threads of the blocks that work on maps, and of those that multiply matrices. With at most
+// kRegisters registers a thread, kBlocksPerMultiprocessor such blocks are resident on every
+// architecture from sm_75 on (65,536 registers, 1,024 threads).
+constexpr int64_t kMapThreads = 256;
+constexpr int64_t kProductThreads = 256;
+constexpr int64_t kBlocksPerMultiprocessor = 2;
+constexpr int64_t kRegisters = 128;
+// Threads of the blocks that add up over rows, and the columns of each block.
+constexpr int64_t kColumnThreads = 256;
+constexpr int64_t kColumns = 8;
+// The tile of a matrix product that a block takes.
+constexpr int64_t kTileRows = 32;
+constexpr int64_t kTileColumns = 16;
+constexpr int kTileSize = kTileRows * kTileColumns;
+// The persistent kernel is compiled for radix 2, that of nearly all published models. The other
+// kernels take any.
+constexpr int64_t kPersistentRadix = 2;
+// Batch chunks that the persistent kernel pools between a chunk's pool and its recombine. x of one
+// more than this many must stay in L2.
+constexpr int64_t kBatchChunksBetween = 2;
+// Kernels count the blocks of a map, its channels, and a sample's pixels in 32 bits. Their loops
+// step a little beyond the last pixel.
+constexpr int64_t kMostBlocks = std::numeric_limits<int32_t>::max();
+constexpr int64_t kMostPixels = int64_t{1} << 30;
+constexpr int64_t kMostChannels = int64_t{1} << 30;
+
+// How blocks and their threads share a map. A block works on one sample.
+//   NCHW: `lanes` threads share the pixels of a channel; threads/lanes channels a block.
+//   NHWC: `lanes` threads stand side by side along the channels, a vector each; threads/lanes of
+//         these rows share the pixels of a chunk.
+struct Tiling {
+  int32_t threads;
+  int32_t lanes;
+  int32_t vector;          // elements a thread loads at a time: 16 bytes of them, or 1
+  int32_t channel_blocks;  // blocks along the channels
+  int32_t chunk_pixels;    // pixels of a chunk: all in NCHW
+  int32_t chunks;          // chunks of a sample, each with partial sums of its own: 1 in NCHW
+
+  int64_t blocks_per_sample() const { return int64_t{channel_blocks} * chunks; }
+};
+
+// Blocks of the launch of the weights' gradients, by what they compute; 0 where not wanted.
+struct GradientBlocks {
+  int64_t fc2, fc1, gap, bias;
+};
+
+// Every kernel, by phase.
+enum class Kernel : int32_t {
+  kPrepare,
+  kStatistics,
+  kCombine,
+  kPool,
+  kPoolFinish,
+  kHidden,
+  kBatchNorm,
+  kAttention,
+  kRecombine,
+  kPersistent,
+  kPoolBackward,
+  kPoolBackwardFinish,
+  kHiddenGradient,
+  kBatchNormBackward,
+  kGradients,
+  kPrologueBackward,
+  kRecombineBackward,
+};
+
+// A kernel's launch, for samples [first, first + samples).
+struct Launch {
+  Kernel kernel;
+  const char* name;
+  int64_t first;
+  int64_t samples;
+  int64_t blocks;
+  int64_t grid;  // at most `blocks`: kernels walk over them
+  int64_t threads;
+  int64_t shared_bytes;
+};
+
+}  // namespace resnest_fused::cuda

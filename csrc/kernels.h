@@ -1,0 +1,33 @@
+// The kernels that calls.h asks of a device, declared once for all devices.
+#pragma once
+
+#include <optional>
+
+#include "problem.h"
+
+// A macro, as each device defines members of a class in a namespace of its own.
+#define RF_KERNELS(device)                                                                       \
+  namespace resnest_fused::device {                                                              \
+  struct Kernels {                                                                               \
+    /* All phases: <device>/split_attention. */                                                  \
+    static void forward(const Map& map, const Mlp& mlp, const Tensor& out,                       \
+                        const TrainResults* train);                                              \
+    static void backward(const Map& map, const Mlp& mlp, const Tensor& dout,                     \
+                         const SavedArguments& saved, const GradientResults& grads);             \
+    /* One phase each: <device>/phases. */                                                       \
+    static void batch_statistics(const Map& map, const Tensor& mean, const Tensor& var);         \
+    static void pool(const Map& map, const Tensor& gap);                                         \
+    static void recombine(const Map& map, const Tensor& attention, const Tensor& out);           \
+    static void pool_backward(const Map& map, const Tensor& dout, const Tensor& dattention,      \
+                              const Tensor& sums);                                               \
+    static void prologue_backward(const Problem& problem, const Tensor& sums,                    \
+                                  const Tensor& attention, const Tensor& dgap,                   \
+                                  const Tensor& dweight, const Tensor& dbias);                   \
+    static void recombine_backward(const Map& map, const Tensor& dout, const Tensor& attention,  \
+                                   const Tensor& dgap, const std::optional<Tensor>& mean_dz,     \
+                                   const std::optional<Tensor>& mean_dz_xhat, const Tensor& dx); \
+  };                                                                                             \
+  }
+RF_KERNELS(cpu)
+RF_KERNELS(cuda)
+#undef RF_KERNELS

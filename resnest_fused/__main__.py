@@ -1,0 +1,5 @@
+"""Runs the command line as ``python -m resnest_fused``."""
+
+from resnest_fused.cli import main
+
+main()

@@ -1,0 +1,85 @@
+"""Joins the commands to one command line, whose errors are one line and exit code 2."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+import resnest_fused
+from resnest_fused.cli import compare, info
+
+# What typer raises for wrong arguments; click's, which newer releases carry inside.
+_UsageError: Any = typer.BadParameter.__base__
+
+
+class _PlainFlags:
+    """Shows flags without a type, which typer would show as <bool>."""
+
+    def get_params(self, context: Any) -> list[Any]:
+        params = super().get_params(context)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return params
+
+
+class _Commands(_PlainFlags, TyperGroup):
+    """Reports a wrong command line in one line, where typer draws a box."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        # In this mode errors are raised and exit codes returned.
+        options["standalone_mode"] = False
+        try:
+            code = super().main(*args, **options)
+        except _UsageError as error:
+            print("resnest-fused:", *error.format_message().split(), file=sys.stderr)
+            code = 2
+        except typer.Abort:
+            code = 130
+        sys.exit(code or 0)
+
+
+class _Command(_PlainFlags, TyperCommand):
+    """Imports all of the package, which is not needed to start and to show help, and then runs."""
+
+    def invoke(self, context: Any) -> Any:
+        importlib.reload(resnest_fused)
+        return super().invoke(context)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    add_completion=False,
+    help="ResNeSt's split attention as one operator: what is installed, and how it compares.",
+)
+app.command("info", cls=_Command)(info.run)
+app.command("compare", cls=_Command)(compare.run)
+
+
+def main() -> None:
+    """The entry point ``resnest-fused``."""
+    app(prog_name="resnest-fused")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print("resnest-fused", resnest_fused.__version__)
+        raise typer.Exit()
+
+
+@app.callback(invoke_without_command=True)
+def _start(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())

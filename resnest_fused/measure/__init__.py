@@ -1,0 +1,1 @@
+"""Agreement, time and memory: what the command line and the benchmarks measure alike."""

@@ -1,0 +1,142 @@
+"""Every model by its name: this package's own, the official package's and timm's."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from resnest_fused.fusing.adapters.base import Networks, Transform
+from resnest_fused.fusing.registry import NETWORKS
+from resnest_fused.models import checkpoints
+from resnest_fused.models.resnest import ResNeSt, resnest50
+
+_BUILDERS: dict[str, Callable[..., ResNeSt]] = {
+    builder.__name__: builder for builder in (resnest50,)
+}
+
+
+class Preprocessing(NamedTuple):
+    """How a model takes pictures.
+
+    Attributes:
+        size: pixels of its input's side.
+        transform: turns an RGB picture into a part of its input, ``(3, size, size)``.
+    """
+
+    size: int
+    transform: Transform
+
+
+class _Ours(Networks):
+    def title(self) -> str:
+        return "resnest_fused"
+
+    def names(self) -> list[str]:
+        return list(_BUILDERS)
+
+    def build(self, name: str, options: dict[str, Any]) -> nn.Module:
+        return _BUILDERS[name](**options)
+
+    def preprocessing(self, name: str, model: nn.Module) -> tuple[int, Transform | None]:
+        return 224, None
+
+
+_NETWORKS: dict[str, type[Networks]] = {"": _Ours, **NETWORKS}
+
+
+def list_models() -> list[str]:
+    """The names of this package's own models, all of which :func:`create` knows.
+
+    Example::
+
+        >>> list_models()
+        ['resnest50']
+    """
+    return list(_BUILDERS)
+
+
+def create(name: str, weights: str | os.PathLike[str] | None = None, **options: Any) -> nn.Module:
+    """Build a model by its name, with the weights of a local checkpoint if one is given.
+
+    Example::
+
+        model = create("resnest50", num_classes=10)
+        model = create("official:resnest101", weights="resnest101.pth")
+        model = create("timm:resnest50d")
+
+    Args:
+        name: one of :func:`list_models`; or "official:NAME" for a model of the ``resnest`` package,
+            or "timm:NAME" for one of timm's. Those two are plain: fuse them with
+            :func:`resnest_fused.fuse`.
+        weights: a checkpoint file of the official package, of timm or of this one: a state_dict,
+            or a dictionary with one under "state_dict"; see :func:`load_checkpoint`. The model gets
+            as many classes as the checkpoint has, unless ``num_classes`` is given. None leaves the
+            random initialisation.
+        options: the builder's, such as ``num_classes``, and ``fused`` of :func:`resnest50`.
+
+    Raises:
+        ValueError: there is no such model, or its package cannot be imported.
+        CheckpointError: the file cannot be read or does not fit the model.
+    """
+    networks, short = _find(name)
+    if weights is None:
+        return networks.build(short, options)
+    state = checkpoints.read_checkpoint(weights)
+    classes = checkpoints.num_classes(state)
+    if classes is not None:
+        options = {"num_classes": classes} | options
+    model = networks.build(short, options)
+    checkpoints.load_state(model, state, weights)
+    return model
+
+
+def preprocessing(name: str, model: nn.Module) -> Preprocessing:
+    """How a model takes pictures.
+
+    Example::
+
+        size, transform = preprocessing("resnest50", model)
+        logits = model.eval()(transform(PIL.Image.open("photo.jpg").convert("RGB"))[None])
+
+    Args:
+        name: the one by which :func:`create` made the model.
+        model: what it made.
+    """
+    networks, short = _find(name)
+    size, transform = networks.preprocessing(short, model)
+    if transform is None:
+        # Here, so that who only builds models needs neither Pillow nor NumPy.
+        from resnest_fused.models import images
+
+        transform = partial(images.preprocess, size=size)
+    return Preprocessing(size, transform)
+
+
+def _find(name: str) -> tuple[Networks, str]:
+    """The networks that the model is among, and its name there.
+
+    Raises:
+        ValueError: there is no such source or model, or the package cannot be imported.
+    """
+    prefix, colon, short = name.partition(":")
+    if not colon:
+        prefix, short = "", name
+    elif prefix not in NETWORKS:
+        raise ValueError(
+            f"unknown source {prefix!r} in {name!r}; known are {' and '.join(NETWORKS)}"
+        )
+    networks = _NETWORKS[prefix]()
+    if not networks.has(short):
+        close = difflib.get_close_matches(short, networks.names(), n=1)
+        message = f"{networks.title()} has no model {short}"
+        message += f"; did you mean {close[0]}?" if close else "."
+        if not prefix:
+            peers = " and ".join(f"{peer}:NAME" for peer in NETWORKS)
+            message += f" Known are {', '.join(networks.names())}, {peers}"
+        raise ValueError(message.removesuffix("."))
+    return networks, short
