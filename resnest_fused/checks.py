@@ -48,13 +48,21 @@ def check_fcs(x: Tensor, radix: int, fcs: FcArguments) -> None:
     Raises:
         TypeError, ValueError: as :func:`check_map`.
     """
-    fc1_weight, fc1_bias, fc2_weight, fc2_bias, cardinality = fcs
+    fc1_weight, fc2_weight, cardinality = fcs.fc1_weight, fcs.fc2_weight, fcs.cardinality
     features = x.shape[1]
     channels = features // radix
     _check_is_tensor("fc1_weight", fc1_weight)
     if fc1_weight.dim() != 4:
         raise ValueError(
             f"fc1_weight: expected 4 dimensions (I, C/K, 1, 1), got shape {tuple(fc1_weight.shape)}"
+        )
+    # Weights that fit each other are right, and x is wrong.
+    of_weights = fc1_weight.shape[1] * cardinality
+    _check_is_tensor("fc2_weight", fc2_weight)
+    if channels != of_weights and fc2_weight.shape[:1] == (radix * of_weights,):
+        raise ValueError(
+            f"x: expected {radix * of_weights} channels, as fc1_weight and fc2_weight have, got "
+            f"{features}"
         )
     inter = fc1_weight.shape[0]
     if inter == 0 or inter % cardinality:
@@ -64,8 +72,8 @@ def check_fcs(x: Tensor, radix: int, fcs: FcArguments) -> None:
     _check_tensor("fc1_weight", fc1_weight, (inter, channels // cardinality, 1, 1), x)
     _check_tensor("fc2_weight", fc2_weight, (features, inter // cardinality, 1, 1), x)
     for name, bias, weight in (
-        ("fc1_bias", fc1_bias, fc1_weight),
-        ("fc2_bias", fc2_bias, fc2_weight),
+        ("fc1_bias", fcs.fc1_bias, fc1_weight),
+        ("fc2_bias", fcs.fc2_bias, fc2_weight),
     ):
         if bias is not None:
             _check_tensor(name, bias, (weight.shape[0],), x, " or None")

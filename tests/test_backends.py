@@ -93,7 +93,7 @@ def test_use_backend_around_a_function(call: Call) -> None:
     assert _grad_fn(call) == fused
 
 
-@pytest.mark.parametrize("described", [rf.fuse, rf.use_backend, FusedModule])
+@pytest.mark.parametrize("described", [rf.split_attention, rf.fuse, rf.use_backend, FusedModule])
 def test_docstrings_name_every_backend(described: object) -> None:
     assert all(f'"{name}"' in (described.__doc__ or "") for name in NAMES)
 

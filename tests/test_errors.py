@@ -219,6 +219,11 @@ WRONG: list[tuple[type[Exception], str, Callable[[dict[str, Any]], dict[str, Any
     ),
     (
         ValueError,
+        "x: expected 24 channels, as fc1_weight and fc2_weight have, got 32",
+        lambda a: {"x": torch.randn(B, 32, 4, 5)},
+    ),
+    (
+        ValueError,
         "fc1_weight: expected shape (6, 6, 1, 1), got (6, 12, 1, 1)",
         lambda a: {"fc1_weight": torch.randn(6, 12, 1, 1)},
     ),

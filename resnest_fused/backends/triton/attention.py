@@ -219,15 +219,22 @@ def attention(
 ) -> Tensor:
     """attention (B, R, C); ``hidden`` and bn1's batch ``statistics`` are filled where given."""
     block, acc = launch.PRODUCT, launch.acc(m.x)
-    u, result = m.empty(m.batch, mlp.inter), m.empty(m.batch, m.radix, m.channels)
+    u, result = m.empty(m.batch, mlp.fcs.inter), m.empty(m.batch, m.radix, m.channels)
     launch.run(
         hidden_kernel,
-        block.tiles(m.batch, mlp.group_inter) * mlp.cardinality,
-        (gap, mlp.fc1_weight, mlp.fc1_bias, *mlp.bn1[:4], hidden, None if statistics else u),
+        block.tiles(m.batch, mlp.group_inter) * mlp.fcs.cardinality,
+        (
+            gap,
+            mlp.fcs.fc1_weight,
+            mlp.fcs.fc1_bias,
+            *mlp.bn1[:4],
+            hidden,
+            None if statistics else u,
+        ),
         batch=m.batch,
         inputs=mlp.group_channels,
         outputs=mlp.group_inter,
-        CARDINALITY=mlp.cardinality,
+        CARDINALITY=mlp.fcs.cardinality,
         EPS=mlp.bn1.eps,
         ACC=acc,
         **block.options(),
@@ -236,8 +243,8 @@ def attention(
         columns = launch.COLUMNS
         launch.run(
             batch_norm_kernel,
-            triton.cdiv(mlp.inter, columns.features),
-            (hidden, *mlp.bn1[:2], *statistics, u, m.batch, mlp.inter),
+            triton.cdiv(mlp.fcs.inter, columns.features),
+            (hidden, *mlp.bn1[:2], *statistics, u, m.batch, mlp.fcs.inter),
             EPS=mlp.bn1.eps,
             ACC=acc,
             **columns.options(),
@@ -246,12 +253,12 @@ def attention(
     block = block._replace(n=max(block.n // splits, 16 // splits, 1))
     launch.run(
         attention_kernel,
-        block.tiles(m.batch, mlp.group_channels) * mlp.cardinality,
-        (u, mlp.fc2_weight, mlp.fc2_bias, result),
+        block.tiles(m.batch, mlp.group_channels) * mlp.fcs.cardinality,
+        (u, mlp.fcs.fc2_weight, mlp.fcs.fc2_bias, result),
         batch=m.batch,
         inputs=mlp.group_inter,
         outputs=mlp.group_channels,
-        CARDINALITY=mlp.cardinality,
+        CARDINALITY=mlp.fcs.cardinality,
         RADIX=m.radix,
         SPLITS=splits,
         ACC=acc,
@@ -414,7 +421,7 @@ def attention_backward(
     grads: Gradients,
 ) -> None:
     """Fill the gradients from those of the logits (B, K, R, C/K)."""
-    batch, inter, channels, groups = m.batch, mlp.inter, m.channels, mlp.cardinality
+    batch, inter, channels, groups = m.batch, mlp.fcs.inter, m.channels, mlp.fcs.cardinality
     inputs, hiddens = mlp.group_channels, mlp.group_inter  # of a group
     outputs = m.radix * inputs
     columns, acc = launch.COLUMNS, launch.acc(m.x)
@@ -422,7 +429,7 @@ def attention_backward(
     # du = fc2^T dlogits
     product(
         (dlogits, outputs, m.features, 1),
-        (mlp.fc2_weight, outputs * hiddens, 1, hiddens),
+        (mlp.fcs.fc2_weight, outputs * hiddens, 1, hiddens),
         (du, hiddens, inter),
         (groups, batch, hiddens, outputs),
         acc,
@@ -457,7 +464,7 @@ def attention_backward(
     # dgap = fc1^T dhidden
     product(
         (dhidden, hiddens, inter, 1),
-        (mlp.fc1_weight, hiddens * inputs, 1, inputs),
+        (mlp.fcs.fc1_weight, hiddens * inputs, 1, inputs),
         (grads.gap, inputs, channels),
         (groups, batch, inputs, hiddens),
         acc,

@@ -64,9 +64,9 @@ def split_attention_train(
     if bn0.batch_stats:
         statistics0 = prologue_phase.batch_statistics(m)
         m = m.with_statistics(*statistics0)
-    inter = mlp.inter if bn1.batch_stats else 0
+    inter = fcs.inter if bn1.batch_stats else 0
     statistics1 = m.empty(inter), m.empty(inter)
-    gap, hidden = pool_phase.pool(m), m.empty(m.batch, mlp.inter)
+    gap, hidden = pool_phase.pool(m), m.empty(m.batch, fcs.inter)
     attention = attention_phase.attention(
         m, gap, mlp, hidden, statistics1 if bn1.batch_stats else None
     )
@@ -87,7 +87,7 @@ def split_attention_backward(
     mlp = take_mlp(m, fcs, bn1)
     dout = take_dout(m, dout)
     gap = take_sums("gap", saved.gap, (m.batch, m.channels), m.x)
-    hidden = take_sums("hidden", saved.hidden, (m.batch, mlp.inter), m.x)
+    hidden = take_sums("hidden", saved.hidden, (m.batch, fcs.inter), m.x)
     attention = take_sums("attention", saved.attention, (m.batch, m.radix, m.channels), m.x)
     check(len(needed) == 9, f"needed: expected 9 flags, got {len(needed)}")
     check(
@@ -97,7 +97,7 @@ def split_attention_backward(
     # They have the shapes of the fake kernel's.
     grads = ops.split_attention_backward(dout, map, bn0, fcs, bn1, saved, [False, *needed[1:]])
     wanted = GradientResults._make(grad if grad.numel() > 0 else None for grad in grads)
-    dlogits = m.empty(m.batch, mlp.cardinality, m.radix, m.channels // mlp.cardinality)
+    dlogits = m.empty(m.batch, fcs.cardinality, m.radix, m.channels // fcs.cardinality)
     dgap = m.empty(m.batch, m.channels)
     _, sums = pool_phase.pool_backward(m, dout, attention, dlogits)
     attention_phase.attention_backward(

@@ -52,26 +52,20 @@ class Map(NamedTuple):
 
 
 class Mlp(NamedTuple):
-    """The layers between the pool and recombine, and the groups that they work in."""
+    """The layers between the pool and recombine."""
 
-    fc1_weight: Tensor  # (I, C/K, 1, 1)
-    fc1_bias: Tensor | None  # (I)
-    fc2_weight: Tensor  # (R*C, I/K, 1, 1), rows in the logits' order
-    fc2_bias: Tensor | None  # (R*C)
-    cardinality: int
+    fcs: FcArguments
     bn1: NormArguments
 
     @property
-    def inter(self) -> int:
-        return self.fc1_weight.shape[0]
-
-    @property
     def group_inter(self) -> int:
-        return self.fc2_weight.shape[1]
+        """Inputs of fc2 in each group."""
+        return self.fcs.fc2_weight.shape[1]
 
     @property
     def group_channels(self) -> int:
-        return self.fc1_weight.shape[1]
+        """Inputs of fc1 in each group."""
+        return self.fcs.fc1_weight.shape[1]
 
 
 def check(fits: bool, message: str) -> None:
@@ -90,21 +84,21 @@ def make_phase_map(args: MapArguments, bn0: NormArguments) -> Map:
 
 
 def make_map(args: MapArguments, bn0: NormArguments) -> Map:
-    x, relu, radix = args
-    check_map(x, radix)
+    x = args.x
+    check_map(x, args.radix)
     batch, features, height, width = x.shape
-    check(relu or (bn0.mean is None and not bn0.batch_stats), "relu: expected True behind bn0")
+    check(args.relu or (bn0.mean is None and not bn0.batch_stats), "relu: expected True behind bn0")
     bn0 = _take_norm("bn0", bn0, batch * height * width, features, x)
     if not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous()
-    return Map(_aligned(x), relu, bn0, radix)
+    return Map(_aligned(x), args.relu, bn0, args.radix)
 
 
 def take_mlp(m: Map, fcs: FcArguments, bn1: NormArguments) -> Mlp:
     check_map(m.x, m.radix, fcs.cardinality)
     check_fcs(m.x, m.radix, fcs)
     fcs = FcArguments._make(_contiguous(field) for field in fcs)
-    return Mlp(*fcs, _take_norm("bn1", bn1, m.batch, fcs.inter, m.x))
+    return Mlp(fcs, _take_norm("bn1", bn1, m.batch, fcs.inter, m.x))
 
 
 def take_dout(m: Map, dout: Tensor) -> Tensor:
