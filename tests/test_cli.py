@@ -193,7 +193,7 @@ def test_weights(tmp_path: Path) -> None:
     torch.save(tiny_network().state_dict(), path)
     result = run("compare", "--repeats", "1", "--weights", str(path))
     assert result.exit_code == 0, result.output
-    assert "tiny.pth" in result.output.replace("\n", "")
+    assert "tiny.pth" in "".join(result.output.split())
     assert "random: classes" not in result.output
 
 
@@ -319,7 +319,9 @@ def test_info_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_refused(refused, "--backend", "native cannot run: it was left out")
 
 
-def test_info_as_json() -> None:
+def test_info_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("RESNEST_FUSED_")]:
+        monkeypatch.delenv(name)
     result = run("info", "--json")
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
