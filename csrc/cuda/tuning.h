@@ -1,5 +1,5 @@
-// What the planner is tuned with: costs, assumed until a GPU measures them, and limits that no kernel
-// is compiled with.
+// What the planner is tuned with: costs, assumed until a GPU measures them, and limits that no
+// kernel is compiled with.
 #pragma once
 
 #include <cstdint>
