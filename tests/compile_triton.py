@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from resnest_fused.backends.triton import launch, ops
+from resnest_fused.ops import TABLE
 
 SIZES = (2, 64, 16, 16, 2, 1, 32)
 # Every form, dtype and layout, and every kernel in each dtype; then sizes that share no divisor
@@ -81,13 +82,17 @@ def compile_all(target: GPUTarget, one_in: int) -> Counter[str]:
         done = kernel.warmup(*arguments, grid=(programs,), **options, enable_fp_fusion=False)
         compiled.setdefault(kernel.__name__, set()).add(done.hash)
 
+    def run(name: str, arguments: dict[str, Any]) -> None:
+        op = TABLE[name]
+        getattr(ops, name)(*op.unpack([arguments[argument.name] for argument in op.arguments]))
+
     launch.run = compile_only
     for case in CASES[::one_in]:
         call = draw_any(case)
         for name in ("split_attention", "split_attention_train", "split_attention_backward"):
-            getattr(ops, name)(**test_op.ARGUMENTS[name](call))
+            run(name, test_op.ARGUMENTS[name](call))
         if case.has_bn0:
-            ops.prologue_backward(**test_op.ARGUMENTS["prologue_backward"](call))
+            run("prologue_backward", test_op.ARGUMENTS["prologue_backward"](call))
     return Counter({name: len(hashes) for name, hashes in compiled.items()})
 
 
