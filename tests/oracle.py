@@ -58,10 +58,17 @@ class BatchNorm:
     """``out`` = gamma (values - mean) / sqrt(var + eps) + beta for values (B, features, pixels).
 
     With ``of_batch`` mean and biased variance are those of the values, else the running ones.
+    ``affine`` rounds as scale * values + shift does, whose terms a large mean makes large.
     """
 
     def __init__(
-        self, name: str, values: Array, p: dict[str, Array], of_batch: bool, eps: float
+        self,
+        name: str,
+        values: Array,
+        p: dict[str, Array],
+        of_batch: bool,
+        eps: float,
+        affine: bool = False,
     ) -> None:
         self.of_batch = of_batch
         self.count = values.shape[0] * values.shape[2]
@@ -74,6 +81,9 @@ class BatchNorm:
         self.invstd = 1 / np.sqrt(self.var + values.dtype.type(eps))
         self.xhat = (values - self.mean[:, None]) * self.invstd[:, None]
         self.out = self.xhat * self.gamma[:, None] + beta[:, None]
+        if affine:
+            scale = self.gamma * self.invstd
+            self.out = values * scale[:, None] + (beta - self.mean * scale)[:, None]
 
     @property
     def unbiased_var(self) -> Array:
@@ -102,6 +112,8 @@ class Truth:
     bn1: BatchNorm | None
     # What the ReLU between the FCs gets.
     relu_input: Array
+    # The largest gradient of a logit, in units of what cancels in it.
+    left_of_logits: float = 1.0
     # The size of what cancels inside a gradient, where that is not the size of the gradient.
     scales: dict[str, float] = field(default_factory=dict)
 
@@ -112,13 +124,14 @@ def prologue_input(
     prologue: str,
     eps: float,
     dtype: type[np.floating] = np.longdouble,
+    affine: bool = False,
 ) -> tuple[Array, BatchNorm | None]:
     """What the prologue's ReLU gets, (B, features, pixels), and bn0 where there is one."""
     values = wide(x, dtype).reshape(x.shape[0], x.shape[1], -1)
     if prologue in ("none", "relu"):
         return values, None
     p = {name: wide(tensor, dtype) for name, tensor in params.items() if name.startswith("bn0_")}
-    bn0 = BatchNorm("bn0", values, p, prologue == "batch", eps)
+    bn0 = BatchNorm("bn0", values, p, prologue == "batch", eps, affine)
     return bn0.out, bn0
 
 
@@ -133,20 +146,22 @@ def split_attention(
     eps: float = 1e-5,
     dout: torch.Tensor | None = None,
     dtype: type[np.floating] = np.longdouble,
+    affine: bool = False,
 ) -> Truth:
     """Evaluate the call, and its gradients when ``dout`` is given.
 
     ``params`` has ``fc1_weight`` and ``fc2_weight`` and may have ``fc1_bias``, ``fc2_bias`` and,
     for bn0 and for bn1, ``bn0_weight``, ``bn0_bias``, ``bn0_running_mean``, ``bn0_running_var``.
     ``norm`` is bn1, "none", "running" or "batch" by the statistics it takes; ``prologue`` is what
-    x goes through: "none", "relu", or "running" or "batch" for bn0 and a ReLU.
+    x goes through: "none", "relu", or "running" or "batch" for bn0 and a ReLU. ``affine`` is bn0's:
+    see :class:`BatchNorm`.
     """
     p = {name: wide(tensor, dtype) for name, tensor in params.items()}
     batch, features, height, width = x.shape
     channels, pixels = features // radix, height * width
     inter = p["fc1_weight"].shape[0]
     group, inner = channels // cardinality, inter // cardinality
-    before, bn0 = prologue_input(x, params, prologue, eps, dtype)
+    before, bn0 = prologue_input(x, params, prologue, eps, dtype, affine)
     passed = before > 0 if prologue != "none" else True
     z = np.where(passed, before, 0)
     w1 = p["fc1_weight"].reshape(inter, group)
@@ -232,6 +247,9 @@ def split_attention(
             dw2[rows] = _product(dlogits[:, rows].T, relu[:, hidden_slice(k)])
             drelu[:, hidden_slice(k)] += _product(dlogits[:, rows], w2[rows])
 
+    cancelling = np.abs(attention * dattention).max(initial=0)
+    if cancelling > 0:
+        truth.left_of_logits = float(np.abs(dlogits).max() / cancelling)
     grads = {"fc2_weight": dw2, "fc2_bias": _sum(dlogits, 0)}
     dhidden = np.where(active, drelu, 0)
     if bn1 is not None:
