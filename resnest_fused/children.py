@@ -45,7 +45,8 @@ def own_method(kind: type, name: str = "forward") -> Any:
     home = sys.modules.get(defining.__module__)
     if home is None or getattr(method, "__globals__", None) is not vars(home):
         return None
-    return method
+    # Another class of that file may have it, as SiLU's forward may be put into ReLU.
+    return method if method.__qualname__.startswith(f"{defining.__qualname__}.") else None
 
 
 _FORWARDS: dict[type, Any] = {
@@ -68,7 +69,7 @@ def calls_are_watched() -> bool:
 def intercepted(module: Any) -> str | None:
     """Why the module must be called whatever its class is, or None."""
     state = vars(module)
-    if "forward" in state:
+    if "forward" in state or "_call_impl" in state or "_conv_forward" in state:
         return "its forward was replaced"
     if (
         state["_forward_hooks"]
@@ -82,7 +83,20 @@ def intercepted(module: Any) -> str | None:
 
 def computes_as(kind: Any, original: type) -> bool:
     """Whether instances of ``kind`` compute the same as those of ``original``, a class of torch."""
-    return issubclass(kind, original) and kind.forward is _FORWARDS[original]
+    return (
+        issubclass(kind, original)
+        and kind.forward is _FORWARDS[original]
+        and _calls_its_forward(kind)
+    )
+
+
+def _calls_its_forward(kind: Any) -> bool:
+    """Whether a call of an instance does what it does for every module."""
+    return (kind.__call__ is _CALL and kind._call_impl is _CALL_IMPL) or (
+        torch.compiler.is_exporting()
+        and kind.__call__ is nn.Module.__call__
+        and kind._call_impl is nn.Module._call_impl
+    )
 
 
 def computes_as_conv(kind: Any) -> bool:
@@ -144,6 +158,11 @@ def is_pointwise(fc: Any, cardinality: int) -> bool:
         and fc.padding == (0, 0)
         and fc.groups == cardinality
         and intercepted(fc) is None
+        # A parametrized one computes them when they are read, maybe another value each time.
+        and (
+            type(fc) not in _FORWARDS
+            or (is_plain(tensor_of(fc, "weight")) and is_plain(tensor_of(fc, "bias")))
+        )
     )
 
 
@@ -156,7 +175,7 @@ _FROZEN_NORMS = (
 
 def _is_found_at(kind: Any, paths: tuple[str, ...]) -> bool:
     """Whether a class is found at one of these paths, and has the forward that is defined there."""
-    return kind.forward is _find_forward(kind, paths)
+    return kind.forward is _find_forward(kind, paths) and _calls_its_forward(kind)
 
 
 # The compiler takes the result as a constant, like that of native.gpu_unavailable.
@@ -191,9 +210,24 @@ def _norm_kind(kind: Any) -> str | None:
 
 
 def tensor_of(module: nn.Module, name: str) -> Any:
-    """``module.name``; of a parameter without the cost of ``nn.Module.__getattr__``."""
-    parameters = module._parameters
-    return parameters[name] if name in parameters else getattr(module, name)
+    """``module.name``; in torch's own classes without the cost of ``nn.Module.__getattr__``."""
+    if type(module) in _FORWARDS:
+        if name in module._parameters:
+            return module._parameters[name]
+        if name in module._buffers:
+            return module._buffers[name]
+    return getattr(module, name)  # a subclass may compute it
+
+
+def is_plain(tensor: Tensor | None) -> bool:
+    """Whether no class of the tensor's decides itself what functions of it compute."""
+    kind: Any = type(tensor)
+    return (
+        tensor is None
+        or kind is nn.Parameter
+        or kind is Tensor
+        or kind.__torch_function__ is torch._C._disabled_torch_function_impl
+    )
 
 
 def counts_batches(bn: Any) -> bool:
@@ -206,30 +240,23 @@ def batch_norm_args(bn: Any) -> BatchNormArgs | None:
     kind = None if bn is None else _norm_kind(type(bn))
     if kind is None or intercepted(bn) is not None:
         return None
-    buffers = bn._buffers
-    if kind == "frozen":
-        statistics = buffers["running_mean"], buffers["running_var"]
-        return BatchNormArgs(bn.weight, bn.bias, *statistics, eps=bn.eps, batch_stats=False)
-    training = bn.training
+    weight, bias = tensor_of(bn, "weight"), tensor_of(bn, "bias")
+    training, momentum = bn.training, 0.0
     # In training mode without tracking, running statistics are neither used nor changed.
-    running = not training or bn.track_running_stats
-    mean = buffers["running_mean"] if running else None
+    running = kind == "frozen" or not training or bn.track_running_stats
+    mean = tensor_of(bn, "running_mean") if running else None
+    var = tensor_of(bn, "running_var") if running else None
+    if not (is_plain(weight) and is_plain(bias) and is_plain(mean) and is_plain(var)):
+        return None
+    if kind == "frozen":
+        return BatchNormArgs(weight, bias, mean, var, eps=bn.eps, batch_stats=False)
     if bn.momentum is not None:
         momentum = bn.momentum
     elif counts_batches(bn):
         momentum = 1.0 / (float(bn.num_batches_tracked) + 1.0)  # a cumulative average
-    else:
-        momentum = 0.0
-    return BatchNormArgs(
-        tensor_of(bn, "weight"),
-        tensor_of(bn, "bias"),
-        mean,
-        buffers["running_var"] if running else None,
-        momentum,
-        bn.eps,
-        training or mean is None,
-        _process_group(bn) if kind == "sync" and training else None,
-    )
+    batch_stats = training or mean is None
+    group = _process_group(bn) if kind == "sync" and training else None
+    return BatchNormArgs(weight, bias, mean, var, momentum, bn.eps, batch_stats, group)
 
 
 def _process_group(bn: nn.SyncBatchNorm) -> str | None:

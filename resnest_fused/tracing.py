@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.fx.proxy import TraceError
+from torch.nn.modules.module import _has_any_global_hook
 
 
 def is_traced(x: Tensor) -> bool:
@@ -26,4 +27,13 @@ def as_one_node(module: nn.Module, x: Any) -> Any:
             f"{type(module).__name__} is a single node of a graph, which calls it: trace a module "
             "that contains it"
         )
+    if module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook():
+        # The tracer follows them around this forward: the node must not run them once more.
+        called = x.tracer.create_proxy("get_attr", path, (), {})
+        return x.tracer.create_proxy("call_function", call_forward, (called, x), {})
     return x.tracer.create_proxy("call_module", path, (x,), {})
+
+
+def call_forward(module: nn.Module, x: Any) -> Any:
+    """``module``'s result without its hooks."""
+    return module.forward(x)

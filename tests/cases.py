@@ -235,8 +235,7 @@ def draw(case: Case) -> Call:
     """:func:`draw_any` without elements and hidden units that amplify rounding.
 
     Next to a ReLU's edge the gradient jumps, and one rounding decides on which side a call falls;
-    normalisation by a variance of almost nothing magnifies every earlier rounding. So does an
-    attention that is 1 or 0, but for a rounding, in all of its few channels.
+    normalisation by a variance of almost nothing magnifies every earlier rounding.
     """
     call = draw_any(case)
     if case.batch == 0:
@@ -247,8 +246,6 @@ def draw(case: Case) -> Call:
                 break
         else:
             return draw(case)  # few pixels, or a group of few features, may leave no way
-    if case.batch * case.channels <= 32 and call.evaluate(call.dout).left_of_logits < 1e-4:
-        return draw(case)
     return call
 
 
@@ -375,7 +372,10 @@ def errors_in_ulps(call: Call, out: Tensor, grads: dict[str, Tensor]) -> dict[st
         scale = call.truth.scales.get(name, float(np.abs(truth).max()))
         dtype = (call.x if name == "out" else call.tensor(name)).dtype
         difference = float(np.abs(oracle.wide(result) - truth).max())
-        ulp = torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(scale)) if scale else 1.0
+        info = torch.finfo(dtype)
+        # Below the smallest normal number they come no closer.
+        normal = max(scale, info.smallest_normal)
+        ulp = info.eps * 2.0 ** math.floor(math.log2(normal)) if scale else 1.0
         errors[name] = math.inf if math.isnan(difference) else difference / ulp
     return errors
 

@@ -112,8 +112,6 @@ class Truth:
     bn1: BatchNorm | None
     # What the ReLU between the FCs gets.
     relu_input: Array
-    # The largest gradient of a logit, in units of what cancels in it.
-    left_of_logits: float = 1.0
     # The size of what cancels inside a gradient, where that is not the size of the gradient.
     scales: dict[str, float] = field(default_factory=dict)
 
@@ -247,9 +245,6 @@ def split_attention(
             dw2[rows] = _product(dlogits[:, rows].T, relu[:, hidden_slice(k)])
             drelu[:, hidden_slice(k)] += _product(dlogits[:, rows], w2[rows])
 
-    cancelling = np.abs(attention * dattention).max(initial=0)
-    if cancelling > 0:
-        truth.left_of_logits = float(np.abs(dlogits).max() / cancelling)
     grads = {"fc2_weight": dw2, "fc2_bias": _sum(dlogits, 0)}
     dhidden = np.where(active, drelu, 0)
     if bn1 is not None:

@@ -130,6 +130,20 @@ def test_each_kind_of_module_is_one_node(kind: type[nn.Module], sizes: tuple[int
         fx.symbolic_trace(module)
 
 
+@pytest.mark.parametrize("kind", ["forward hook", "forward pre-hook"])
+def test_hooks_run_once(kind: str) -> None:
+    module = rf.FusedSplitAttention(8).double().eval()
+    if kind == "forward hook":
+        module.register_forward_hook(lambda module, args, out: out * 2)
+    else:
+        module.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    net = nn.Sequential(module, nn.ReLU())
+    x = features(2, 16, 5, 5).double()
+    traced = fx.symbolic_trace(net)
+    for graph in (traced, copy.deepcopy(traced)):
+        torch.testing.assert_close(graph(x), net(x), rtol=1e-12, atol=0)
+
+
 # --- torch.jit, and the exporter that is built on it
 
 # torch.jit.trace warns of every size that Python compares.

@@ -26,6 +26,7 @@ from torch.nn.modules.module import (
 )
 
 import resnest_fused as rf
+from resnest_fused import children
 
 
 class Block(nn.Module):
@@ -262,6 +263,81 @@ def test_what_was_replaced_before_the_import(rebind: str, tmp_path: Any) -> None
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
+# --- children that compute something else in other ways
+
+
+def _with_class(child: nn.Module, **body: Any) -> None:
+    child.__class__ = type("Changed", (type(child),), body)
+
+
+class Doubling(Tensor):
+    """Convolutions and batch normalisations of it give twice as much."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function.__name__ in ("conv2d", "batch_norm"):
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **(kwargs or {})) * 2
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def _double_weight(child: nn.Module) -> None:
+    child._parameters["weight"] = nn.Parameter(child.weight.detach().as_subclass(Doubling))
+
+
+def _halve_convolution(child: nn.Module) -> None:
+    convolve = child._conv_forward
+    child._conv_forward = lambda *args: convolve(*args) * 0.5
+
+
+def _halve_call(child: nn.Module) -> None:
+    call = child._call_impl
+    child._call_impl = lambda *args: call(*args) * 0.5
+
+
+def _shift_mean(child: nn.Module) -> None:
+    mean = child._buffers.pop("running_mean")
+    vars(child)["running_mean"] = mean + 0.5
+
+
+CHANGES: dict[str, tuple[str, Callable[[nn.Module], None]]] = {
+    "__call__": (
+        "bn1",
+        lambda m: _with_class(m, __call__=lambda self, x: nn.Module.__call__(self, x) * 0.5),
+    ),
+    "_call_impl": ("fc2", _halve_call),
+    "_conv_forward": ("fc2", _halve_convolution),
+    "a weight that is computed": (
+        "fc2",
+        lambda m: _with_class(m, weight=property(lambda self: self._parameters["weight"] * 0.5)),
+    ),
+    "a weight with functions of its own": ("fc2", _double_weight),
+    "a mean that is no buffer": ("bn1", _shift_mean),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_child_that_computes_something_else(change: str, pair: Any) -> None:
+    plain, fused = pair
+    before = both_modes(plain)
+    name, make = CHANGES[change]
+    for model in (plain, fused):
+        for module in (model.conv, model.attention):
+            make(module.get_submodule(name))
+    if change == "a mean that is no buffer":  # which training does not read
+        found, expected = (step(model, inputs(), False) for model in (fused, plain))
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+        assert not torch.allclose(expected["out"], before[False]["out"], rtol=1e-2)
+    else:
+        assert_same(fused, plain, before)
+
+
+def test_a_method_of_another_class_is_a_replacement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.ReLU, "forward", nn.SiLU.forward)
+    assert children.own_method(nn.ReLU) is None
+    assert children.own_method(nn.SiLU) is nn.SiLU.forward
+
+
 # --- frozen batch normalisations
 
 BY_NAME = FROZEN_NORM.replace("self.weight * (", "self.weight * 1.5 * (")
@@ -294,3 +370,5 @@ def test_a_frozen_norm_s_forward_replaced(monkeypatch: pytest.MonkeyPatch) -> No
     before = both_modes(plain)
     monkeypatch.setattr(FrozenBatchNorm2d, "forward", halved(FrozenBatchNorm2d.forward, True))
     assert_same(fused, plain, before)
+    monkeypatch.undo()
+    children._find_forward.cache_clear()  # which has met the replacement
