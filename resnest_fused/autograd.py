@@ -1,9 +1,9 @@
-"""The autograd Functions around a backend's kernels; saved are x and what is small, (B, C)-sized.
+"""The autograd Functions around a backend's kernels; saved are x and (B, C)-sized tensors.
 
 :func:`split_attention` is one Function over all phases. :func:`attend` lets any module map gap to
-attention: it is one Function cut in two around that module, :class:`_Pool` and :class:`_Recombine`.
-Backward runs through the second half first, which needs a read of x and dout; only the first half,
-which then knows dgap too, writes dx. So the passes over x are the same.
+attention. It has two Functions around that module: :class:`_Pool` and :class:`_Recombine`. The
+backward of :class:`_Recombine` runs first and reads x and dout. The backward of :class:`_Pool` then
+knows dgap and writes dx. So both functions make the same number of passes over x.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ABSENT = (None, None, None, None, 0.0, False)
 
 
 class Statistics(NamedTuple):
-    """What normalised a call: mean and biased variance by feature, over so many elements."""
+    """A call's batch statistics: mean and biased variance by feature, and the element count."""
 
     mean: Tensor
     var: Tensor
@@ -41,7 +41,7 @@ def _norm(bn: BatchNormArgs | None, batch_stats: bool) -> tuple[Any, ...]:
 
 
 def _records(op: Op, args: Sequence[Any]) -> bool:
-    """Whether a call of the op with these arguments is to be differentiated."""
+    """Whether autograd must record a call of the op with these arguments."""
     if not torch.is_grad_enabled():
         return False
     for tensor in op.differentiable(args):
@@ -69,8 +69,8 @@ def split_attention(
     """Run checked arguments on the named backend.
 
     x and fcs are the fields of ``MapArguments`` and of ``FcArguments``. Returns out and the batch
-    statistics of bn0 and of bn1, None where others normalised. Without a gradient to compute
-    nothing is saved.
+    statistics of bn0 and of bn1; each is None if the norm used running ones. Nothing is saved if
+    no gradient is needed.
     """
     args = (*x, *_norm(bn0, bn0_batch_stats), *fcs, *_norm(bn1, bn1_batch_stats))
     if _records(_TRAIN, args):
@@ -118,7 +118,7 @@ class _SplitAttention(torch.autograd.Function):
         needed = _TRAIN.needed(ctx.needs_input_grad[1:])
         grads: Iterable[Tensor | None]
         if torch.is_grad_enabled():
-            # The gradient is itself to be differentiated: take it through the reference formulas.
+            # A second derivative is wanted: the reference formulas give one.
             grads = _reference_gradients(dout, args, needed)
         else:
             grads = kernels(ctx.backend).split_attention_backward(
@@ -140,8 +140,10 @@ def _known(bn: NormArguments, group: str | None = None) -> BatchNormArgs | None:
 
 
 def _aliases(op: Op, args: Sequence[Any]) -> list[Any]:
-    """An op's arguments with views in the place of those to differentiate by: x may itself have
-    been computed from a parameter, and the gradient must stop here."""
+    """An op's arguments, with a view of each differentiable one.
+
+    A gradient with respect to a view stops there, even if x was computed from a parameter.
+    """
     return [
         arg.view_as(arg) if argument.differentiable and arg is not None else arg
         for argument, arg in zip(op.arguments, args, strict=True)
@@ -151,7 +153,7 @@ def _aliases(op: Op, args: Sequence[Any]) -> list[Any]:
 def _gradients(
     op: Op, args: Sequence[Any], results: list[Tensor], grads: list[Tensor], needed: dict[str, bool]
 ) -> dict[str, Tensor | None]:
-    """The gradients of ``results`` by those of an op's arguments that need one, as a graph."""
+    """The gradients of ``results`` with respect to the needed arguments, as a graph."""
     by_name = {a.name: arg for a, arg in zip(op.arguments, args, strict=True)}
     names = [name for name, need in needed.items() if need and by_name[name] is not None]
     inputs = [by_name[name] for name in names]
@@ -189,11 +191,11 @@ def attend(
 ) -> tuple[Tensor, Statistics | None]:
     """Split attention around any map from gap ``(B, C, 1, 1)`` to attention ``(B, R, C, 1, 1)``.
 
-    Returns out and bn0's batch statistics, None where others normalised. With a process group in
-    bn0 they are those of all its processes.
+    Returns out and bn0's batch statistics, or None if bn0 used running ones. If bn0 has a process
+    group, the statistics are over all its processes.
     """
     norm, statistics, shared = NormArguments(*_norm(bn0, batch_stats)), None, _Shared()
-    # float before the Functions: Dynamo may hold it as a symbol.
+    # Dynamo may hold eps as a symbol, so it becomes a float before the Functions.
     norm = norm._replace(eps=float(norm.eps), batch_stats=False)
     if batch_stats:
         group = None if bn0 is None else bn0.process_group
@@ -215,7 +217,7 @@ def attend(
 
 
 class _Shared(NamedTuple):
-    """What the two Functions below know of bn0's statistics, beyond what the ops take."""
+    """Facts about bn0's statistics that the two Functions below need and the ops do not."""
 
     batch_stats: bool = False
     elements: int | Tensor | None = None
@@ -238,9 +240,8 @@ def _batch_statistics(run: FusedBackend, x: Tensor, group: str | None) -> Statis
 class _Pool(torch.autograd.Function):
     """The op ``pool``: gap, and three carriers.
 
-    The carriers hold no data. They stand for what :class:`_Recombine` computes with, so that its
-    backward can hand over, as their gradients, what the backward here goes on with: dout, attention
-    and the sums over pixels.
+    The carriers hold no data and are inputs of :class:`_Recombine`. Its backward returns dout,
+    attention and the sums over pixels as their gradients. So the backward here receives them.
     """
 
     @staticmethod
@@ -282,7 +283,7 @@ class _Pool(torch.autograd.Function):
         needed = _POOL.needed(ctx.needs_input_grad[len(unused) :])
         batch, _, height, width = m.x.shape
         if dout is None or attention is None:
-            # Only what stands between the phases has a gradient: the other half saw none.
+            # out has no gradient, so the backward of _Recombine did not run.
             if dgap is None:
                 return (*unused, *_POOL.gradients({}))
             dout = m.x.new_zeros(batch, m.channels, height, width)
@@ -305,7 +306,7 @@ class _Pool(torch.autograd.Function):
         if needed["bn0_weight"] or needed["bn0_bias"] or (needed["x"] and batch_stats):
             if sums is None:
                 _, sums = run.pool_backward(dout, *args)
-            # The division here, as a graph for any image size cannot hold it as the op's integer.
+            # Divided here: a graph for any image size cannot pass the size as the op's integer.
             mean_dgap = dgap / (height * width)
             dweight, dbias = run.prologue_backward(sums, attention, mean_dgap, 1)
             if bn0.weight is not None and needed["bn0_weight"]:

@@ -1,4 +1,4 @@
-"""Checks of an op's arguments; an error names the argument, what was expected, and what came."""
+"""Checks an op's arguments; an error names the argument, the expected and the given value."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ def check_norm(
         name: bn0 or bn1.
         tensors: by name; the last two are the statistics.
         eps: added to the variance.
-        batch_stats: whether it normalises with statistics of the batch.
-        elements: how many there are of a feature in the batch.
+        batch_stats: whether it uses batch statistics.
+        elements: the number of elements per feature in the batch.
         features: F, the size of every tensor.
         x: the map of the call.
 

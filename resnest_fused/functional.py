@@ -41,38 +41,45 @@ def split_attention(
         a[b,r,c]   = softmax over r of logits       (R = 1: sigmoid)
         out[b,c,p] = sum_r a[b,r,c] z[b,r,c,p]
 
+    For example::
+
+        fc1, fc2 = nn.Conv2d(64, 32, 1), nn.Conv2d(32, 128, 1)
+        fcs = fc1.weight, fc1.bias, fc2.weight, fc2.bias
+        out = rf.split_attention(torch.randn(8, 128, 56, 56), *fcs, radix=2)  # (8, 64, 56, 56)
+
     Args:
         x: ``(B, R*C, H, W)``, radix-major; float32, float64, bfloat16 or float16. Contiguous and
-            channels_last tensors are read in place, any other strides through one copy.
+            channels_last tensors are read in place. Tensors with other strides are copied once.
         fc1_weight: ``(I, C/K, 1, 1)``. Every parameter has x's dtype or float32.
         fc1_bias: ``(I,)`` in fc1_weight's dtype, or None.
         fc2_weight: ``(R*C, I/K, 1, 1)``.
         fc2_bias: ``(R*C,)`` in fc2_weight's dtype, or None.
         radix: R, at least 1.
         cardinality: K, at least 1; divides C and I.
-        bn0: the normalisation before the ReLU in front of the attention, over R*C features; None
-            when x is already normalised. Its output is never stored.
+        bn0: the normalisation of x over R*C features, which a ReLU follows. None when x is already
+            normalised. Its output is never stored.
         bn1: the normalisation between the FCs, over I features, or None.
         relu: z = relu(x) when bn0 is None; False when x is already activated.
-        training: normalise with batch statistics (and update the running ones in place), unless
-            the ``BatchNormArgs`` says otherwise.
-        backend: "auto", "native", "triton" or "reference"; "auto" takes what ``use_backend`` or
-            ``RESNEST_FUSED_BACKEND`` says, else the first that can run this call.
+        training: normalise with batch statistics and update the running ones in place. The
+            ``batch_stats`` of a ``BatchNormArgs`` overrides it.
+        backend: "auto", "native", "triton" or "reference". "auto" takes the backend that
+            ``use_backend`` or ``RESNEST_FUSED_BACKEND`` names, else the first that can run this
+            call.
 
     Returns:
         ``(B, C, H, W)`` in x's dtype and memory format. NaN and infinity pass through as in
         PyTorch. Differentiable twice (the second time through the reference formulas).
 
     Raises:
-        ValueError: a shape, count or device does not fit; the tensor, what was expected and what
-            came are named. One sample with batch statistics raises as ``nn.BatchNorm2d`` does, and
-            so does an eps below 0, or of 0 with batch statistics; NaN as an eps raises too. An
-            environment variable that is read for this call has a wrong value.
-        TypeError: a dtype does not fit, or an argument is of another type.
-        RuntimeError: the backend asked for cannot run this call; the reason is given.
+        ValueError: a shape, a count or a device does not fit. The message names the tensor, the
+            expected value and the given one. Batch statistics of one value per channel raise, as
+            in ``nn.BatchNorm2d``. An eps raises if it is NaN, below 0, or 0 with batch statistics.
+            An environment variable for this call has a wrong value.
+        TypeError: a dtype does not fit, or an argument has a wrong type.
+        RuntimeError: the named backend cannot run this call. The message gives the reason.
 
-    Results are bitwise repeatable for a fixed number of threads; in eval a sample's result does
-    not depend on the batch it is in.
+    Results are bitwise repeatable for a fixed number of threads. In eval a sample's result does
+    not depend on the rest of its batch.
     """
     if type(x) is not Tensor and has_torch_function_unary(x):
         return handle_torch_function(
@@ -91,7 +98,7 @@ def split_attention(
             training=training,
             backend=backend,
         )
-    # The fields of FcArguments; named only where they are read, as names cost time at each call.
+    # A plain tuple with FcArguments' fields: making a named tuple costs time at each call.
     fcs = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, cardinality)
     arguments = (x, radix, fcs, bn0, bn1, training)
     try:
@@ -101,10 +108,10 @@ def split_attention(
     except AttributeError:
         _check(*arguments)
         raise
-    # In eager mode the op checks the same, the native one ten times faster in C++; only when it
-    # refuses are the checks here run, to name what was wrong. Elsewhere nothing is run or traced
-    # unchecked, nor with batch statistics: the op does not see the running ones that they then
-    # enter. And ops take a bool for an integer.
+    # In eager mode the op makes the same checks; the native one makes them ten times faster. The
+    # checks here then run only after it refuses, for a better message. They run first in all other
+    # modes. They also run first with batch statistics: the op does not see the running ones. Ops
+    # accept a bool as an integer, so that is checked here too.
     checked = (
         chosen == "reference"
         or batch_stats0
@@ -273,7 +280,7 @@ def _check(
 def _check_norm(
     name: str, bn: BatchNormArgs, elements: int, features: int, x: Tensor, training: bool
 ) -> None:
-    # By what it can do, not by its class, of which there are two when the package is imported anew.
+    # Not by its class: a second import of the package makes a second BatchNormArgs.
     if not hasattr(bn, "uses_batch_stats"):
         raise TypeError(f"{name}: expected BatchNormArgs or None, got {type(bn).__name__}")
     fields = ("weight", "bias", "running_mean", "running_var")

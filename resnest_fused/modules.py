@@ -1,4 +1,4 @@
-"""The fused modules, which have the parameters and the results of the unfused ones."""
+"""The fused modules; they have the same parameters and results as the unfused ones."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def fused_attention(
 ) -> Tensor:
     """act0(drop(bn0(x))), then split attention with fc2(act1(bn1(fc1(gap)))), by the fused op.
 
-    The op takes the modules' parameters and computes what they do, where it can: a batch
-    normalisation and a ReLU in front, 1x1 convolutions with batch normalisation and ReLU between
-    them, and an r-softmax. Any other module, and one with hooks, is called. While hooks for every
-    module are registered, all are called. Either way the map is read and written as often.
+    The op replaces these modules: a batch normalisation and a ReLU in front, 1x1 convolutions with
+    batch normalisation and ReLU between them, and an r-softmax. It takes their parameters. Any
+    other module is called, and so is one with hooks. While global module hooks are registered, all
+    modules are called. The number of reads and writes of the map stays the same.
 
     Args:
         x: ``(B, radix*channels, H, W)``.
-        bn0, drop, act0: modules that are applied to x first; None for each that is missing.
+        bn0, drop, act0: modules that are applied to x first, or None.
         fc1, bn1, act1, fc2: the map from gap ``(B, channels, 1, 1)`` to logits; bn1 may be None.
         softmax: from logits to attention, radix-major; None for the r-softmax.
         r_softmaxes: the peer's classes of r-softmax, as ``package.module.Class``.
@@ -162,7 +162,7 @@ class FusedSplitAttention(FusedModule, SplitAttention):
     The input is ``(B, radix*channels, H, W)``, radix-major. The output is ``(B, channels, H, W)``
     in the input's dtype and memory format. ``bn1`` is ``nn.BatchNorm2d``, ``nn.SyncBatchNorm``, a
     frozen batch normalisation or None: then ``fc1``, ``bn1`` and ``fc2`` are called only if they
-    have hooks. Any other norm is always called.
+    have hooks. Any other norm is always called. The equations are in :class:`SplitAttention`.
 
     Raises:
         ValueError, TypeError: as :func:`resnest_fused.split_attention`.

@@ -1,14 +1,14 @@
 """The table of ops: the arguments, the results, and the shapes of the results.
 
 Each public function below is one op. Its parameters are the op's arguments: single values, or
-groups of them, which the op takes one after the other. Its return type names the results. Its body
+groups of values, which the op takes in order. Its return type names the results. Its body
 is the op's fake kernel: it makes results of the right shape, dtype and strides, without data.
 
 Everything that knows an op's signature reads it here: the schemas, the C++ structs
 (``csrc/generate_ops.py``), the autograd Functions, the FLOP formulas and the Triton backend.
 """
 
-# No deferred annotations: the table is made of them.
+# No deferred annotations: the table is built from them.
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ OptionalDifferentiable = Annotated[Tensor | None, _DIFFERENTIABLE]
 
 
 class MapArguments(NamedTuple):
-    """The feature map, and whether it goes through a ReLU: always behind bn0."""
+    """The feature map, and whether a ReLU follows; after bn0 one always does."""
 
     x: Differentiable  # (B, R*C, H, W), radix-major
     relu: bool
@@ -38,14 +38,14 @@ class MapArguments(NamedTuple):
 
 
 class NormArguments(NamedTuple):
-    """A batch normalisation over F features; absent without statistics."""
+    """A batch normalisation over F features; there is none if it has no statistics."""
 
     weight: OptionalDifferentiable  # (F)
     bias: OptionalDifferentiable  # (F)
     mean: Tensor | None  # (F)
     var: Tensor | None  # (F), biased
     eps: float
-    # Whether the statistics are the batch's: an op of all phases then takes them itself.
+    # Whether to use batch statistics, which an op of all phases computes itself.
     batch_stats: bool
 
 
@@ -65,7 +65,7 @@ class FcArguments(NamedTuple):
 
 
 class SavedArguments(NamedTuple):
-    """What the forward saves for the backward, beside its inputs."""
+    """The results of the forward that are saved for the backward."""
 
     gap: Tensor  # (B, C)
     hidden: Tensor  # (B, I)
@@ -79,9 +79,9 @@ _PREFIXED = NormArguments
 
 
 class TrainResults(NamedTuple):
-    """The output and what the backward needs, in the accumulator's dtype.
+    """The output, and the saved tensors and statistics in the accumulator's dtype.
 
-    The statistics have no elements where they are not the batch's.
+    A norm with running statistics leaves its two results here empty.
     """
 
     out: Tensor  # (B, C, H, W)
@@ -95,7 +95,7 @@ class TrainResults(NamedTuple):
 
 
 class GradientResults(NamedTuple):
-    """The gradients of the differentiable arguments; without elements where not needed."""
+    """The gradients of the differentiable arguments; empty if not needed."""
 
     dx: Tensor
     dbn0_weight: Tensor
@@ -116,7 +116,7 @@ class StatisticsResults(NamedTuple):
 
 
 class PoolBackwardResults(NamedTuple):
-    """What the first read of the backward finds; sums without elements where there is no ReLU."""
+    """The results of the backward's first read of x; sums is empty if there is no ReLU."""
 
     dattention: Tensor  # (B, R, C)
     sums: Tensor  # (B, 4, R, C): csrc/prologue_sums.h
@@ -179,11 +179,11 @@ class Op:
         arguments: of all parameters, in the order of the schema.
         results: the names of the results; none where the result is a single tensor.
         group_of_results: the type that holds several results, else None.
-        differentiable: picks the differentiable ones out of the flat arguments, in their order.
+        differentiable: picks the differentiable arguments from the flat ones, in their order.
         tensors: picks the tensors.
-        others: picks what is no tensor.
-        place: where each argument stands, by its name.
-        unpack: makes the parameters of the function from the flat arguments.
+        others: picks all arguments that are not tensors.
+        place: each argument's position, by its name.
+        unpack: makes the function's parameters from the flat arguments.
     """
 
     def __init__(self, fake: Callable[..., Any]) -> None:
@@ -244,8 +244,8 @@ def _argument(name: str, annotation: Any) -> Argument:
     )
 
 
-# The two functions below write code, as it runs at each call: it is fast, and torch.compile traces
-# it, which it does not do with operator.itemgetter.
+# The two functions below generate code, because it runs at each call. It is fast, and torch.compile
+# can trace it, unlike operator.itemgetter.
 
 
 def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
@@ -276,7 +276,7 @@ def _op(fake: Callable[..., Any]) -> Callable[..., Any]:
 
 def empty_map(x: Tensor, channels: int) -> Tensor:
     """An uninitialised map of so many channels, otherwise as x."""
-    # channels_last only where it is not also plainly contiguous: as the kernels choose.
+    # The kernels' own choice: a map that is both contiguous and channels_last counts as NCHW.
     nhwc = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if nhwc else torch.contiguous_format
     batch, _, height, width = x.shape
@@ -286,7 +286,7 @@ def empty_map(x: Tensor, channels: int) -> Tensor:
 
 
 def accumulator_dtype(x: Tensor) -> torch.dtype:
-    """In which sums are taken and kept."""
+    """The dtype in which sums are computed and stored."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -310,7 +310,7 @@ def split_attention(
 def split_attention_train(
     map: MapArguments, bn0: NormArguments, fcs: FcArguments, bn1: NormArguments
 ) -> TrainResults:
-    """The output, what the backward needs, and the batch's statistics."""
+    """The output, the saved tensors, and the batch statistics."""
     x = map.x
     batch, features = x.shape[:2]
     of_bn0 = features if bn0.batch_stats else 0
@@ -334,7 +334,7 @@ def split_attention_backward(
     saved: SavedArguments,
     needed: list[bool],
 ) -> GradientResults:
-    """The gradients; statistics of the batch are in the norms."""
+    """The gradients; the norms contain any batch statistics."""
     x, inter, features = map.x, fcs.inter, map.x.shape[1]
     wanted = dict(zip(GradientResults._fields, needed, strict=True))
 
@@ -402,5 +402,5 @@ def recombine_backward(
     mean_dz: Tensor | None,
     mean_dz_xhat: Tensor | None,
 ) -> Tensor:
-    """dx; with the means of dz and dz * xhat (R*C) where bn0's statistics are the batch's."""
+    """dx; the means of dz and dz * xhat (R*C) are given if bn0 uses batch statistics."""
     return empty_map(map.x, map.x.shape[1])

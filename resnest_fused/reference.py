@@ -1,4 +1,4 @@
-"""Split attention in plain PyTorch: the mathematics line by line, the oracle, and the fallback.
+"""Split attention in plain PyTorch, line by line as in the paper; it runs on every device.
 
 Symbols: B batch, R radix, K cardinality, C channels, I inter_channels. Source: arXiv:2004.08955.
 
@@ -27,19 +27,24 @@ IntOrPair = int | tuple[int, int]
 
 
 class BatchNormArgs(NamedTuple):
-    """One batch normalisation, as ``torch.nn.functional.batch_norm`` takes it.
+    """The arguments of one batch normalisation, as in ``torch.nn.functional.batch_norm``.
+
+    ::
+
+        bn = nn.BatchNorm2d(32)
+        bn1 = rf.BatchNormArgs(bn.weight, bn.bias, bn.running_mean, bn.running_var, eps=bn.eps)
 
     Attributes:
         weight: gamma, shape ``(features,)``, or None for 1.
         bias: beta, shape ``(features,)``, or None for 0.
         running_mean: shape ``(features,)``; updated in place when batch statistics are used.
-        running_var: shape ``(features,)``; receives the unbiased variance.
-        momentum: weight of the new statistics in the running ones (not used otherwise).
+        running_var: shape ``(features,)``; updated with the unbiased variance.
+        momentum: the weight of the batch statistics when running ones are updated.
         eps: added to the variance.
-        batch_stats: normalise with the batch's statistics (True), with the running ones (False),
-            or as the call's ``training`` says (None).
-        process_group: the name of a ``torch.distributed`` process group; batch statistics are then
-            those of all its processes' batches together, as in ``nn.SyncBatchNorm``.
+        batch_stats: True for batch statistics, False for the running ones. None follows the
+            call's ``training``.
+        process_group: the name of a ``torch.distributed`` process group. Batch statistics are then
+            over the batches of all its processes, as in ``nn.SyncBatchNorm``.
     """
 
     weight: Tensor | None = None
@@ -52,7 +57,7 @@ class BatchNormArgs(NamedTuple):
     process_group: str | None = None
 
     def uses_batch_stats(self, training: bool) -> bool:
-        """Whether the batch's own statistics normalise; without running ones they always do."""
+        """Whether the call uses batch statistics; it always does if there are no running ones."""
         if self.running_mean is None:
             return True
         return training if self.batch_stats is None else self.batch_stats
@@ -66,8 +71,8 @@ def default_inter_channels(channels: int, radix: int, reduction: int = 4) -> int
 def as_splits(x: Tensor, radix: int) -> tuple[Tensor, ...]:
     """The splits of ``(B, R*C, H, W)``: R views of ``(B, C, H, W)``.
 
-    Views of the channels keep x's memory format, which a view with R as a dimension of its own
-    does not: on channels_last maps PyTorch then runs several times slower.
+    These views keep x's memory format. A 5-dimensional view with R would not, and PyTorch would
+    then be several times slower on channels_last maps.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
@@ -132,7 +137,7 @@ def batch_norm(x: Tensor, args: BatchNormArgs, training: bool) -> Tensor:
 
 
 def _sync_batch_norm(x: Tensor, args: BatchNormArgs, group: str) -> Tensor:
-    """Normalise with the statistics of all processes, which are differentiated through."""
+    """Normalise with the statistics of all processes; the gradient flows through them."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     batch, _, height, width = x.shape
     count = batch * height * width
@@ -155,13 +160,13 @@ def update_running_statistics(
 ) -> None:
     """running = (1 - momentum) * running + momentum * batch, with the unbiased variance.
 
-    ``var`` is the biased one of ``count`` elements. Nothing is updated by an empty batch.
+    ``var`` is the biased variance of ``count`` elements. An empty batch updates nothing.
     """
     if bn.running_mean is None or bn.running_var is None:
         return
     if not isinstance(count, Tensor) and count == 0:
         return
-    # Said in tensors too: an exported program records these ops, but not no_grad().
+    # Detached as well: an exported program records these ops, but not no_grad().
     mean, var = mean.detach(), var.detach()
     unbiased = var * (count / (count - 1))
     for running, batch in ((bn.running_mean, mean), (bn.running_var, unbiased)):
@@ -178,7 +183,7 @@ def prologue(x: Tensor, bn0: BatchNormArgs | None, relu: bool, training: bool) -
 
 
 def attend(x: Tensor, attention_of: Callable[[Tensor], Tensor], radix: int) -> Tensor:
-    """The whole of the split attention around any map from gap to attention."""
+    """Split attention with any map from gap to attention."""
     splits = as_splits(x, radix)
     attention = attention_of(pool(splits))
     # Under autocast the FCs may run in a narrower dtype than x's; out keeps x's.
@@ -201,7 +206,7 @@ def split_attention(
 ) -> Tensor:
     """Split attention over tensors in plain PyTorch; see ``resnest_fused.split_attention``.
 
-    Where ``x`` and a parameter differ in dtype, the (B, C)-sized data meet in the wider one.
+    If ``x`` and a parameter differ in dtype, (B, C)-sized data are computed in the wider one.
     """
     x = prologue(x, bn0, relu, training)
     mlp = plain_mlp(
@@ -237,7 +242,7 @@ def plain_mlp(
 
 
 class _AttentionModule(nn.Module):
-    """What both modules share: ``fc1``, ``bn1``, ``fc2`` and the map from gap to attention."""
+    """The common part of both modules: ``fc1``, ``bn1``, ``fc2``, and gap to attention."""
 
     channels: int
     radix: int
@@ -286,7 +291,7 @@ class _AttentionModule(nn.Module):
 
 
 def _check_counts(**counts: int) -> list[int]:
-    """The counts as plain integers, which NumPy's are not."""
+    """The counts as plain integers; NumPy's integers are converted."""
     for name, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, Integral):
             raise TypeError(f"{name} must be an integer, got {count!r}")
@@ -298,8 +303,14 @@ def _check_counts(**counts: int) -> list[int]:
 class SplitAttention(_AttentionModule):
     """Split attention over an already convolved, normalised and activated feature map.
 
-    ``(B, radix*channels, H, W)``, radix-major, to ``(B, channels, H, W)`` by the equations at the
-    head of this file (arXiv:2004.08955, equations 1 to 3). Parameters: ``fc1``, ``bn1``, ``fc2``.
+    ::
+
+        attention = rf.SplitAttention(channels=64, radix=2)
+        out = attention(torch.randn(8, 128, 56, 56))  # (8, 64, 56, 56)
+
+    The input is ``(B, radix*channels, H, W)``, radix-major. The output is ``(B, channels, H, W)``.
+    The head of this file has the equations (arXiv:2004.08955, equations 1 to 3). Its children are
+    ``fc1``, ``bn1`` and ``fc2``.
 
     Args:
         channels: channels of the output.
@@ -336,9 +347,14 @@ class SplitAttention(_AttentionModule):
 class SplitAttentionConv2d(_AttentionModule):
     """conv -> bn0 -> ReLU -> split attention, the block that replaces ResNet's 3x3 convolution.
 
-    ``(B, in_channels, H, W)`` to ``(B, channels, H', W')``; the convolution has
-    ``channels*radix`` outputs in ``cardinality*radix`` groups. Parameters: ``conv``, ``bn0``,
-    ``fc1``, ``bn1``, ``fc2``, the official names in the official order.
+    ::
+
+        block = rf.SplitAttentionConv2d(64, 64, kernel_size=3, padding=1)
+        out = block(torch.randn(8, 64, 56, 56))  # (8, 64, 56, 56)
+
+    The input is ``(B, in_channels, H, W)``, the output ``(B, channels, H', W')``. The convolution
+    has ``channels*radix`` outputs and ``groups=cardinality*radix``. Its children are ``conv``,
+    ``bn0``, ``fc1``, ``bn1`` and ``fc2``, with the names and the order of the official code.
 
     Args:
         in_channels, channels, kernel_size, stride, padding, dilation, bias: as ``nn.Conv2d``'s,

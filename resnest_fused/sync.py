@@ -1,4 +1,4 @@
-"""Batch statistics that span the processes of a group, as those of ``nn.SyncBatchNorm`` do."""
+"""Batch statistics over the processes of a process group, as in ``nn.SyncBatchNorm``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def all_reduce(tensor: Tensor, group: str) -> Tensor:
-    """The sum over the group's processes; its gradient is the sum of theirs."""
+    """The sum over the process group; its gradient is the sum of all processes' gradients."""
     return _AllReduce.apply(tensor, group)
 
 
@@ -33,10 +33,10 @@ class _AllReduce(torch.autograd.Function):
 def combine_statistics(
     mean: Tensor, var: Tensor, count: int, group: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, biased variance and count over all processes from those of each; differentiable.
+    """Combine each process's mean, biased variance and count over all processes; differentiable.
 
-    The variance is taken about the common mean, in a second exchange, as a difference of large sums
-    would lose its digits.
+    A second exchange computes the variance about the common mean. A difference of large sums would
+    lose digits.
     """
     counts = mean.new_full((1,), count)
     sums = all_reduce(torch.cat((mean * count, counts)), group)

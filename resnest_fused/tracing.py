@@ -1,4 +1,4 @@
-"""Modules that ``torch.fx`` traces as one node which calls them, whatever the tracer."""
+"""Lets every ``torch.fx`` tracer record a module as one node that calls it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def is_traced(x: Tensor) -> bool:
 
 
 def as_one_node(module: nn.Module, x: Any) -> Any:
-    """The node that calls ``module`` with ``x``, in place of what its forward does.
+    """A node that calls ``module`` with ``x``; its forward is not traced.
 
     Raises:
-        TraceError: when ``module`` is itself what is traced.
+        TraceError: ``module`` is the root of the trace.
     """
     path = x.tracer.path_of_module(module)
     if not path:

@@ -1,4 +1,4 @@
-"""Who can run a call: the ordered list of backends, the choice among them, and its report."""
+"""The ordered list of backends, the choice of one for a call, and the report on each."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class Backend(Protocol):
-    """What each module of this package offers."""
+    """The functions of every backend."""
 
     def unavailable(self) -> str | None:
-        """Why no call at all can run here, or None."""
+        """Why no call can run here, or None."""
 
     def can_run(self, x: Tensor) -> str | None:
         """Why a call with this input cannot run, or None.
 
         Raises:
-            ValueError: an environment variable that is read for it has a wrong value, which "auto"
-                must not pass by in silence.
+            ValueError: an environment variable for it has a wrong value. "auto" must not ignore
+                that silently.
         """
 
     def describe(self) -> str:
-        """One line on what runs, when available."""
+        """One line about the kernels, if the backend is available."""
 
 
 class FusedBackend(Backend, Protocol):
@@ -41,7 +41,18 @@ class FusedBackend(Backend, Protocol):
 
 
 class BackendStatus(NamedTuple):
-    """One backend: its name, whether it is available, and what it is or why it is not."""
+    """One backend, as :func:`backends` reports it.
+
+    ::
+
+        native = rf.backends()[0]
+        print(native.name, native.available, native.reason)
+
+    Attributes:
+        name: "native", "triton" or "reference".
+        available: whether it can run calls here.
+        reason: a description if it is available, else the reason why it is not.
+    """
 
     name: str
     available: bool
@@ -58,20 +69,20 @@ NAMES = ("auto", *_BACKENDS)
 
 
 def check_name(name: str, source: str) -> str:
-    """``name`` if it is a backend's or "auto"; ``source`` says in the error where it came from."""
+    """``name``, if it is a backend's or "auto"; the error names its ``source``."""
     if name not in NAMES:
         raise ValueError(f"{source}: expected one of {', '.join(NAMES)}, got {name!r}")
     return name
 
 
-# Checked when a call needs it, so that a wrong one does not keep the package from being imported.
+# Checked when a call needs it, so that a wrong value does not prevent the import.
 _default = os.environ.get("RESNEST_FUSED_BACKEND") or "auto"
 
 
 class use_backend:
-    """Let every call whose own backend is "auto" run on another one, from now on.
+    """Choose the backend of every call whose own backend is "auto", from now on.
 
-    In a ``with`` statement until its end, and as a decorator during calls of the function::
+    A ``with`` statement limits the choice to its block, a decorator to calls of its function::
 
         rf.use_backend("triton")
         with rf.use_backend("reference"):
@@ -111,7 +122,13 @@ class use_backend:
 
 
 def backends() -> list[BackendStatus]:
-    """Every backend in the order in which "auto" tries them, with the reason for its status."""
+    """The status of every backend, in the order in which "auto" tries them.
+
+    ::
+
+        for status in rf.backends():
+            print(status.name, status.available, status.reason)
+    """
     found = []
     for name, backend in _BACKENDS.items():
         reason = backend.unavailable()
@@ -123,8 +140,8 @@ def choose(name: str, x: Tensor) -> str:
     """The backend that runs this call: the named one, or the first that can.
 
     Raises:
-        ValueError: when there is no such backend, or a wrong value in the environment.
-        RuntimeError: when the named backend cannot run the call, with its reason.
+        ValueError: there is no such backend, or an environment variable has a wrong value.
+        RuntimeError: the named backend cannot run the call. The message gives the reason.
     """
     source = "backend"
     if name == "auto":
@@ -153,7 +170,7 @@ def _obstacle(name: str, x: Tensor) -> str | None:
 
 
 def _exports_to_onnx() -> bool:
-    # Asked second, as it imports the exporter.
+    # Last, because it imports the exporter.
     return (
         torch.compiler.is_exporting() or torch.jit.is_tracing()
     ) and torch.onnx.is_in_onnx_export()

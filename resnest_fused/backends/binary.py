@@ -1,9 +1,9 @@
 """Finds the compiled module ``_C`` that belongs to the package, without loading it.
 
-Installed, it stands beside the package's Python files. A package that stands beside its C++ and
-CUDA sources, in a checkout, takes it from where it is installed, if it was built from the same
-sources: it carries their hash. The table of ops, which C++ is generated from, counts as one. Only
-the standard library is imported, as ``setup.py`` runs this file for the hash.
+In an installed package it lies beside the Python files. In a checkout the package finds the
+installed one, if that was built from the same sources. The module contains their hash. The table of
+ops counts as a source, because C++ is generated from it. This file imports only the standard
+library, because ``setup.py`` runs it for the hash.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _TABLE = "resnest_fused/ops.py"
 
 
 def hash_sources(checkout: Path) -> str:
-    """The SHA-256 of all that the compiled module is made from, with the files' names."""
+    """The SHA-256 of the compiled module's sources and of their names."""
     digest = hashlib.sha256()
     sources = [path for path in checkout.glob("csrc/**/*") if path.suffix in _SUFFIXES]
     for path in (*sorted(sources), checkout / "csrc/generate_ops.py", checkout / _TABLE):
@@ -32,11 +32,11 @@ def hash_sources(checkout: Path) -> str:
 
 
 def find(package: Path) -> ModuleSpec | None:
-    """The compiled module for the package in this folder; None where it was installed without one.
+    """The compiled module for the package in this folder; None if it was installed without one.
 
     Raises:
-        ImportError: when the package stands beside its sources, and no compiled module that can be
-            found was built from them.
+        ImportError: the package lies beside its sources, and no compiled module on the path was
+            built from them.
     """
     csrc = package.parent / "csrc"
     if not (csrc / "ops.cpp").is_file():

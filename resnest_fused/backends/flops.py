@@ -1,8 +1,8 @@
 """The ops' FLOPs, for ``torch.utils.flop_counter.FlopCounterMode``.
 
-It counts products of matrices and convolutions alone. Of split attention these are the two FCs, 1x1
-convolutions of gap ``(B, C, 1, 1)``, counted here by PyTorch's own formulas: so a fused network's
-total is the unfused one's. The ops of single phases have none.
+PyTorch counts only matrix products and convolutions. In split attention these are the two FCs, 1x1
+convolutions of gap ``(B, C, 1, 1)``. PyTorch's own formulas count them here, so fused and unfused
+networks have the same total. The ops of single phases have none.
 """
 
 from __future__ import annotations
@@ -66,17 +66,17 @@ def _formula(op: Any) -> Any:
 
 
 def _maps(batch: int, groups: int, weight: Shape) -> tuple[list[int], list[int]]:
-    """The shapes of what an FC takes and gives."""
+    """The shapes of an FC's input and output."""
     outputs, group_inputs, *_ = weight
     return [batch, groups * group_inputs, 1, 1], [batch, outputs, 1, 1]
 
 
-# Of the ops of the same name, with tensors' shapes in the tensors' place.
+# Each is the formula of the op with its name. It receives shapes instead of tensors.
 FORMULAS = (split_attention, split_attention_train, split_attention_backward)
 
 
 def register(op: Any, formula: Callable[..., int]) -> None:
-    """Give an op its formula, where PyTorch can count at all."""
+    """Give an op its formula, if PyTorch can count FLOPs."""
     try:
         from torch.utils.flop_counter import flop_registry, register_flop_formula
     except Exception:  # it imports Triton, which may be broken

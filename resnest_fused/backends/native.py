@@ -19,10 +19,10 @@ from resnest_fused.backends.registration import bind
 
 
 def _load() -> ModuleType | None:
-    """Import the compiled module; None where the package was installed without one.
+    """Import the compiled module; None if the package was installed without one.
 
     Raises:
-        ImportError: when there is none that fits the package, or it cannot be loaded.
+        ImportError: no compiled module fits the package, or it cannot be loaded.
     """
     if binary.NAME not in sys.modules:
         spec = binary.find(Path(__file__).parents[1])
@@ -44,18 +44,18 @@ try:
         _missing = "the package was installed without its compiled module"
 except ImportError as error:
     _missing = str(error)
-    # Not only for those who ask backends(): without it all is many times slower.
+    # A warning, because everything is many times slower without the kernels.
     warnings.warn(f"resnest_fused runs without its C++ and CUDA kernels: {error}", stacklevel=2)
 
 
 def cuda_library() -> str | None:
-    """The file with the CUDA kernels, which is built and installed with the compiled module."""
+    """The file with the CUDA kernels, which lies beside the compiled module."""
     library = PathFinder.find_spec("resnest_fused._cuda", [str(Path(_C.__file__).parent)])
     return None if library is None else library.origin
 
 
 def _load_cuda() -> str | None:
-    """Load the CUDA kernels; why that is impossible, or None."""
+    """Load the CUDA kernels; returns why that is impossible, or None."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} has no CUDA"
     library = cuda_library()
@@ -85,7 +85,7 @@ def _read_environment() -> str | None:
     return None
 
 
-# Read on import and said when a call needs it, as RESNEST_FUSED_BACKEND is.
+# Read on import and reported when a call needs it, like RESNEST_FUSED_BACKEND.
 _wrong_environment = _read_environment() if _missing is None else None
 
 
@@ -112,8 +112,8 @@ def gpu_unavailable(index: int) -> str | None:
     return _gpu_unavailable(index)
 
 
-# The compiler shall not trace it: it would warn of the cache and look into what fills it. This is
-# what torch.compiler.assume_constant_result does, which would import the compiler here and now.
+# torch.compile must not trace this function, or it would warn about the cache. This attribute has
+# the effect of torch.compiler.assume_constant_result, without importing the compiler now.
 gpu_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -135,7 +135,7 @@ def _covers(archs: str, capability: tuple[int, int]) -> bool:
     for arch in archs.split():
         number, _, ptx = arch.partition("+")
         major, minor = map(int, number.split("."))
-        # Machine code runs on later GPUs of its major version, PTX becomes code for any later GPU.
+        # Machine code runs on later GPUs of its major version. PTX runs on any later GPU.
         if (major, minor) <= capability and (ptx or major == capability[0]):
             return True
     return False
@@ -148,7 +148,7 @@ def describe() -> str:
 
 
 def cuda_status() -> str:
-    """How the CUDA kernels were built or why not, and why they are not loaded."""
+    """How the CUDA kernels were built, or why they were not built or not loaded."""
     facts = build_info()
     if facts["cuda_archs"] and _cuda_missing is not None:
         return f"{facts['cuda_status']} but not loaded ({_cuda_missing})"
@@ -156,5 +156,5 @@ def cuda_status() -> str:
 
 
 if _C is not None:
-    # An attribute for each op: what torch.compile traces without a question.
+    # torch.compile can trace a module attribute, so each op becomes one.
     globals().update(bind("resnest_fused"))

@@ -1,9 +1,8 @@
 """Binds the table of ops to a namespace of PyTorch's: kernels, fake kernels, FLOP formulas.
 
-What PyTorch once registered stays for the whole process: an op cannot be defined twice, and graphs
-and modules hold it. So each function is called as its module has it by then: a module can be run
-again (``importlib.reload``, autoreload in a notebook) or be imported anew after its removal from
-``sys.modules``.
+A registration lasts for the whole process: an op cannot be defined twice, and graphs and modules
+hold it. But a notebook may reload a module, or a program may import it again after removing it from
+``sys.modules``. So each call looks up the current function in its module.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from resnest_fused.backends import flops
 
 
 def latest(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Takes an op's flat arguments and calls ``function``, as its module has it by then."""
+    """A function of an op's flat arguments; it calls the current version of ``function``."""
 
     def call(*args: Any, **_: Any) -> Any:
         run = getattr(sys.modules.get(function.__module__), function.__name__, function)
@@ -45,7 +44,7 @@ def _register_fake(name: str, fake: Callable[..., Any]) -> None:
 
     @torch.library.register_fake(name, allow_override=True)
     def checked(first: Tensor, *args: Any) -> Any:
-        # Beside a meta tensor PyTorch calls this, whatever the device of the others.
+        # One meta tensor suffices for PyTorch to call this, so the others are checked.
         for tensor in args:
             if isinstance(tensor, Tensor) and tensor.device != first.device:
                 raise RuntimeError(f"expected all tensors on {first.device}, got {tensor.device}")
