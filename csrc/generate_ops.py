@@ -1,6 +1,6 @@
 """Writes the C++ side of the ops' table: ``python csrc/generate_ops.py HEADER``.
 
-The header has the groups of arguments and of results as structs, the schemas, and functions with
+The header has the structs of arguments and of results, the schemas, and functions with
 the flat arguments that PyTorch's dispatcher passes. It is made at every build.
 """
 
@@ -41,7 +41,7 @@ using torch::stable::Tensor;
 
 {structs}
 
-// The ops as the dispatcher calls them. Calls has a function for each, which takes the groups.
+// The ops as the dispatcher calls them. Calls has a function for each, which takes the structs.
 template <typename Calls>
 struct FlatCalls {{
 {functions}
@@ -69,17 +69,17 @@ def _struct(name: str, fields: Iterable[tuple[str, str]]) -> str:
 
 
 def _structs(table: dict[str, Any]) -> Iterable[str]:
-    """Every group once."""
+    """Every struct once."""
     done = set()
     for op in table.values():
-        for group, _, arguments in ((p.group, p.name, p.arguments) for p in op.parameters):
-            if group is not None and group not in done:
-                done.add(group)
+        for struct, arguments in ((p.struct, p.arguments) for p in op.parameters):
+            if struct is not None and struct not in done:
+                done.add(struct)
                 kinds = (_TYPES[argument.kind] for argument in arguments)
-                yield _struct(group.__name__, zip(group._fields, kinds, strict=True))
-        if op.group_of_results is not None and op.group_of_results not in done:
-            done.add(op.group_of_results)
-            yield _struct(op.group_of_results.__name__, ((name, "Tensor") for name in op.results))
+                yield _struct(struct.__name__, zip(struct._fields, kinds, strict=True))
+        if op.struct_of_results is not None and op.struct_of_results not in done:
+            done.add(op.struct_of_results)
+            yield _struct(op.struct_of_results.__name__, ((name, "Tensor") for name in op.results))
 
 
 def _function(op: Any) -> str:
@@ -89,10 +89,10 @@ def _function(op: Any) -> str:
         moved = ", ".join(
             f"std::move({a.name})" if a.is_tensor else a.name for a in parameter.arguments
         )
-        group = parameter.group
-        values.append(moved if group is None else f"{group.__name__}{{{moved}}}")
+        struct = parameter.struct
+        values.append(moved if struct is None else f"{struct.__name__}{{{moved}}}")
     call = f"Calls::{op.name}({', '.join(values)})"
-    if op.group_of_results is None:
+    if op.struct_of_results is None:
         return f"  static Tensor {op.name}({flat}) {{\n    return {call};\n  }}"
     tensors = ", ".join(["Tensor"] * len(op.results))
     results = ", ".join(f"std::move(results.{name})" for name in op.results)

@@ -1,7 +1,7 @@
 """The table of ops: the arguments, the results, and the shapes of the results.
 
 Each public function below is one op. Its parameters are the op's arguments: single values, or
-groups of values, which the op takes in order. Its return type names the results. Its body
+structs of values, which the op takes in order. Its return type names the results. Its body
 is the op's fake kernel: it makes results of the right shape, dtype and strides, without data.
 
 Everything that knows an op's signature reads it here: the schemas, the C++ structs
@@ -17,7 +17,7 @@ from typing import Annotated, Any, NamedTuple, get_args, get_origin
 import torch
 from torch import Tensor
 
-# --- groups of arguments
+# --- structs of arguments
 
 _DIFFERENTIABLE = "differentiable"
 Differentiable = Annotated[Tensor, _DIFFERENTIABLE]
@@ -152,10 +152,10 @@ class Argument(NamedTuple):
 
 
 class Parameter(NamedTuple):
-    """One parameter of an op's function: a single argument, or a group of them."""
+    """One parameter of an op's function: a single argument, or a struct of them."""
 
     name: str
-    group: type[Any] | None
+    struct: type[Any] | None
     arguments: tuple[Argument, ...]
 
 
@@ -178,7 +178,7 @@ class Op:
         parameters: its parameters.
         arguments: of all parameters, in the order of the schema.
         results: the names of the results; none where the result is a single tensor.
-        group_of_results: the type that holds several results, else None.
+        struct_of_results: the type that holds several results, else None.
         differentiable: picks the differentiable arguments from the flat ones, in their order.
         tensors: picks the tensors.
         others: picks all arguments that are not tensors.
@@ -192,7 +192,7 @@ class Op:
         self.parameters = tuple(_read(p.name, p.annotation) for p in signature.parameters.values())
         self.arguments = tuple(a for p in self.parameters for a in p.arguments)
         result = signature.return_annotation
-        self.group_of_results: type[Any] | None = None if result is Tensor else result
+        self.struct_of_results: type[Any] | None = None if result is Tensor else result
         self.results: tuple[str, ...] = getattr(result, "_fields", ())
         places = range(len(self.arguments))
         of_tensors = [i for i in places if self.arguments[i].is_tensor]
@@ -259,7 +259,7 @@ def _unpacker(parameters: Sequence[Parameter]) -> Callable[[Sequence[Any]], tupl
     made = []
     for parameter in parameters:
         values = ", ".join(f"args[{next(places)}]" for _ in parameter.arguments)
-        made.append(f"{parameter.group.__name__}({values})" if parameter.group else values)
+        made.append(f"{parameter.struct.__name__}({values})" if parameter.struct else values)
     return eval(f"lambda args: ({', '.join(made)},)")
 
 
