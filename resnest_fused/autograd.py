@@ -129,13 +129,19 @@ class _SplitAttention(torch.autograd.Function):
         return (None, *_TRAIN.gradients(by_name))
 
 
-def _known(bn: NormArguments, group: str | None = None) -> BatchNormArgs | None:
+def _known(bn: NormArguments, process_group: str | None = None) -> BatchNormArgs | None:
     """The norm that these saved tensors belong to, without running statistics to update."""
     if bn.mean is None:
         return None
     mean, var = (None, None) if bn.batch_stats else (bn.mean, bn.var)
     return BatchNormArgs(
-        bn.weight, bn.bias, mean, var, eps=bn.eps, batch_stats=bn.batch_stats, process_group=group
+        bn.weight,
+        bn.bias,
+        mean,
+        var,
+        eps=bn.eps,
+        batch_stats=bn.batch_stats,
+        process_group=process_group,
     )
 
 
@@ -198,11 +204,11 @@ def attend(
     # Dynamo may hold eps as a symbol, so it becomes a float before the Functions.
     norm = norm._replace(eps=float(norm.eps), batch_stats=False)
     if batch_stats:
-        group = None if bn0 is None else bn0.process_group
+        process_group = None if bn0 is None else bn0.process_group
         with torch.no_grad():
-            statistics = _batch_statistics(kernels(backend), x.x, group)
+            statistics = _batch_statistics(kernels(backend), x.x, process_group)
         norm = norm._replace(mean=statistics.mean, var=statistics.var)
-        shared = _Shared(True, statistics.elements, group)
+        shared = _Shared(True, statistics.elements, process_group)
     args = (*x, *norm)
     if _records(_POOL, args):
         gap, *carriers = _Pool.apply(backend, *shared, *args)
@@ -228,13 +234,13 @@ class _Shared(NamedTuple):
         return _known(bn0._replace(batch_stats=self.batch_stats), self.process_group)
 
 
-def _batch_statistics(run: FusedBackend, x: Tensor, group: str | None) -> Statistics:
+def _batch_statistics(run: FusedBackend, x: Tensor, process_group: str | None) -> Statistics:
     batch, _, height, width = x.shape
     mean, var = run.batch_statistics(x)
     count = batch * height * width
-    if group is None:
+    if process_group is None:
         return Statistics(mean, var, count)
-    return Statistics(*sync.combine_statistics(mean, var, count, group))
+    return Statistics(*sync.combine_statistics(mean, var, count, process_group))
 
 
 class _Pool(torch.autograd.Function):
@@ -246,7 +252,7 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        backend: str, batch_stats: bool, elements: Any, group: str | None, *args: Any
+        backend: str, batch_stats: bool, elements: Any, process_group: str | None, *args: Any
     ) -> Any:
         gap = kernels(backend).pool(*args)
         m, _ = _POOL.unpack(args)
@@ -261,12 +267,12 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.backend, batch_stats, elements, group, *args = inputs
+        ctx.backend, batch_stats, elements, process_group, *args = inputs
         ctx.set_materialize_grads(False)
         counted = elements if isinstance(elements, Tensor) else None
         ctx.save_for_backward(*_POOL.tensors(args), counted)
         ctx.others = _POOL.others(args)
-        ctx.shared = _Shared(batch_stats, None if counted is not None else elements, group)
+        ctx.shared = _Shared(batch_stats, None if counted is not None else elements, process_group)
 
     @staticmethod
     def backward(
@@ -302,7 +308,7 @@ class _Pool(torch.autograd.Function):
         run = kernels(ctx.backend)
         grads = {}
         mean_dz = mean_dz_xhat = None
-        batch_stats, group = ctx.shared.batch_stats, ctx.shared.process_group
+        batch_stats, process_group = ctx.shared.batch_stats, ctx.shared.process_group
         if needed["bn0_weight"] or needed["bn0_bias"] or (needed["x"] and batch_stats):
             if sums is None:
                 _, sums = run.pool_backward(dout, *args)
@@ -316,8 +322,8 @@ class _Pool(torch.autograd.Function):
             if batch_stats:
                 elements = ctx.shared.elements if counted is None else counted
                 totals = torch.stack((dbias, dweight))
-                if group is not None:
-                    totals = sync.all_reduce(totals, group)
+                if process_group is not None:
+                    totals = sync.all_reduce(totals, process_group)
                 mean_dz, mean_dz_xhat = (totals / elements).to(dgap.dtype).unbind()
         if needed["x"]:
             grads["x"] = run.recombine_backward(dout, *args, attention, dgap, mean_dz, mean_dz_xhat)
@@ -332,7 +338,7 @@ class _Recombine(torch.autograd.Function):
         backend: str,
         batch_stats: bool,
         elements: Any,
-        group: str | None,
+        process_group: str | None,
         of_dout: Tensor | None,
         of_attention: Tensor | None,
         of_sums: Tensor | None,
@@ -342,11 +348,11 @@ class _Recombine(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.backend, batch_stats, _, group, _, _, _, *args = inputs
+        ctx.backend, batch_stats, _, process_group, _, _, _, *args = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*_RECOMBINE.tensors(args))
         ctx.others = _RECOMBINE.others(args)
-        ctx.shared = _Shared(batch_stats, None, group)
+        ctx.shared = _Shared(batch_stats, None, process_group)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None) -> Any:

@@ -8,30 +8,30 @@ import torch
 from torch import Tensor
 
 
-def all_reduce(tensor: Tensor, group: str) -> Tensor:
+def all_reduce(tensor: Tensor, process_group: str) -> Tensor:
     """The sum over the process group; its gradient is the sum of all processes' gradients."""
-    return _AllReduce.apply(tensor, group)
+    return _AllReduce.apply(tensor, process_group)
 
 
 class _AllReduce(torch.autograd.Function):
     @staticmethod
-    def forward(tensor: Tensor, group: str) -> Tensor:
+    def forward(tensor: Tensor, process_group: str) -> Tensor:
         from torch.distributed import _functional_collectives as collectives
 
-        name: Any = group  # newer versions have a type for it
+        name: Any = process_group  # newer versions have a type for it
         return collectives.wait_tensor(collectives.all_reduce(tensor, "sum", name))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.group = inputs[1]
+        ctx.process_group = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, dsum: Tensor) -> Any:
-        return all_reduce(dsum, ctx.group), None
+        return all_reduce(dsum, ctx.process_group), None
 
 
 def combine_statistics(
-    mean: Tensor, var: Tensor, count: int, group: str
+    mean: Tensor, var: Tensor, count: int, process_group: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Combine each process's mean, biased variance and count over all processes; differentiable.
 
@@ -39,8 +39,8 @@ def combine_statistics(
     lose digits.
     """
     counts = mean.new_full((1,), count)
-    sums = all_reduce(torch.cat((mean * count, counts)), group)
+    sums = all_reduce(torch.cat((mean * count, counts)), process_group)
     total = sums[-1]
     common = sums[:-1] / total
-    squares = all_reduce((var + (mean - common).square()) * count, group)
+    squares = all_reduce((var + (mean - common).square()) * count, process_group)
     return common, squares / total, total
