@@ -1,17 +1,17 @@
-// Every op's arguments checked and its results allocated, once for all devices.
+// Checks every op's arguments and allocates its results, once for all devices.
 //
-// What a device adds is a type K with the static functions below. They receive checked tensors on
-// one device: maps in the problem's layout, all others contiguous. Every result is fresh, and they
-// write all of it.
+// A device adds a type K with the static functions below. They receive checked tensors on one
+// device: maps in the problem's layout, all others contiguous. Every result is a fresh tensor, and
+// they write all of it.
 //
 //   All phases; train is null in evaluation.
 //     forward(const Map&, const Mlp&, const Tensor& out, const TrainResults* train)
-//   Its gradients. Statistics are in the norms, those of the batch too.
+//   Its gradients. The norms have all statistics, those of the batch too.
 //     backward(const Map&, const Mlp&, const Tensor& dout, const SavedArguments&,
 //              const GradientResults&)
 //
-//   One phase each. mean_dz and mean_dz_xhat, the means of dz and of dz * xhat over batch and
-//   pixels, are given where bn0's statistics are the batch's.
+//   One phase each. mean_dz and mean_dz_xhat are the means of dz and of dz * xhat over batch and
+//   pixels. They are given if bn0's statistics are the batch's.
 //     batch_statistics(const Map&, const Tensor& mean, const Tensor& var)
 //     pool(const Map&, const Tensor& gap)
 //     recombine(const Map&, const Tensor& attention, const Tensor& out)
@@ -161,7 +161,7 @@ struct Calls {
     return results;
   }
 
-  // Without mean_dz and mean_dz_xhat for frozen statistics.
+  // mean_dz and mean_dz_xhat are absent if bn0's statistics are frozen.
   static Tensor recombine_backward(Tensor dout, MapArguments map_args, NormArguments bn0,
                                    Tensor attention, Tensor dgap, std::optional<Tensor> mean_dz,
                                    std::optional<Tensor> mean_dz_xhat) {
@@ -185,10 +185,12 @@ struct Calls {
 
  private:
   static void check_no_batch_stats(const char* name, const NormArguments& bn) {
-    STD_TORCH_CHECK(!bn.batch_stats, name, "_batch_stats: expected False, and the statistics");
+    STD_TORCH_CHECK(!bn.batch_stats, name,
+                    "_batch_stats: expected False, as this op takes statistics only as mean and "
+                    "var");
   }
 
-  // The map of an op that takes no statistics itself.
+  // The map of an op that computes no batch statistics itself.
   static Map make_phase_map(MapArguments args, NormArguments bn0) {
     check_no_batch_stats("bn0", bn0);
     return make_map(std::move(args), std::move(bn0));

@@ -97,13 +97,13 @@ void take_norm(const std::string& name, NormArguments& norm, int64_t features, i
   take_parameter((name + "_mean").c_str(), norm.mean, features, x);
   take_parameter((name + "_var").c_str(), norm.var, features, x);
   STD_TORCH_CHECK(!is_present(norm) || (norm.batch_stats ? norm.eps > 0 : norm.eps >= 0), name,
-                  "_eps: expected more than 0 with batch statistics and not less without, got ",
+                  "_eps: expected more than 0 with batch statistics, else at least 0, got ",
                   norm.eps);
   STD_TORCH_CHECK(!norm.batch_stats || elements != 1, name,
                   ": expected more than 1 value per channel when training");
 }
 
-// The map that x is; cardinality 1 and no FCs.
+// The problem of a map alone, with cardinality 1 and no FCs.
 Problem make_problem(const Tensor& x, int64_t radix) {
   STD_TORCH_CHECK(x.dim() == 4, "x: expected 4 dimensions, got ", x.dim());
   STD_TORCH_CHECK(radix >= 1, "radix: expected at least 1, got ", radix);
@@ -177,7 +177,7 @@ void take_sums(const char* name, Tensor& sums, std::initializer_list<int64_t> si
                const Problem& problem, const Tensor& x) {
   check_shape(name, sums, sizes, x);
   STD_TORCH_CHECK(sums.scalar_type() == problem.acc(), name,
-                  ": expected float32, float64 beside a float64 x");
+                  ": expected float32, or float64 if x is float64");
   sums = in_layout(sums, Layout::kNchw);
 }
 

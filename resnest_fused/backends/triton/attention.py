@@ -34,7 +34,7 @@ def multiply(
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """sum_d a[m, d] b[d, n], with d so many elements apart; in ascending order of d."""
+    """sum_d a[m, d] b[d, n], in ascending order of d; the steps are strides of d in elements."""
     d = tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for first in range(0, depth, BLOCK_D):
@@ -48,7 +48,7 @@ def multiply(
 
 @triton.jit
 def locate_product(program, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Of a program its group, its rows and its first column; programs go on by column first."""
+    """A program's group, rows and first column. The next program takes the next columns."""
     across = tl.cdiv(columns, BLOCK_N)
     down = tl.cdiv(rows, BLOCK_M)
     m = ((program // across) % down) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -79,9 +79,9 @@ def hidden_kernel(
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """hidden = fc1(gap), and, where bn1 has its statistics already, u = relu(bn1(hidden)).
+    """hidden = fc1(gap) and, unless bn1 takes batch statistics, u = relu(bn1(hidden)).
 
-    Grid: tiles of samples and of a group's outputs, by group.
+    Grid: for each group, tiles of samples by outputs.
     """
     group, m, first = locate_product(tl.program_id(0), batch, outputs, BLOCK_M, BLOCK_N)
     n = (first + tl.arange(0, BLOCK_N))[None, :]
@@ -132,7 +132,7 @@ def batch_norm_kernel(
     Grid: blocks of features.
     """
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
-    # Distances from the first sample's, so that no sum cancels.
+    # The sums are of distances from the first sample, so that they do not cancel.
     origin = tl.load(hidden + f, mask=f < inter * tl.minimum(batch, 1), other=0)
     total = tl.zeros((BLOCK_ROWS, BLOCK_F), ACC)
     for first in range(0, batch, BLOCK_ROWS):
@@ -176,10 +176,10 @@ def attention_kernel(
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """attention = r-softmax(fc2(u)); of radix 1 it is a sigmoid.
+    """attention = r-softmax(fc2(u)); with radix 1 a sigmoid.
 
-    Grid: tiles of samples and of a group's channels, by group. A tile has BLOCK_N channels in each
-    of SPLITS splits, the radix or the next power of two.
+    Grid: for each group, tiles of samples by channels. A tile has BLOCK_N channels of each of
+    SPLITS splits. SPLITS is the radix, rounded up to a power of two.
     """
     group, m, first = locate_product(tl.program_id(0), batch, outputs, BLOCK_M, BLOCK_N)
     j = tl.arange(0, SPLITS * BLOCK_N)[None, :]
@@ -217,7 +217,7 @@ def attention_kernel(
 def attention(
     m: Map, gap: Tensor, mlp: Mlp, hidden: Tensor | None, statistics: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    """attention (B, R, C); ``hidden`` and bn1's batch ``statistics`` are filled where given."""
+    """attention (B, R, C); ``hidden`` and bn1's batch ``statistics`` are filled if given."""
     block, acc = launch.PRODUCT, launch.acc(m.x)
     u, result = m.empty(m.batch, mlp.fcs.inter), m.empty(m.batch, m.radix, m.channels)
     launch.run(
@@ -291,9 +291,9 @@ def product_kernel(
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """result[g, m, n] = sum_d a[g, m, d] b[g, d, n], with each one's distances in elements.
+    """result[g, m, n] = sum_d a[g, m, d] b[g, d, n]; the strides are in elements.
 
-    Grid: tiles of the result, by group.
+    Grid: for each group, tiles of the result.
     """
     group, m, first = locate_product(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N)
     n = (first + tl.arange(0, BLOCK_N)).to(tl.int64)[None, :]
@@ -335,8 +335,9 @@ def batch_norm_backward_kernel(
     BLOCK_F: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """From du through the ReLU and bn1 to dhidden, with bn1's gradients and fc1's bias', and u
-    again for fc2's weight gradient.
+    """dhidden from du, and the gradients of bn1 and of fc1's bias.
+
+    Computes u again, which fc2's weight gradient needs.
 
     Grid: blocks of features.
     """
@@ -389,7 +390,7 @@ def sum_over_batch_kernel(
     BLOCK_F: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Grid: blocks of features."""
+    """The sum over b of values[b, f]. Grid: blocks of features."""
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
     total = tl.zeros((BLOCK_ROWS, BLOCK_F), ACC)
     for first in range(0, batch, BLOCK_ROWS):
@@ -401,7 +402,7 @@ def sum_over_batch_kernel(
 
 
 class Gradients(NamedTuple):
-    """Where the gradients go; None where not wanted."""
+    """Where the gradients go; None if not wanted."""
 
     fc1_weight: Tensor | None
     fc1_bias: Tensor | None
@@ -420,9 +421,9 @@ def attention_backward(
     dlogits: Tensor,
     grads: Gradients,
 ) -> None:
-    """Fill the gradients from those of the logits (B, K, R, C/K)."""
+    """Fill ``grads`` from the gradients of the logits (B, K, R, C/K)."""
     batch, inter, channels, groups = m.batch, mlp.fcs.inter, m.channels, mlp.fcs.cardinality
-    inputs, hiddens = mlp.group_channels, mlp.group_inter  # of a group
+    inputs, hiddens = mlp.group_channels, mlp.group_inter  # per group
     outputs = m.radix * inputs
     columns, acc = launch.COLUMNS, launch.acc(m.x)
     du, dhidden, u = (m.empty(batch, inter) for _ in range(3))
@@ -486,11 +487,11 @@ def product(
     sizes: tuple[int, int, int, int],
     acc: tl.dtype,
 ) -> None:
-    """A matrix product by group, into ``result``.
+    """One matrix product for each group, into ``result``.
 
-    Operands come with their distances from group to group, from one row of a or column of b to the
-    next, and along the depth; the result with those of groups and rows. ``sizes`` are groups, rows,
-    columns and depth.
+    The tensors come with their strides in elements: a with those of groups, rows and depth, b with
+    those of groups, columns and depth, the result with those of groups and rows. ``sizes`` are
+    groups, rows, columns and depth.
     """
     groups, rows, columns, depth = sizes
     block = launch.PRODUCT

@@ -1,4 +1,4 @@
-"""The Triton backend: who can run on it, and its ops."""
+"""The Triton backend: its ops, and which calls it can run."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Of an NVIDIA GPU; Triton compiles the kernels for no older one.
+# The least compute capability of an NVIDIA GPU for which Triton compiles the kernels.
 OLDEST_GPU = (7, 5)
 
 
 def _load() -> tuple[Any, dict[str, Any], str | None]:
-    """What the kernels know of Triton, the ops by name, and why they cannot be had."""
+    """The module ``compat``, the ops by name, and why there are none or None."""
     try:
         if importlib.util.find_spec("triton") is None:
             return None, {}, "Triton is not installed"
@@ -24,7 +24,7 @@ def _load() -> tuple[Any, dict[str, Any], str | None]:
         if reason is not None:
             return compat, {}, reason
         ops = importlib.import_module("resnest_fused.backends.triton.ops")
-    except Exception as error:  # whatever is wrong with it, the other backends do without
+    except Exception as error:  # of any kind: the other backends work without Triton
         return None, {}, f"Triton cannot be imported ({error})"
     return compat, ops.BOUND, None
 
@@ -52,7 +52,7 @@ def interpreted() -> bool:
 def can_run(x: Tensor) -> str | None:
     if _missing is not None:
         return _missing
-    if x.is_meta:  # there the ops trace through their fake kernels
+    if x.is_meta:  # its ops are the fake kernels, which run anywhere
         return None
     reason = gpu_unavailable(x.device.type, x.device.index)
     if reason is None:

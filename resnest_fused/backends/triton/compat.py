@@ -1,4 +1,4 @@
-"""What the kernels need to know of Triton and its settings, and what differs between versions."""
+"""What the kernels need to know of Triton's version and settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def too_old() -> str | None:
     return None
 
 
-# Whether kernels run in Triton's interpreter, on tensors of the CPU; known when they are defined.
+# Whether kernels run in Triton's interpreter, on CPU tensors. It is fixed when they are defined.
 INTERPRETED: bool = too_old() is None and triton.knobs.runtime.interpret
 
 
@@ -32,10 +32,10 @@ def wrong_environment() -> str | None:
 
 
 def autotunes() -> bool:
-    """Whether block sizes are to be found by timing."""
+    """Whether block sizes are found by timing."""
     return os.environ.get("RESNEST_FUSED_AUTOTUNE") == "1" and not INTERPRETED
 
 
 def cache_folder() -> str:
-    """Where Triton keeps what it compiled."""
+    """Where Triton keeps compiled kernels."""
     return triton.knobs.cache.dir

@@ -1,10 +1,9 @@
 """How kernels are launched: block sizes and warps by phase and shape, and their tuning.
 
-The table decides by shape alone and not by the batch, so that in evaluation a sample's result does
-not depend on its batch; no kernel's sums depend on the order in which programs run. With
-``RESNEST_FUSED_AUTOTUNE=1`` a phase that walks over a feature map is timed with several block sizes
-at its first call of a kind, and the fastest is kept, also in a file beside Triton's cache. While a
-CUDA graph is captured nothing is timed.
+Block sizes depend on the map's shape, but not on the batch. So in evaluation a sample's result does
+not depend on its batch. No kernel's sums depend on the order in which programs run. With
+``RESNEST_FUSED_AUTOTUNE=1`` a phase over a new kind of map is timed with several block sizes. The
+fastest is kept, also in a file in Triton's cache. Nothing is timed while a CUDA graph is captured.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from resnest_fused.backends.triton.problem import Map
 
 Result = TypeVar("Result")
 
-# Elements of a split that a program takes, of which each of its threads holds 32 or 16 of every
-# map; not measured on a GPU yet.
+# Elements of each split per program. A thread then holds 32 or 16 elements of every map. These
+# sizes were not measured on a GPU yet.
 ELEMENTS = {
     "statistics": 4096,
     "pool": 4096,
@@ -37,26 +36,26 @@ ELEMENTS = {
     "recombine": 4096,
     "recombine_backward": 2048,
 }
-# What is tried when tuning.
+# The sizes that tuning tries.
 CANDIDATES = (1024, 2048, 4096, 8192)
-# In channels_last so many bytes of neighbouring channels make whole memory transactions.
+# In channels_last this many bytes of neighbouring channels fill whole memory transactions.
 CHANNEL_BYTES = 128
 NCHW_PIXELS = 1024
-# Of narrow vectors a program takes fewer elements, but not less than a few for each thread.
+# With narrow vectors a program takes fewer elements, but still a few for each thread.
 LEAST_ELEMENTS = 512
-# With fewer programs than that, a GPU has processors without any.
+# With fewer programs, some processors of a GPU would have none.
 PROGRAMS = 1024
 
 
 class MapBlock(NamedTuple):
-    """Of a program its channels and pixels of one sample, and its warps."""
+    """A program's channels and pixels of one sample, and its number of warps."""
 
     channels: int
     pixels: int
     num_warps: int
 
     def tiles(self, channels: int, pixels: int) -> tuple[int, int]:
-        """How many blocks of channels, and tiles of pixels."""
+        """The numbers of channel blocks and of pixel tiles."""
         return triton.cdiv(channels, self.channels), triton.cdiv(pixels, self.pixels)
 
     def options(self) -> dict[str, int]:
@@ -103,25 +102,25 @@ class ProductBlock(NamedTuple):
 
 COLUMNS = ColumnBlock(rows=32, features=32, num_warps=4)
 PRODUCT = ProductBlock(m=16, n=64, depth=32, num_warps=4, num_stages=3)
-# Elements that a program takes of what is small and flat.
+# Elements per program of small flat arrays.
 FLAT_BLOCK = 256
 
 
 def acc(x: Tensor) -> tl.dtype:
-    """In which kernels sum what they load."""
+    """The dtype in which kernels add."""
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
 def alignment(m: Map) -> int:
-    """Of how many elements, up to 16, a row of x and of out is a multiple."""
+    """The largest power of two, up to 16, that divides the length of a row of x and of out."""
     return math.gcd(m.channels if m.nhwc else m.pixels, 16)
 
 
 def map_block(m: Map, elements: int) -> MapBlock:
-    """About so many elements, the most of them one behind the other in memory."""
+    """A block of about this many elements, contiguous in memory as far as possible."""
     itemsize = m.x.element_size()
     if alignment(m) * itemsize < 16:
-        # A thread loads narrower vectors, so more of them, with more coefficients of channels.
+        # A thread loads more, narrower vectors, and then needs more channels' coefficients.
         elements = max(elements * alignment(m) * itemsize // 16, LEAST_ELEMENTS)
     if m.nhwc:
         block_c = min(triton.next_power_of_2(m.channels), CHANNEL_BYTES // itemsize)
@@ -146,20 +145,20 @@ def map_options(m: Map, block: MapBlock) -> dict[str, Any]:
 
 
 def samples_per_program(batch: int, programs: int) -> int:
-    """How many samples a program takes where each has so many programs."""
+    """How many samples a program takes, if one sample is the work of ``programs`` programs."""
     chunks = min(max(batch, 1), triton.cdiv(PROGRAMS, programs))
     return max(triton.cdiv(batch, chunks), 1)
 
 
 def run(kernel: Any, programs: int, arguments: tuple[Any, ...], **options: Any) -> None:
-    """Launch so many programs, if any; ``options`` are more arguments and the launch's own."""
+    """Launch this many programs, if any; ``options`` are more arguments and the launch's own."""
     if programs > 0:
-        # Without contraction, which compilers choose kernel by kernel: tl.fma is where it is meant.
+        # No contraction: it would differ between kernels. They call tl.fma where they mean it.
         kernel[(programs,)](*arguments, **options, enable_fp_fusion=False)
 
 
 def best(phase: str, m: Map, call: Callable[[MapBlock], Result]) -> Result:
-    """``call`` with the block for this phase and map."""
+    """Run ``call`` with the block for this phase and map."""
 
     if not autotunes():
         return call(map_block(m, ELEMENTS[phase]))
@@ -178,7 +177,7 @@ def best(phase: str, m: Map, call: Callable[[MapBlock], Result]) -> Result:
 
 
 def _key(phase: str, m: Map) -> str:
-    """What the choice may depend on: not the batch."""
+    """All that the choice depends on; the batch is not part of it."""
     dtype = str(m.x.dtype).removeprefix("torch.")
     layout = "nhwc" if m.nhwc else "nchw"
     form = "bn0" if m.bn0.mean is not None else "relu" if m.relu else "plain"
@@ -193,7 +192,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _time(call: Callable[[], object]) -> float:
-    """Its median in milliseconds."""
+    """The median time of a call in milliseconds."""
     return float(triton.testing.do_bench(call, warmup=10, rep=40, return_mode="median"))
 
 
@@ -210,7 +209,7 @@ def _tuned() -> dict[str, int]:
     """Elements by key, as found so far."""
     try:
         found = json.loads(_file().read_text())
-    except (OSError, ValueError):  # not there, or not whole
+    except (OSError, ValueError):  # absent, or damaged
         return {}
     if not isinstance(found, dict):
         return {}
@@ -220,7 +219,7 @@ def _tuned() -> dict[str, int]:
 def _save() -> None:
     path = _file()
     part = path.with_suffix(f".{os.getpid()}")
-    with contextlib.suppress(OSError):  # where nothing can be written, each process finds its own
+    with contextlib.suppress(OSError):  # where nothing can be written, each process tunes anew
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(json.dumps(_tuned(), indent=1, sort_keys=True) + "\n")
         part.replace(path)

@@ -1,7 +1,8 @@
 """How the programs of a kernel walk over a feature map: each takes one tile of one sample.
 
 A tile is BLOCK_C channels by BLOCK_P pixels of ``out`` and so of every split of x. Programs are
-numbered by sample, then by tile of pixels, then by block of channels.
+numbered by sample, then by tile of pixels, then by block of channels. Kernels count the memory that
+they read and write in units: one unit is as many bytes as ``out`` has.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def locate(program, channels, pixels, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Of a program its sample, its tile of pixels, its channels and its pixels."""
+    """A program's sample, tile of pixels, channels and pixels."""
     blocks = tl.cdiv(channels, BLOCK_C)
     tiles = tl.cdiv(pixels, BLOCK_P)
     tile = (program // blocks) % tiles
@@ -24,9 +25,9 @@ def locate(program, channels, pixels, BLOCK_C: tl.constexpr, BLOCK_P: tl.constex
 
 @triton.jit
 def aligned(channels, pixels, NHWC: tl.constexpr, ALIGN: tl.constexpr):
-    """The sizes, of which the one that is contiguous in memory is a multiple of ALIGN.
+    """The same sizes; the compiler now knows that ALIGN divides the one contiguous in memory.
 
-    Triton sees that by itself for 16 only, and without it loads element by element.
+    By itself Triton detects multiples of 16 only. For all others it would load single elements.
     """
     if ALIGN > 1:
         if NHWC:
@@ -38,7 +39,7 @@ def aligned(channels, pixels, NHWC: tl.constexpr, ALIGN: tl.constexpr):
 
 @triton.jit
 def at(sample, f, p, features, pixels, NHWC: tl.constexpr):
-    """Where feature f, pixel p of a sample lies in a map of so many features."""
+    """The offset of feature f, pixel p of a sample in a map with this many features."""
     first = sample * features * pixels
     f = f.to(tl.int64)[:, None]
     p = p.to(tl.int64)[None, :]

@@ -94,7 +94,7 @@ def split_attention_backward(
         m.relu or not (needed[1] or needed[2]),
         "needed: bn0 has no gradients where it is not given",
     )
-    # They have the shapes of the fake kernel's.
+    # The fake kernel makes empty tensors of the right shapes, here for all but dx.
     grads = ops.split_attention_backward(dout, map, bn0, fcs, bn1, saved, [False, *needed[1:]])
     wanted = GradientResults._make(grad if grad.numel() > 0 else None for grad in grads)
     dlogits = m.empty(m.batch, fcs.cardinality, m.radix, m.channels // fcs.cardinality)
@@ -194,7 +194,7 @@ def recombine_backward(
 
 
 def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
-    """Kernels are launched on the current device, which that of the first tensor becomes."""
+    """Make the first tensor's device current, because Triton launches on the current device."""
 
     def run(first: Tensor, *args: Any) -> Any:
         guard = torch.accelerator.device_index(first.device.index)
@@ -205,7 +205,7 @@ def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 for _op in ops.TABLE.values():
-    # Defined once in a process, and kept by PyTorch.
+    # PyTorch keeps an op for the whole process, and allows no second definition.
     if not hasattr(getattr(torch.ops, NAMESPACE), _op.name):
         _name, _, _signature = _op.schema.partition("(")
         torch.library.define(f"{NAMESPACE}::{_name}", f"({_signature}")

@@ -12,7 +12,7 @@ from resnest_fused.backends.triton.map import aligned, at, locate
 from resnest_fused.backends.triton.problem import Map
 from resnest_fused.backends.triton.prologue import norm_at, preactivation, relu, relu_backward
 
-# Sums of the prologue's form, by their places: S1 to S4 of prologue_backward_kernel.
+# With a prologue the sums are S1 to S4 of prologue_backward_kernel, in this order.
 PROLOGUE_SUMS = 4
 
 
@@ -68,7 +68,7 @@ def pool_finish_kernel(
 ):
     """gap[b,c] = sum_t partial[b,t,c].
 
-    Grid: programs of BLOCK (b, c).
+    Grid: blocks of BLOCK pairs (b, c).
     """
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < batch.to(tl.int64) * channels
@@ -141,7 +141,7 @@ def pool_backward_kernel(
                 bn0_weight, bn0_bias, bn0_mean, bn0_var, f, c < channels, EPS, ACC
             )
             n = preactivation(value, gamma, beta, center, invstd)
-            # What the ReLU stops is taken out of both factors: 0 times infinity is no 0.
+            # The ReLU's mask zeroes both factors, because 0 times infinity is NaN.
             m = tl.where(inside, relu_backward(tl.full(n.shape, 1, ACC), n), 0)
             passed_g = relu_backward(g, n)
             passed_x = tl.where(inside, relu_backward(value - center[:, None], n), 0)
@@ -160,7 +160,7 @@ def pool_backward_finish_kernel(
     partial,  # (B, tiles, kinds, R, C)
     bn0_weight,  # (R*C) or None
     bn0_bias,  # (R*C) or None
-    attention,  # (B, R, C); with dlogits
+    attention,  # (B, R, C), needed for dlogits
     sums,  # (B, 4, R, C) or None, without a prologue
     dattention,  # (B, R, C)
     dlogits,  # (B, K, R, C/K) or None
@@ -173,12 +173,12 @@ def pool_backward_finish_kernel(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """From the partial sums to the gradients of the attention and, where asked for, of the logits.
+    """The gradients of the attention and, if asked for, of the logits, from the partial sums.
 
     dattention = sum_p dout z = gamma S3 + beta S1, or without a prologue the sum itself;
-    dlogits = a (da - sum_r a da), with radix 1, a sigmoid's, a (1 - a) da.
+    dlogits = a (da - sum_r a da), or with radix 1, for the sigmoid, a (1 - a) da.
 
-    Grid: programs of BLOCK (b, c).
+    Grid: blocks of BLOCK pairs (b, c).
     """
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < batch.to(tl.int64) * channels
@@ -220,7 +220,7 @@ def _dattention(
     RELU: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Of samples b, features f; the sums over all pixels go to ``sums``, where given."""
+    """dattention of samples b, features f. The sums over all pixels go to ``sums``, if given."""
     if RELU:
         from_ = partial + b * tiles * 4 * features + f
         s1 = _over_tiles(from_, 4 * features, tiles, inside)

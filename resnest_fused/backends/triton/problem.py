@@ -47,7 +47,7 @@ class Map(NamedTuple):
         return empty_sums(self.x, *shape)
 
     def with_statistics(self, mean: Tensor, var: Tensor) -> Map:
-        """The same with statistics that bn0 now has."""
+        """The same map, in which bn0 has these statistics."""
         return self._replace(bn0=self.bn0._replace(mean=mean, var=var))
 
 
@@ -74,11 +74,14 @@ def check(fits: bool, message: str) -> None:
 
 
 def check_no_batch_stats(name: str, bn: NormArguments) -> None:
-    check(not bn.batch_stats, f"{name}_batch_stats: expected False, and the statistics")
+    check(
+        not bn.batch_stats,
+        f"{name}_batch_stats: expected False, as this op takes statistics only as mean and var",
+    )
 
 
 def make_phase_map(args: MapArguments, bn0: NormArguments) -> Map:
-    """The map of an op that takes no statistics itself."""
+    """The map of an op that computes no batch statistics itself."""
     check_no_batch_stats("bn0", bn0)
     return make_map(args, bn0)
 
@@ -126,9 +129,9 @@ def _contiguous(field: Any) -> Any:
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """At an address that is a multiple of 16 bytes, as fresh tensors are.
+    """The tensor, or a copy of it, at an address that is a multiple of 16 bytes.
 
-    For another Triton makes another kernel, whose threads may sum in another order: then a sample's
-    result would depend on where in its batch it lies.
+    For other addresses Triton compiles another kernel, whose threads may sum in another order. Then
+    a sample's result would depend on its place in the batch.
     """
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

@@ -1,8 +1,7 @@
-"""The prologue, z = relu(bn0(x)) or relu(x), which every kernel that loads x computes on the fly:
-bn0 itself, its batch statistics and its gradients.
+"""The prologue, z = relu(bn0(x)) or relu(x): bn0 itself, its batch statistics and its gradients.
 
-All kernels take bn0(x) from one function here: else forward and backward would disagree on which
-elements the ReLU lets through.
+Every kernel that loads x computes z on the fly. All take bn0(x) from one function here. Otherwise
+forward and backward could disagree on the elements that the ReLU passes.
 """
 
 from __future__ import annotations
@@ -18,8 +17,10 @@ from resnest_fused.backends.triton.problem import Map
 
 @triton.jit
 def norm_at(weight, bias, mean, var, f, inside, EPS: tl.constexpr, ACC: tl.constexpr):
-    """Of features f a batch norm's gamma, beta, mean and 1 / standard deviation; without statistics
-    those of the identity."""
+    """A batch norm's gamma, beta, mean and 1 / standard deviation at features f.
+
+    Absent ones have the values of the identity.
+    """
     center = tl.zeros(f.shape, ACC)
     invstd = tl.full(f.shape, 1, ACC)
     if mean is not None:
@@ -36,7 +37,7 @@ def norm_at(weight, bias, mean, var, f, inside, EPS: tl.constexpr, ACC: tl.const
 
 @triton.jit
 def inverse_std(var, EPS: tl.constexpr):
-    """1 / sqrt(var + eps), each rounded once."""
+    """1 / sqrt(var + eps), in which every operation rounds to nearest."""
     one = tl.full(var.shape, 1, var.dtype)
     if var.dtype == tl.float64:
         return one / tl.sqrt(var + EPS)
@@ -58,14 +59,14 @@ def relu_backward(dy, n):
 
 @triton.jit
 def batch_norm(x, gamma, beta, center, invstd):
-    """gamma * (x - mean) / std + beta; subtracting the mean first, no digit is lost."""
+    """gamma * (x - mean) / std + beta; no digit is lost, because the mean is subtracted first."""
     none = tl.zeros_like(x)
     return tl.fma(x - center, gamma * invstd + none, beta + none)
 
 
 @triton.jit
 def preactivation(x, gamma, beta, center, invstd):
-    """bn0(x) of a tile of x (channels, pixels) with the norm's values by channel."""
+    """bn0 of a tile of x (channels, pixels); gamma to invstd have one value per channel."""
     return batch_norm(x, gamma[:, None], beta[:, None], center[:, None], invstd[:, None])
 
 
@@ -89,8 +90,9 @@ def statistics_kernel(
 ):
     """Mean and sum of squared deviations by feature, of one tile's pixels in a chunk of samples.
 
-    Each sample's are taken in registers and joined to those before by the rule of Chan, Golub and
-    LeVeque (1979), all as distances from the first element, so that no sum cancels. Reads R units.
+    Each sample's are computed in registers. The rule of Chan, Golub and LeVeque (1979) joins them
+    to those before. All are taken of distances from the first element, so that no sum cancels.
+    Reads R units.
     """
     features, pixels = aligned(features, pixels, NHWC, ALIGN)
     chunk, tile, f, p = locate(tl.program_id(0), features, pixels, BLOCK_C, BLOCK_P)
@@ -109,7 +111,7 @@ def statistics_kernel(
         own_mean = tl.sum(apart, 1) / here
         apart = tl.where(inside, apart - own_mean[:, None], 0)
         own_squares = tl.sum(apart * apart, 1)
-        before = (sample - first).to(ACC)  # in units of a sample
+        before = (sample - first).to(ACC)  # the number of samples before this one
         share = 1 / (before + 1)
         delta = own_mean - mean
         mean += delta * share
@@ -149,7 +151,8 @@ def combine_kernel(
         apart = tl.load(partial_mean + from_, mask=inside, other=0) - origin[None, :]
         count += elements
         total += tl.where(inside, elements[:, None] * apart, 0)
-    whole = tl.maximum(tl.sum(count, 0), 1)  # of nothing zeros, which count for nothing elsewhere
+    # An empty batch gives zeros, which change nothing in a sum over processes.
+    whole = tl.maximum(tl.sum(count, 0), 1)
     center = tl.sum(total, 0) / whole
     total = tl.zeros((BLOCK_ROWS, BLOCK_F), ACC)
     for first in range(0, rows, BLOCK_ROWS):
@@ -246,7 +249,7 @@ def prologue_backward_kernel(
         inside = (b < batch) & (f < features)[None, :]
         s = sums + b * 4 * features + f[None, :]
         s2 = tl.load(s + features, mask=inside, other=0)
-        # Where the ReLU lets nothing through, not even a NaN in attention or dgap counts.
+        # If the ReLU passes nothing, not even a NaN in attention or dgap may count.
         passed = inside & (s2 != 0)
         s1 = tl.load(s, mask=passed, other=0)
         s3 = tl.load(s + 2 * features, mask=passed, other=0)
@@ -276,7 +279,7 @@ def prologue_backward(
     dbias: Tensor | None,
     means: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """bn0's gradients into ``dweight`` and ``dbias``, their means into ``means``, where given."""
+    """Write bn0's gradients to ``dweight`` and ``dbias``, their means to ``means``, if given."""
     batch, radix, channels = attention.shape
     columns = launch.COLUMNS
     launch.run(

@@ -35,8 +35,8 @@ def recombine_kernel(
 ):
     """out[b,c,p] = sum_r attention[b,r,c] z[b,r,c,p].
 
-    Grid: tiles of the map, the last first: what the pool read last may still be in L2. Reads R
-    units, writes 1.
+    Grid: tiles of the map in reverse, because the last tiles that the pool read may still be in L2.
+    Reads R units, writes 1.
     """
     channels, pixels = aligned(channels, pixels, NHWC, ALIGN)
     program = tl.num_programs(0) - 1 - tl.program_id(0)
