@@ -1,5 +1,7 @@
-"""Builds the extension module resnest_fused._C and, where torch has CUDA and nvcc is there, the
-library of CUDA kernels resnest_fused._cuda; all else about the package is in pyproject.toml."""
+"""Builds the extension module resnest_fused._C and the library of CUDA kernels resnest_fused._cuda.
+
+The library needs nvcc and a torch with CUDA. All else about the package is in pyproject.toml.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,9 @@ from typing import Any, NamedTuple
 from setuptools import Extension, setup
 from setuptools.errors import CCompilerError
 
-# No -march: a wheel runs on every machine of its platform, the kernels choose their instructions at
-# run time. The three -f flags on arithmetic allow FMA and vectorization; unlike -ffast-math they
-# reorder no sum and keep NaN and infinity.
+# No -march: a wheel runs on every machine of its platform, and the kernels choose their
+# instructions at run time. Kernels write their FMA themselves, so contraction is off. The next two
+# -f flags allow vectorization. Unlike -ffast-math they reorder no sum, and keep NaN and infinity.
 CXX_FLAGS = [
     "-O3",
     "-g0",
@@ -35,8 +37,8 @@ CXX_FLAGS = [
     "-Wno-ignored-attributes",
 ]
 
-# Kernels write their multiply-adds out, so that forward and backward agree on each ReLU: nvcc makes
-# none of its own. --threads=0: as many architectures at a time as there are processors.
+# --fmad=false: kernels write their multiply-adds themselves, so that forward and backward agree on
+# each ReLU. --threads=0: nvcc compiles as many architectures at a time as there are processors.
 NVCC_FLAGS = [
     "-O3",
     "-std=c++20",
@@ -52,7 +54,7 @@ WITHOUT_CUDA = "RESNEST_FUSED_CUDA=0 builds without CUDA kernels"
 
 
 def error(sentence: str) -> SystemExit:
-    """What ends the build with one sentence and no traceback."""
+    """An exception that ends the build with one sentence and no traceback."""
     return SystemExit(f"resnest_fused: {sentence}.")
 
 
@@ -65,15 +67,15 @@ def read_switch(name: str, environ: Mapping[str, str]) -> bool | None:
 
 
 def first_complaint(attempt: subprocess.CompletedProcess[str]) -> str:
-    """What a compiler that failed said first."""
+    """The first error message of a compiler that failed."""
     lines = [line.strip() for line in attempt.stderr.splitlines() if not line.startswith("#$")]
     complaints = [line for line in lines if "error" in line or "fatal" in line]
     return complaints[0] if complaints else f"exit status {attempt.returncode}"
 
 
 def find_compiler(environ: Mapping[str, str]) -> str:
-    """The C++ compiler's name and version, after it has shown that it can do what is needed."""
-    command = environ.get("CXX", "c++")  # as torch's BuildExtension has it
+    """The C++ compiler's name and version, after a test that it can compile a module."""
+    command = environ.get("CXX", "c++")  # as torch's BuildExtension chooses it
     remedy = f"name g++ 11 or newer, or clang, in CXX, or do without ({PURE_PYTHON})"
     probe = "#include <Python.h>\nstatic_assert(__cplusplus >= 202002L);\n"
     flags = ["-std=c++20", "-fsyntax-only", "-I", sysconfig.get_path("include"), "-x", "c++", "-"]
@@ -105,7 +107,7 @@ def import_torch() -> Any:
 
 
 class NoCudaError(Exception):
-    """Why no CUDA kernels can be built, in words."""
+    """The reason why no CUDA kernels can be built."""
 
 
 class Nvcc(NamedTuple):
@@ -117,7 +119,7 @@ class Nvcc(NamedTuple):
 
 
 class Arch(NamedTuple):
-    """What is compiled for a compute capability: machine code and, for later GPUs too, PTX."""
+    """Code for one compute capability: machine code, and maybe PTX for later GPUs."""
 
     major: int
     minor: int
@@ -133,7 +135,7 @@ class Arch(NamedTuple):
 
 
 class Cuda(NamedTuple):
-    """What is built for CUDA: nothing, without architectures."""
+    """What is built for CUDA; nothing if there are no architectures."""
 
     status: str
     archs: Sequence[Arch] = ()
@@ -153,7 +155,7 @@ __global__ void probe(__nv_bfloat16* to) { *to = __float2bfloat16_rn(0.0f); }
 
 
 def find_nvcc(cuda_home: str | None, torch_cuda: str, environ: Mapping[str, str]) -> Nvcc:
-    """The nvcc of cuda_home, after it has shown that it can do what is needed."""
+    """The nvcc of cuda_home, after a test that it can compile the kernels' C++."""
     nvcc = Path(cuda_home or "/nonexistent", "bin", "nvcc")
     if not nvcc.exists():
         raise NoCudaError("nvcc was not found, neither by CUDA_HOME nor on the PATH")
@@ -180,7 +182,7 @@ def find_nvcc(cuda_home: str | None, torch_cuda: str, environ: Mapping[str, str]
         attempt = run("-v", "-std=c++20", *host, "-c", *files)
     if attempt.returncode != 0:
         raise NoCudaError(f"nvcc {version} cannot compile C++20 ({first_complaint(attempt)})")
-    # nvcc on the PATH may be a script: it knows better than its place where its libraries are.
+    # nvcc on the PATH may be a script, whose folder does not tell where the libraries are.
     libraries = re.search(r"^#\$ LIBRARIES=(.*)$", attempt.stderr, re.MULTILINE)
     codes = re.findall(r"sm_(\d+)(\d)\b", run("--list-gpu-code").stdout)
     capabilities = {(int(major), int(minor)) for major, minor in codes}
@@ -195,7 +197,7 @@ def read_archs(text: str, nvcc: Nvcc) -> list[Arch]:
     """The architectures that TORCH_CUDA_ARCH_LIST names."""
     ptx: dict[tuple[int, int], bool] = {}
     for word in re.split(r"[;,\s]+", text.strip("; ")):
-        # The kernels have nothing that 9.0a, say, would compile and 9.0 would not.
+        # The suffix, as in 9.0a, is dropped: the kernels have nothing that needs it.
         found = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", word)
         if found is None:
             raise error(f"TORCH_CUDA_ARCH_LIST must be like 8.0;9.0+PTX, {word!r} is not")
@@ -213,11 +215,11 @@ def read_archs(text: str, nvcc: Nvcc) -> list[Arch]:
 def choose_archs(
     environ: Mapping[str, str], gpus: Collection[tuple[int, int]], nvcc: Nvcc
 ) -> list[Arch]:
-    """What to compile for: as the user says, or for these GPUs, or for the usual ones."""
+    """The architectures: those that the user names, or those of these GPUs, or the usual ones."""
     named = environ.get("TORCH_CUDA_ARCH_LIST", "")
     if named not in ("", "native"):
         return read_archs(named, nvcc)
-    # A GPU that is newer than nvcc runs what is compiled for the newest before it.
+    # A GPU that nvcc does not know runs the code for the newest one before it.
     runnable = [[known for known in nvcc.capabilities if known <= gpu] for gpu in gpus]
     chosen = {max(capabilities) for capabilities in runnable if capabilities}
     if gpus and not chosen:
@@ -229,7 +231,7 @@ def choose_archs(
 def find_cuda(
     wanted: bool | None, torch: Any, cuda_home: str | None, environ: Mapping[str, str]
 ) -> Cuda:
-    """What is built for CUDA, and why: what is possible, unless the user wants it or not."""
+    """Decide what is built for CUDA: what is possible, unless ``wanted`` demands or forbids it."""
     if wanted is False:
         return Cuda("not built, as RESNEST_FUSED_CUDA=0 asks")
     try:
@@ -258,17 +260,17 @@ def native_build(wants_cuda: bool | None) -> dict[str, Any]:
     hash_sources = runpy.run_path("resnest_fused/backends/binary.py")["hash_sources"]
     write_ops = runpy.run_path("csrc/generate_ops.py")["write"]
     module_only = csrc / "ops.cpp"
-    # Of the module, too: in Python the planner of CUDA launches needs no GPU.
+    # The module has the planner of CUDA launches too, because that needs no GPU in Python.
     shared = {*csrc.glob("*.cpp"), *csrc.glob("cuda/*.cpp")} - {module_only}
-    # torch's headers, pybind11 among them, as system ones: warnings are for our code.
+    # torch's headers, pybind11's too, are system headers: warnings are for our code only.
     torch_includes = cpp_extension.include_paths()
     cxx_flags = CXX_FLAGS + [f"-isystem{path}" for path in torch_includes]
-    # With flags for architectures among ours torch adds none of its own choice.
+    # torch adds no architectures of its own, because our flags name some.
     arch_flags = [flag for arch in cuda.archs for flag in arch.flags()]
     nvcc_flags = NVCC_FLAGS + arch_flags + [f"-isystem={path}" for path in torch_includes]
     common: dict[str, Any] = {
         "language": "c++",
-        "include_dirs": [str(csrc.resolve())],  # absolute: ninja runs elsewhere
+        "include_dirs": [str(csrc.resolve())],  # absolute: ninja runs in another folder
         "define_macros": [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
     }
     extensions = [
@@ -285,22 +287,22 @@ def native_build(wants_cuda: bool | None) -> dict[str, Any]:
     ]
     if cuda.archs:
         extensions += [
-            # No module, in spite of its suffix: torch.ops.load_library loads it.
+            # Not a Python module, in spite of its suffix: torch.ops.load_library loads it.
             Extension(
                 "resnest_fused._cuda",
                 sources=sorted(map(str, {*shared, *csrc.glob("cuda/*.cu")})),
                 extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags},
                 library_dirs=[*cpp_extension.library_paths(), *cuda.library_dirs],
-                # The CUDA runtime is linked in, the three after it are what it needs: nvcc's code
-                # calls functions that an older libcudart.so, such as torch may bring, can lack.
-                # Both runtimes use the device's one primary context.
+                # The CUDA runtime is linked statically, with the three libraries that it needs. An
+                # older libcudart.so, which torch may bring, can lack functions that nvcc's code
+                # calls. Both runtimes use the device's one primary context.
                 libraries=["torch_cuda", "torch_cpu", "cudart_static", "rt", "pthread", "dl"],
                 **common,
             )
         ]
 
     class BuildNative(cpp_extension.BuildExtension):
-        """Says what is built and against what, tells the binary too, and sums a failure up."""
+        """Prints what is built and against what, stores it in the binary, and sums a failure up."""
 
         def build_extensions(self) -> None:
             facts = {
@@ -327,7 +329,7 @@ def native_build(wants_cuda: bool | None) -> dict[str, Any]:
             if cuda.archs:
                 print(f"  nvcc flags: {' '.join(NVCC_FLAGS)}")
             print(f"  CUDA: {cuda.status}", flush=True)
-            # What can fail before the first is torch's check of nvcc and its host compiler.
+            # Before the first one only torch's check of nvcc and its host compiler can fail.
             self.building = extensions[-1]
             try:
                 super().build_extensions()

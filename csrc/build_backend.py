@@ -1,12 +1,12 @@
 """PEP 517 backend: setuptools, in a copy of the sources, with the torch of the target environment.
 
-A frontend builds in isolation, where the torch of the environment that it installs into is hidden,
-and would otherwise download a second one of several gigabytes, maybe of another release. So this
-backend asks the target's interpreter for its torch and lends it to the build; where there is none,
-or too old a one, the build requires its own.
+A frontend builds in isolation, where the torch of the target environment is hidden. It would
+download a second torch of several gigabytes, maybe of another release. So this backend asks the
+target's interpreter for its torch and lends it to the build. If there is none, or it is too old,
+the build requires its own.
 
-What is built is built in a temporary copy of the sources: nothing that an earlier build left in the
-checkout gets in, and nothing is written there.
+The build runs in a temporary copy of the sources. So nothing from an earlier build in the checkout
+gets in, and nothing is written there.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ print(json.dumps({"abi": sysconfig.get_config_var("SOABI"), "version": version, 
 """
 
 HIDDEN_TARGET = (
-    "resnest_fused: uv builds in an environment of its own, and the one that it installs into, "
-    "with its torch, cannot be found from there; run `uv pip install torch setuptools ninja && "
+    "resnest_fused: uv builds in an environment of its own, from which the target environment and "
+    "its torch cannot be found; run `uv pip install torch setuptools ninja && "
     "uv pip install --no-build-isolation .` instead."
 )
 
@@ -80,18 +80,18 @@ def needs_torch() -> bool:
 
 
 def is_recent_enough(version: str) -> bool:
-    """Whether a torch of this version, such as "2.13.0+cpu", has the ABI that is compiled for."""
+    """Whether a torch of this version, such as "2.13.0+cpu", has the ABI that we compile for."""
     release = re.match(r"(\d+)\.(\d+)", version)
     return release is not None and tuple(map(int, release.groups())) >= OLDEST_TORCH
 
 
 def ask_uv(process: Path) -> str | None:
-    """The interpreter that uv, the process with this folder in /proc, works for."""
+    """The interpreter that uv installs for; ``process`` is uv's folder in /proc."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-p", "--python")
     parser.add_argument("--system", action="store_true")
     arguments, _ = parser.parse_known_args((process / "cmdline").read_text().split("\0")[1:-1])
-    # Not this process's own, where VIRTUAL_ENV is the environment of the build.
+    # uv's own variables, because here VIRTUAL_ENV is the environment of the build.
     entries = (process / "environ").read_text().split("\0")
     environ = {
         name: value for name, _, value in (entry.partition("=") for entry in entries if entry)
@@ -113,11 +113,11 @@ def ask_uv(process: Path) -> str | None:
 
 
 def find_interpreter() -> str | None:
-    """The interpreter of the environment that is installed into, or None if that is hidden."""
+    """The interpreter of the target environment, or None if it cannot be found."""
     parent = Path("/proc", str(os.getppid()))
     try:
         frontend = Path(os.readlink(parent / "exe")).name
-    except OSError:  # another user's
+    except OSError:  # the process of another user
         frontend = ""
     # pip builds with the target's own interpreter and hides its packages only.
     return ask_uv(parent) if frontend == "uv" else sys.executable
@@ -128,20 +128,20 @@ def find_target_torch() -> TargetTorch | None:
     interpreter = find_interpreter()
     if interpreter is None:
         raise SystemExit(HIDDEN_TARGET)
-    # With these two pip shows the interpreter the build environment in place of its own.
+    # With these two pip puts the build environment in the place of the interpreter's own.
     hidden = ("PYTHONPATH", "PYTHONNOUSERSITE")
     environ = {name: value for name, value in os.environ.items() if name not in hidden}
     command = [interpreter, "-c", ASK_FOR_TORCH]
     answer = subprocess.run(command, env=environ, check=True, stdout=subprocess.PIPE, text=True)
     facts = json.loads(answer.stdout)
     if facts.pop("abi") != sysconfig.get_config_var("SOABI"):
-        raise SystemExit(HIDDEN_TARGET)  # uv builds with the Python that it installs for
+        raise SystemExit(HIDDEN_TARGET)  # uv builds with the target's Python, so this is not it
     target = TargetTorch(**facts)
     return target if target.version is not None and is_recent_enough(target.version) else None
 
 
 def lend_target_torch() -> None:
-    """Makes the target's torch importable here, behind all that the build environment has."""
+    """Make the target's torch importable here, behind all that the build environment has."""
     if not needs_torch() or importlib.util.find_spec("torch") is not None:
         return
     if (target := find_target_torch()) is not None:
@@ -155,7 +155,7 @@ def compile_nothing() -> None:
 
 @contextlib.contextmanager
 def copy_of_sources() -> Iterator[None]:
-    """Works in a temporary folder that has the checkout's sources and nothing else."""
+    """Work in a temporary folder that has the checkout's sources and nothing else."""
     checkout = Path.cwd()
     with tempfile.TemporaryDirectory(prefix="resnest_fused-") as folder:
         for source in map(checkout.joinpath, SOURCES):
@@ -164,7 +164,7 @@ def copy_of_sources() -> Iterator[None]:
                 shutil.copytree(source, copy, ignore=LEFTOVERS)
             else:
                 shutil.copy(source, copy)
-        for copy in Path(folder).rglob("*"):  # those of a read-only checkout too
+        for copy in Path(folder).rglob("*"):  # the checkout may be read-only
             copy.chmod(copy.stat().st_mode | stat.S_IWUSR)
         os.chdir(folder)
         try:
@@ -174,10 +174,10 @@ def copy_of_sources() -> Iterator[None]:
 
 
 def leave_python_files(wheel: Path, checkout: Path) -> None:
-    """Makes a wheel an editable one: Python files are found in the checkout, by a .pth file.
+    """Make a wheel editable: a .pth file leads Python to the Python files in the checkout.
 
-    The compiled modules stay in it, so that every environment has its own; the package in the
-    checkout finds them (``resnest_fused/backends/binary.py``).
+    The compiled modules stay in the wheel, so that every environment has its own. The package in
+    the checkout finds them (``resnest_fused/backends/binary.py``).
     """
     with zipfile.ZipFile(wheel) as packed:
         files = {name: packed.read(name) for name in packed.namelist()}

@@ -1,6 +1,6 @@
 // The scalar mathematics of split attention, forward and backward, written once for every kernel.
 //
-// Index orders, said here and used everywhere:
+// Index orders, used everywhere:
 //
 //   splits, radix-major (B, R, C, H, W): split r, channel c is channel r*C + c of x.
 //

@@ -5,7 +5,7 @@
 
 #include "problem.h"
 
-// A macro, as each device defines members of a class in a namespace of its own.
+// A macro, because each device has the class in a namespace of its own.
 #define RF_KERNELS(device)                                                                       \
   namespace resnest_fused::device {                                                              \
   struct Kernels {                                                                               \

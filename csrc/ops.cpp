@@ -1,5 +1,5 @@
-// The library of the ops, with those on the CPU, and the Python module _C with the facts of this
-// build and the planner of CUDA launches.
+// Defines the ops and registers those on the CPU. The Python module _C has the facts of this build
+// and the planner of CUDA launches.
 
 #include <torch/csrc/stable/library.h>
 
@@ -21,8 +21,8 @@ STABLE_TORCH_LIBRARY_IMPL(resnest_fused, CPU, m) {
 
 namespace {
 
-// Read out of the file before it is loaded (resnest_fused/backends/binary.py): an object of its own
-// stands there in one piece, which a literal need not.
+// resnest_fused/backends/binary.py looks for this text in the file before loading it. A literal may
+// be in several pieces there, an object is not.
 [[gnu::used]] constexpr char kSources[] = RESNEST_FUSED_SOURCES;
 
 std::string compiler() {

@@ -34,17 +34,17 @@ struct Problem {
   }
 };
 
-// The statistics normalise, or those of the batch will; without either there is no norm.
+// Whether there is a norm: it has statistics, or will take those of the batch.
 inline bool is_present(const NormArguments& bn) { return bn.batch_stats || bn.mean.has_value(); }
 
 // The checked map: its tensor in the problem's layout, and the prologue z = relu(bn0(x)), relu(x)
-// or x. The problem has cardinality 1 and inter 0 where there are no FCs.
+// or x. The problem has cardinality 1 and inter 0 if there are no FCs.
 struct Map : MapArguments {
   NormArguments bn0;
   Problem problem;
 };
 
-// What stands between gap and logits.
+// The layers between gap and logits.
 struct Mlp : FcArguments {
   NormArguments bn1;
 };
@@ -52,19 +52,21 @@ struct Mlp : FcArguments {
 // A gradient without elements is not needed.
 inline bool is_needed(const Tensor& gradient) { return gradient.numel() > 0; }
 
-// The functions below check what memory safety needs and throw (RuntimeError in Python) naming the
-// tensor. Parameters have x's dtype or float32; those given are made contiguous.
+// The functions below check what memory safety needs. They throw an exception (RuntimeError in
+// Python) that names the tensor. Parameters must have x's dtype or float32; those given are made
+// contiguous.
 
-// The map, brought into one of the layouts; no FCs as yet. An op of one phase gets the statistics.
+// The map, brought into one of the layouts, without FCs.
 Map make_map(MapArguments args, NormArguments bn0);
 
-// The FCs and bn1 behind the map; sets its cardinality and inter.
+// The FCs and bn1 behind the map. Sets the map's cardinality and inter.
 Mlp take_mlp(Map& map, FcArguments fcs, NormArguments bn1);
 
 // dout, brought into x's layout.
 void take_dout(const Map& map, Tensor& dout);
 
-// Sums that this library made: of this shape, in the accumulator's dtype, made contiguous.
+// Sums that this library computed. They must have this shape and the accumulator's dtype, and are
+// made contiguous.
 void take_sums(const char* name, Tensor& sums, std::initializer_list<int64_t> sizes,
                const Problem& problem, const Tensor& x);
 

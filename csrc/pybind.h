@@ -1,4 +1,5 @@
-// pybind11 beside the stable ABI: the one in torch's headers refuses it, which it takes no part in.
+// Includes torch's copy of pybind11. It refuses TORCH_TARGET_VERSION, the macro of the stable ABI,
+// although it does not depend on that ABI.
 #pragma once
 
 #pragma push_macro("TORCH_TARGET_VERSION")

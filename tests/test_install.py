@@ -306,8 +306,8 @@ def test_an_environment_that_cannot_be_found_ends_the_build_with_one_sentence(
     with pytest.raises(SystemExit) as error:
         backend.get_requires_for_build_wheel()
     assert str(error.value) == (
-        "resnest_fused: uv builds in an environment of its own, and the one that it installs into, "
-        "with its torch, cannot be found from there; run `uv pip install torch setuptools ninja && "
+        "resnest_fused: uv builds in an environment of its own, from which the target environment "
+        "and its torch cannot be found; run `uv pip install torch setuptools ninja && "
         "uv pip install --no-build-isolation .` instead."
     )
 
