@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def load(name: str) -> ModuleType:
-    """A new module of a Python file of the checkout."""
+    """A new module, made from a Python file of the checkout."""
     path = ROOT / name
     spec = importlib.util.spec_from_file_location(f"loaded_{path.stem}", path)
     assert spec is not None and spec.loader is not None

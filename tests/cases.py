@@ -1,4 +1,4 @@
-"""Random calls of split attention and how they are run and compared: shared by the tests."""
+"""Random calls of split attention, and how the tests run and compare them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 import resnest_fused as rf
 
-# bn1, and what x goes through: nothing, a ReLU, or bn0 and a ReLU; by the statistics taken.
+# The statistics of bn1 and of bn0, if there are these; a prologue may also be a ReLU alone.
 NORMS = ("none", "running", "batch")
 PROLOGUES = ("none", "relu", "running", "batch")
 # What can be differentiated, in the order of the op's arguments.
@@ -32,9 +32,9 @@ DIFFERENTIABLE = (
     "bn1_bias",
 )
 EPS = 1e-5
-# Whose kernels the tests are about; pytest --kernels chooses another.
+# The backend under test; pytest --kernels chooses another.
 BACKEND = "native"
-# Where each backend's ops are.
+# Each backend's namespace of ops.
 NAMESPACES = {"native": "resnest_fused", "triton": "resnest_fused_triton"}
 # out, and gradients by name.
 Results = tuple[Tensor, dict[str, Tensor]]
@@ -66,8 +66,10 @@ DOUT_LAYOUTS = LAYOUTS | {"sum": lambda t: t.new_ones(()).expand(t.shape)}
 
 @contextlib.contextmanager
 def fill_memory() -> Iterator[Callable[[int], None]]:
-    """A function that makes glibc fill what is allocated with a byte, and what is freed with its
-    complement, until the block ends."""
+    """Give a function that sets the byte with which glibc fills memory, until the block ends.
+
+    glibc fills allocated memory with the byte, and freed memory with its complement.
+    """
     perturb = -6  # M_PERTURB of malloc.h
     mallopt = ctypes.CDLL(None).mallopt
 
@@ -146,7 +148,7 @@ class Call:
         dtype: type[np.floating] = np.longdouble,
         affine: bool = False,
     ) -> oracle.Truth:
-        """The truth of out and, when dout is given, of the gradients; or what dtype makes of it."""
+        """The true out and, if dout is given, gradients; in a narrower dtype, with its rounding."""
         case = self.case
         return oracle.split_attention(
             self.x,
@@ -162,10 +164,10 @@ class Call:
         )
 
     def loop(self, names: Iterable[str] | None = None, affine: bool = False) -> Results:
-        """:meth:`gradients` as plain loops compute them, on every CPU to the same bits.
+        """:meth:`gradients` as plain loops compute them, with the same bits on every CPU.
 
-        The oracle's formulas in the dtype that sums are kept in, and one rounding at the end.
-        ``affine`` is the oracle's: as PyTorch and the kernels compute bn0 on a CPU without FMA.
+        The oracle's formulas run in the accumulator's dtype, and results are rounded at the end.
+        ``affine`` computes bn0 as PyTorch and the kernels do on a CPU without FMA.
         """
         wide = np.float64 if self.case.dtype == torch.float64 else np.float32
         values = self.evaluate(self.dout, wide, affine).values
@@ -187,7 +189,7 @@ class Call:
         return Call(self.case, self.x.flip(0, 2, 3), self.params, self.dout.flip(0, 2, 3))
 
     def in_reverse(self, evaluate: Callable[[Call], Results]) -> Results:
-        """What ``evaluate`` makes of the reversed call, in this call's order."""
+        """The results of ``evaluate`` for the reversed call, in this call's order."""
         out, grads = evaluate(self.reversed())
         if "x" in grads:
             grads["x"] = grads["x"].flip(0, 2, 3)
@@ -223,7 +225,7 @@ class Call:
         )
 
     def gradients(self, backend: str | None = None, names: Iterable[str] | None = None) -> Results:
-        """out, and the gradients of the named tensors (all that there are when None)."""
+        """out, and the gradients of the named tensors (of all that there are if None)."""
         names = self.differentiable() if names is None else list(names)
         leaves = {name: self.tensor(name).detach().requires_grad_() for name in names}
         out = self.forward(backend, **leaves)
@@ -232,10 +234,10 @@ class Call:
 
 
 def draw(case: Case) -> Call:
-    """:func:`draw_any` without elements and hidden units that amplify rounding.
+    """:func:`draw_any` without elements and hidden features that amplify rounding.
 
-    Next to a ReLU's edge the gradient jumps, and one rounding decides on which side a call falls;
-    normalisation by a variance of almost nothing magnifies every earlier rounding.
+    At a ReLU's edge the gradient jumps, and one rounding decides on which side a call falls.
+    Normalisation by a tiny variance magnifies every earlier rounding.
     """
     call = draw_any(case)
     if case.batch == 0:
@@ -245,25 +247,26 @@ def draw(case: Case) -> Call:
             if not mend(call):
                 break
         else:
-            return draw(case)  # few pixels, or a group of few features, may leave no way
+            return draw(case)  # no values may fit few pixels, or a group of few features
     return call
 
 
 def _mend_x(call: Call) -> bool:
-    """Move x away from the edge of the prologue's ReLU, and features that hardly vary anywhere.
+    """Move x away from the edge of the prologue's ReLU, and redraw features that hardly vary.
 
-    False when there was nothing to move. A move changes the feature's batch statistics a little.
+    False if there was nothing to move. A move changes the feature's batch statistics a little.
     """
     case = call.case
     if case.prologue == "none":
         return False
     before, bn0 = oracle.prologue_input(call.x, call.params, case.prologue, EPS)
     size = np.abs(before)
-    # Wide enough for finite differences and for the rounding of statistics; where 16-bit numbers
-    # are rounded before the ReLU, that changes no sign.
+    # Wide enough for finite differences and for the rounding of statistics. Rounding to 16 bits in
+    # front of the ReLU changes no sign.
     near = size < 1e-4 * size.max(axis=(0, 2))[:, None]
     moved = torch.as_tensor(near, device=call.x.device).view(call.x.shape)
-    # More than half of the distance between neighbouring bfloat16 numbers below 8.
+    # More than half of the distance between neighbouring bfloat16 numbers below 8, so that rounding
+    # does not undo the move.
     others = call.x + 1 / 32
     if case.prologue == "batch" and (flat := _small(bn0.var)).any():
         moved = moved | torch.as_tensor(flat, device=call.x.device)[:, None, None]
@@ -273,23 +276,23 @@ def _mend_x(call: Call) -> bool:
 
 
 def _mend_hidden(call: Call) -> bool:
-    """Redraw units at the edge of the ReLU between the FCs or of little variance; False if none."""
+    """Redraw hidden features at the ReLU's edge or of little variance; False if none."""
     truth = call.evaluate()
-    # Exactly 0, as of features of which the prologue's ReLU leaves nothing, is 0 for everyone.
+    # An exact 0, as from features that the prologue's ReLU stops, is 0 in every evaluation.
     size = np.abs(truth.relu_input)
     bad = ((size < 2e-5 * size.max()) & (size > 0)).any(axis=0)
     if call.case.norm == "batch":
         bad |= _small(truth.bn1.var)
-    units = torch.as_tensor(bad, device=call.x.device)
+    redrawn = torch.as_tensor(bad, device=call.x.device)
     fresh = draw_any(call.case).params if bad.any() else {}
     for name in ("fc1_weight", "bn1_bias"):
         if name in fresh:
-            call.params[name][units] = fresh[name][units]
+            call.params[name][redrawn] = fresh[name][redrawn]
     return bool(bad.any())
 
 
 def _small(var: np.ndarray) -> np.ndarray:
-    """Which variances are next to nothing, but not exactly nothing: that is so for everyone."""
+    """Which variances are tiny. One of exactly 0 is 0 in every evaluation, and harmless."""
     return (var < 0.1 * np.median(var)) & (var > 0)
 
 
@@ -314,7 +317,7 @@ def draw_any(case: Case) -> Call:
         params[f"{name}_running_var"] = torch.rand(size) + 0.5
         if case.affine:
             params |= {f"{name}_weight": torch.randn(size), f"{name}_bias": torch.randn(size)}
-            # Nothing may divide by it. Of a group of one feature it would leave nothing to see.
+            # A weight of 0, by which nothing may divide. A group of one feature would be all 0.
             if name == "bn1" or fan_in1 * case.radix > 1:
                 params[f"{name}_weight"][0] = 0
     dout = torch.randn(case.batch, case.channels, case.height, case.width)
@@ -326,17 +329,17 @@ def draw_any(case: Case) -> Call:
     )
 
 
-# Gradients of parameters, per square root of the number of rows summed, relative to the result.
+# Relative error of parameters' gradients, per square root of the number of rows summed.
 SUM_TOLERANCE = {torch.float64: 1e-14, torch.float32: 5e-6}
 
 
 def check(case: Case, wanted: Collection[str] = DIFFERENTIABLE) -> None:
     """Assert that out and every gradient come as near to the truth as plain PyTorch does.
 
-    Within 1.5 times the error of PyTorch, or of a plain loop, and 1 ulp, in the median of several
-    draws: in one, a variance of few samples may happen to magnify what one of them rounds. A
-    parameter's gradient, a sum over the batch, may also have the error of summing that many rows.
-    Only the gradients ``wanted`` are asked for.
+    The error may be 1.5 times that of PyTorch or of a plain loop, and 1 ulp, in the median of
+    several draws. In a single draw, the variance of few samples may magnify the rounding of one
+    side. A parameter's gradient is a sum over the batch, and may also have that sum's error. Only
+    the gradients ``wanted`` are asked for.
     """
     elements = case.batch * case.channels * case.radix * case.height * case.width
     check_calls([draw(case) for _ in range(5 if elements > 50_000 else 9)], wanted)
@@ -359,7 +362,7 @@ def check_calls(calls: list[Call], wanted: Collection[str] = DIFFERENTIABLE) -> 
         middle = len(calls) // 2
         told = f"{name} of {case} in ulps: {found}, usually {usual}"
         assert found[middle] <= 1.5 * usual[middle] + slack, told
-        # Luck does not make a wrong element.
+        # No draw may have a wrong element, however unlucky.
         assert found[-1] <= 30 * (usual[-1] + slack), told
 
 
@@ -373,7 +376,7 @@ def errors_in_ulps(call: Call, out: Tensor, grads: dict[str, Tensor]) -> dict[st
         dtype = (call.x if name == "out" else call.tensor(name)).dtype
         difference = float(np.abs(oracle.wide(result) - truth).max())
         info = torch.finfo(dtype)
-        # Below the smallest normal number they come no closer.
+        # Below the smallest normal number the numbers come no closer.
         normal = max(scale, info.smallest_normal)
         ulp = info.eps * 2.0 ** math.floor(math.log2(normal)) if scale else 1.0
         errors[name] = math.inf if math.isnan(difference) else difference / ulp
@@ -381,12 +384,11 @@ def errors_in_ulps(call: Call, out: Tensor, grads: dict[str, Tensor]) -> dict[st
 
 
 def _usual_errors(call: Call, names: list[str]) -> dict[str, float]:
-    """The larger of the errors that plain PyTorch makes and those of plain loops.
+    """The larger of plain PyTorch's and plain loops' errors.
 
-    PyTorch's depend on the order in which it sums, which each CPU has its own of, and are next to
-    nothing where that happens to suit the numbers; the loops' are the same everywhere. The
-    parameters' gradients are taken in float32 at least: that x and out have a narrow dtype is no
-    reason to add up in it.
+    PyTorch's errors depend on its order of summation, which differs between CPUs. They are tiny if
+    that order happens to suit the numbers. The loops' errors are the same everywhere. Parameters'
+    gradients are taken in float32 at least, because even a narrow x needs wide sums.
     """
     wide = torch.promote_types(call.case.dtype, torch.float32)
     parameters = [name for name in names if name != "x"]

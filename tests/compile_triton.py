@@ -1,10 +1,9 @@
-"""Compiles every Triton kernel for GPUs that are not there, in all forms, dtypes and layouts.
+"""Compiles every Triton kernel in all forms, dtypes and layouts, for GPUs that are not there.
 
     python tests/compile_triton.py cuda:80 hip:gfx942 [--one-in 3]
 
-Prints a line for each target. Kernels are compiled as calls of the ops would have them, whose
-arguments come from the tests; with ``--one-in`` for a part of the calls. The environment must not
-ask for Triton's interpreter.
+Prints a line for each target. Kernels are compiled as the ops would launch them in the tests'
+calls, with ``--one-in`` in a part of these. The environment must not ask for Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ CASES = [
 
 
 class Absent:
-    """Instead of a GPU's driver: what the compiler asks of it."""
+    """Stands in for a GPU's driver, and answers what the compiler asks of it."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -72,7 +71,7 @@ def parse(text: str) -> GPUTarget:
 
 
 def compile_all(target: GPUTarget, one_in: int) -> Counter[str]:
-    """How many variants of each kernel there are."""
+    """Compile every kernel for a target; the number of variants of each."""
     driver.set_active(Absent(target))
     compiled: dict[str, set[str]] = {}
 

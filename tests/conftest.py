@@ -1,5 +1,4 @@
-"""What holds for every test: the backend asked for runs on the device asked for, processes share
-the cores, and random numbers are the test's own."""
+"""Prepares every test: chooses backend, device and number of threads, and seeds random numbers."""
 
 from __future__ import annotations
 
@@ -26,41 +25,41 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--kernels",
         choices=("native", "triton"),
         default="native",
-        help="whose kernels the tests are about (default: %(default)s)",
+        help="whose kernels the tests run (default: %(default)s)",
     )
     parser.addoption(
         "--seed",
         type=int,
         default=0,
-        help="other random numbers for every test, the same again for the same seed",
+        help="seed of all random numbers (default: %(default)s)",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # pytest-xdist's processes share the cores: more threads than cores wait for each other.
+    # pytest-xdist's processes share the cores. With more threads than cores they would wait.
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(torch.get_num_threads() // workers, 1))
-    # Without the option where pytest found this file too late to add it.
+    # The option is missing if pytest found this file too late to add it.
     if config.getoption("--device", "cpu") == "cuda":
-        # Here, so that it holds for what test modules make when they are imported, too.
+        # Here, because test modules make tensors when they are imported.
         torch.set_default_device("cuda")
-        # Results are compared with eager PyTorch's, to the bit where it is compared with itself.
+        # Eager PyTorch is the measure of results, so it must be precise and repeatable.
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.deterministic = True
     else:
-        # Triton's kernels run on the CPU too; to be said before anything imports Triton.
+        # Triton's kernels run on the CPU too, if this is set before anything imports Triton.
         os.environ.setdefault("TRITON_INTERPRET", "1")
     import cases  # and with it the package
 
     cases.BACKEND = config.getoption("--kernels", "native")
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m chooses
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     cases: Counter[str] = Counter()
     for item in items:
-        # Of a module's mark and of a function's the product.
+        # The product of a module's mark and of a function's.
         of_cases = math.prod(mark.args[0] for mark in item.iter_markers("one_in"))
         function = item.nodeid.partition("[")[0]
         if cases[function] % of_cases:
@@ -69,12 +68,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if seed := config.getoption("--seed", 0):
         for item in items:
             if hypothesis.is_hypothesis_test(item.obj):
-                item.obj = hypothesis.seed(seed)(item.obj)  # which else has one by its name
+                item.obj = hypothesis.seed(seed)(item.obj)  # instead of that of its name
 
 
 @pytest.fixture(scope="session", autouse=True)
 def backend() -> Iterator[None]:
-    """Without it the tests would compare the reference with itself."""
+    """Ensures that the chosen kernels run: the reference must not be compared with itself."""
     import cases
 
     from resnest_fused.backends import choose, use_backend
@@ -91,10 +90,10 @@ def backend() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def gpu_errors(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A kernel's error, which comes late, belongs to the test that launched it.
+    """Attributes a kernel's error, which comes late, to the test that launched it.
 
-    After it no call of the process succeeds, so the process ends here. pytest-xdist puts another
-    one in its place and names the test.
+    After it every CUDA call of the process fails, so the process ends here. pytest-xdist starts
+    another one in its place and names the test.
     """
     yield
     if torch.get_default_device().type != "cuda":

@@ -1,11 +1,11 @@
 """An independent truth for split attention: loops over groups and splits, extended precision.
 
 Nothing here comes from the package. NumPy's ``longdouble`` (80 bits on x86) makes it a truth for
-float64 as well; every gradient is written out. In float32 or float64 the same formulas are what a
-plain loop computes: each operation rounded to nearest, each sum taken one term after the other.
-That is a measure for rounding errors which no CPU and no library has a part in.
+float64 as well. Every gradient is written out. In float32 or float64 the same formulas give what a
+plain loop computes. It rounds each operation to nearest, and sums one term after the other. That
+is a measure of rounding errors that depends on no CPU and no library.
 
-Where an index stands, for radix R, cardinality K, C channels, I inter_channels, group k, split r:
+Index orders, for radix R, cardinality K, C channels, I inter_channels, group k, split r:
 x[b, r*C + k*C/K + i], gap[b, k*C/K + i], hidden[b, k*I/K + j], logits[b, k*R*C/K + r*C/K + i].
 """
 
@@ -25,7 +25,7 @@ def wide(tensor: torch.Tensor, dtype: type[np.floating] = np.longdouble) -> Arra
 
 
 def _sum(values: Array, *axes: int) -> Array:
-    """Over these axes; NumPy's own order depends on strides and, in places, on the CPU."""
+    """The sum over these axes; NumPy's own order depends on strides and sometimes on the CPU."""
     kept = [axis for axis in range(values.ndim) if axis not in axes]
     rows = values.transpose(*kept, *axes).reshape(*(values.shape[axis] for axis in kept), -1)
     if rows.shape[-1] == 0:
@@ -34,7 +34,7 @@ def _sum(values: Array, *axes: int) -> Array:
 
 
 def _product(a: Array, b: Array) -> Array:
-    """Of matrices, without a BLAS, which each CPU has its own kernels of."""
+    """A matrix product without a BLAS, whose kernels differ between CPUs."""
     result = np.zeros((a.shape[0], b.shape[1]), a.dtype)
     for column, row in zip(a.T, b, strict=True):
         result += column[:, None] * row
@@ -42,7 +42,7 @@ def _product(a: Array, b: Array) -> Array:
 
 
 def _exp(values: Array) -> Array:
-    """Rounded to nearest, as NumPy's in float32 and float64 is not everywhere."""
+    """exp, rounded to nearest; NumPy's own is not on every CPU, in float32 and float64."""
     with np.errstate(over="ignore"):  # to infinity, as it should
         return np.exp(values.astype(np.longdouble)).astype(values.dtype)
 
@@ -58,7 +58,7 @@ class BatchNorm:
     """``out`` = gamma (values - mean) / sqrt(var + eps) + beta for values (B, features, pixels).
 
     With ``of_batch`` mean and biased variance are those of the values, else the running ones.
-    ``affine`` rounds as scale * values + shift does, whose terms a large mean makes large.
+    ``affine`` rounds like scale * values + shift, whose terms are large if the mean is.
     """
 
     def __init__(
@@ -106,13 +106,13 @@ class BatchNorm:
 class Truth:
     """What one call should give; a normalisation is None where the call has none."""
 
-    # "out", and by the names of what is differentiated the gradients.
+    # "out", and the gradients by their tensors' names.
     values: dict[str, Array]
     bn0: BatchNorm | None
     bn1: BatchNorm | None
-    # What the ReLU between the FCs gets.
+    # The input of the ReLU between the FCs.
     relu_input: Array
-    # The size of what cancels inside a gradient, where that is not the size of the gradient.
+    # The size of what cancels inside a gradient, if that differs from the gradient's size.
     scales: dict[str, float] = field(default_factory=dict)
 
 
@@ -124,7 +124,7 @@ def prologue_input(
     dtype: type[np.floating] = np.longdouble,
     affine: bool = False,
 ) -> tuple[Array, BatchNorm | None]:
-    """What the prologue's ReLU gets, (B, features, pixels), and bn0 where there is one."""
+    """The input of the prologue's ReLU, (B, features, pixels), and bn0 if there is one."""
     values = wide(x, dtype).reshape(x.shape[0], x.shape[1], -1)
     if prologue in ("none", "relu"):
         return values, None
@@ -150,34 +150,34 @@ def split_attention(
 
     ``params`` has ``fc1_weight`` and ``fc2_weight`` and may have ``fc1_bias``, ``fc2_bias`` and,
     for bn0 and for bn1, ``bn0_weight``, ``bn0_bias``, ``bn0_running_mean``, ``bn0_running_var``.
-    ``norm`` is bn1, "none", "running" or "batch" by the statistics it takes; ``prologue`` is what
-    x goes through: "none", "relu", or "running" or "batch" for bn0 and a ReLU. ``affine`` is bn0's:
-    see :class:`BatchNorm`.
+    ``norm`` gives bn1's statistics: "none", "running" or "batch". ``prologue`` is "none", "relu",
+    or "running" or "batch" for bn0 with these statistics and a ReLU. ``affine`` is bn0's: see
+    :class:`BatchNorm`.
     """
     p = {name: wide(tensor, dtype) for name, tensor in params.items()}
     batch, features, height, width = x.shape
     channels, pixels = features // radix, height * width
     inter = p["fc1_weight"].shape[0]
-    group, inner = channels // cardinality, inter // cardinality
+    group_channels, group_inter = channels // cardinality, inter // cardinality
     before, bn0 = prologue_input(x, params, prologue, eps, dtype, affine)
     passed = before > 0 if prologue != "none" else True
     z = np.where(passed, before, 0)
-    w1 = p["fc1_weight"].reshape(inter, group)
-    w2 = p["fc2_weight"].reshape(features, inner)
+    w1 = p["fc1_weight"].reshape(inter, group_channels)
+    w2 = p["fc2_weight"].reshape(features, group_inter)
 
     def x_slice(k: int, r: int) -> slice:
-        start = r * channels + k * group
-        return slice(start, start + group)
+        start = r * channels + k * group_channels
+        return slice(start, start + group_channels)
 
     def logit_slice(k: int, r: int) -> slice:
-        start = k * radix * group + r * group
-        return slice(start, start + group)
+        start = k * radix * group_channels + r * group_channels
+        return slice(start, start + group_channels)
 
     def gap_slice(k: int) -> slice:
-        return slice(k * group, (k + 1) * group)
+        return slice(k * group_channels, (k + 1) * group_channels)
 
     def hidden_slice(k: int) -> slice:
-        return slice(k * inner, (k + 1) * inner)
+        return slice(k * group_inter, (k + 1) * group_inter)
 
     gap = np.zeros((batch, channels), dtype)
     hidden = np.zeros((batch, inter), dtype)
@@ -269,8 +269,8 @@ def split_attention(
     grads["x"] = dbefore = np.where(passed, dz, 0)
     if bn0 is not None:
         grads["x"], grads["bn0_weight"], grads["bn0_bias"], size = bn0.backward(dbefore)
-        # The sums over few pixels may cancel by structure, as sums of xhat do; where it is chance
-        # that decides, a sum has the size of its summands' root sum of squares.
+        # Sums over few pixels may cancel by structure, as sums of xhat do. If chance decides, a sum
+        # has the size of its summands' root sum of squares.
         for name, summands in (("bn0_weight", dbefore * bn0.xhat), ("bn0_bias", dbefore)):
             by_chance = np.sqrt((summands**2).sum(axis=(0, 2)))
             truth.scales[name] = float(np.maximum(np.abs(grads[name]), by_chance).max())

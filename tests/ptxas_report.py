@@ -1,7 +1,9 @@
 """Judges CUDA kernels by ptxas's report: none may spill or exceed the registers planned for.
 
-The report is in the log of a build with NVCC_APPEND_FLAGS=-Xptxas=-v; the use of this program is
-python ptxas_report.py LOG "8.0;9.0+PTX", with the architectures that must be there.
+The report is in the log of a build with NVCC_APPEND_FLAGS=-Xptxas=-v. The second argument names the
+architectures that must be there:
+
+    python ptxas_report.py LOG "8.0;9.0+PTX"
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ class Kernel(NamedTuple):
     def fault(self, most_registers: int) -> str | None:
         """Why this kernel is slower than planned, or None."""
         if "<double" in self.name:
-            return None  # float64 is for checks, its speed was not planned
+            return None  # float64 is for checks, its speed is not planned
         if self.stack or self.spilled:
             return f"{self.stack} bytes of stack, {self.spilled} bytes spilled"
         if self.registers > most_registers:
@@ -36,7 +38,7 @@ class Kernel(NamedTuple):
 
 
 def read(log: str) -> list[Kernel]:
-    """Every kernel that ptxas compiled, with -v, in a build of this log."""
+    """Every kernel in the log of a build with -Xptxas=-v."""
     kernels = []
     for report in log.split("Compiling entry function ")[1:]:
         name, number = re.findall(r"'(\S+)' for 'sm_(\d+)'", report)[0]
@@ -76,7 +78,7 @@ def main(log: str, wanted: str) -> int:
     print(table(kernels, archs))
     most = _C.plan_limits()["registers"]
     faults = [f"{k.name} for {k.arch}: {k.fault(most)}" for k in kernels if k.fault(most)]
-    verdict = f"beside float64 none spills, none takes more than {most} registers"
+    verdict = f"except float64's, none spills or takes more than {most} registers"
     print("\n".join(faults or [verdict]))
     return int(bool(faults))
 

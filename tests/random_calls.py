@@ -2,10 +2,11 @@
 
     python tests/random_calls.py --count 10000 --seed 0 --log calls.log
 
-Calls of ``rf.split_attention`` are held against the oracle as in the tests (``cases.check``), those
-of modules, with whatever stands in them, against their unfused selves in float64 (``rf.verify``):
-output, gradients and buffers. Each also runs twice in memory filled with different bytes, and must
-repeat to the bit. One that fails is told in a line, with the command that repeats it alone.
+Calls of ``rf.split_attention`` are compared with the oracle, as in the tests (``cases.check``).
+Calls of modules, with any children, are compared with the unfused modules in float64
+(``rf.verify``): output, gradients and buffers. Each call also runs twice in memory filled with
+different bytes, and must repeat to the bit. A failing call prints a line with the command that
+repeats it alone.
 
 Exit code: 0 none failed, 1 some did.
 """
@@ -45,7 +46,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Outcome(NamedTuple):
-    """One call: what it was, the properties that are counted, and what was wrong, or None."""
+    """One call: its description, the properties that are counted, and what was wrong, or None."""
 
     text: str
     properties: list[str]
@@ -60,7 +61,7 @@ class Failure(AssertionError):
 
 
 def _sizes(rng: random.Random) -> dict[str, int]:
-    """Mostly small: 3 in 100 are as large as a network's."""
+    """Mostly small sizes: 3 in 100 are as large as a network's."""
     large = rng.random() < 0.03
     cardinality = rng.choice((1, 1, 1, 2, 3, 4))
     return {
@@ -75,7 +76,7 @@ def _sizes(rng: random.Random) -> dict[str, int]:
 
 
 def _subset(rng: random.Random, names: Any) -> list[str]:
-    """All of them in half of the draws, then any."""
+    """All of them in half of the draws, otherwise any."""
     return [name for name in names if rng.random() < 0.6] if rng.random() < 0.5 else list(names)
 
 
@@ -84,8 +85,8 @@ def _case(rng: random.Random) -> Case:
     dtype = rng.choice(DTYPES)
     norm, prologue = rng.choice(NORMS), rng.choice(PROLOGUES)
     layout = rng.choice(list(LAYOUTS))
-    # Batch statistics of two samples, of equal ones or of few pixels hold nothing but rounding:
-    # those of modules, which are drawn again where that decides, have them.
+    # Batch statistics of two samples, of equal samples or of few pixels may be mere rounding. Only
+    # modules' calls have them, because rf.verify draws again if rounding decides.
     if norm == "batch" and (sizes["batch"] == 2 or layout == "expanded_batch"):
         norm = "running"
     if prologue == "batch" and sizes["batch"] * sizes["height"] * sizes["width"] < 6:
@@ -131,7 +132,7 @@ _DROPS: dict[str, Callable[[], nn.Module]] = {
 
 
 class _RSoftmax(nn.Module):
-    """An r-softmax that no peer made, so it must be called."""
+    """An r-softmax of no known class, so fused modules must call it."""
 
     def __init__(self, radix: int, cardinality: int) -> None:
         super().__init__()
@@ -146,7 +147,7 @@ class _RSoftmax(nn.Module):
 
 
 class Peer(nn.Module):
-    """Split attention made of children throughout, as timm's is."""
+    """Split attention whose every operation is a child, like timm's."""
 
     def __init__(self, plain: nn.Module, act0: nn.Module, act1: nn.Module, drop: nn.Module) -> None:
         super().__init__()
@@ -262,7 +263,7 @@ def _hooks(rng: random.Random, module: nn.Module) -> list[str]:
             "scaled": lambda m: m.register_forward_hook(lambda m, args, out: out * 1.5),
             "pre-hook": lambda m: m.register_forward_pre_hook(lambda m, args: (args[0] + 0.25,)),
         }
-        # PyTorch forbids to change what such a hook gives out in place, as our module's ReLU does.
+        # PyTorch forbids in-place changes of such a hook's output, which our module's ReLU makes.
         if type(module) is Peer or name not in ("conv", "bn0"):
             kinds["backward hook"] = lambda m: m.register_full_backward_hook(lambda *_: None)
         kind = rng.choice(list(kinds))
@@ -321,7 +322,7 @@ def _run_function(rng: random.Random) -> tuple[list[str], Callable[[], None]]:
         try:
             cases.check_calls([call], wanted)
         except AssertionError:
-            # One draw can be off by luck; of nine the median counts.
+            # One draw can fail by bad luck, so the median of nine decides.
             cases.check(case, wanted)
 
     return words, run
@@ -380,7 +381,7 @@ def run_one(seed: int, index: int) -> Outcome:
         problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
     finally:
         torch.set_num_threads(before)
-    # Sizes and sets of gradients are hardly ever the same.
+    # Without sizes and sets of gradients, which hardly ever repeat.
     properties = [word for word in words if not re.match(r"[(\d]|R\d|gradients of", word)]
     return Outcome(", ".join(words), properties, problem)
 
@@ -399,7 +400,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=10_000, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--only", type=int, metavar="N", help="run call number N alone")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this many")
     parser.add_argument("--log", type=Path, default=Path(os.devnull), help="a line for each call")
     options = parser.parse_args(arguments)
     if choose("auto", torch.empty(0)) != "native":

@@ -1,5 +1,7 @@
-"""What must hold when the package is imported anew and reloaded; run by test_reimport.py in a copy
-of the package, which it edits."""
+"""What must hold when the package is imported anew and reloaded.
+
+test_reimport.py runs this program in a copy of the package, which the program edits.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ def import_anew() -> ModuleType:
 
 
 def reload_all() -> ModuleType:
-    """The innermost first, as those outside take names from them; what is compiled stays."""
+    """Reload inner modules first, as outer ones take names from them; the compiled one stays."""
     for name in sorted(our_modules(), key=lambda name: -name.count(".")):
         if not name.endswith("._C"):
             importlib.reload(sys.modules[name])
@@ -85,7 +87,7 @@ def made_before_goes_on(renewals: list[Callable[[], ModuleType]]) -> None:
         assert type(restored) is type(new)
         for module in (new, restored):
             assert_same([compiled(module)(X), *results(module)], [expected[0], *expected])
-        # The class from before is another one now, by which nothing is refused.
+        # Its class is not the new BatchNormArgs, but must still be accepted.
         fcs = (new.fc1.weight, new.fc1.bias, new.fc2.weight, new.fc2.bias)
         assert_same([new_rf.split_attention(X, *fcs, radix=2, bn1=bn1)], expected[:1])
         for ops in BACKENDS.values():
@@ -94,7 +96,7 @@ def made_before_goes_on(renewals: list[Callable[[], ModuleType]]) -> None:
 
 
 def edited_runs(renew: Callable[[], ModuleType], old: int, new: int) -> None:
-    """An op's function, a phase, a fake kernel and a FLOP formula, marked with a number."""
+    """Edit an op's function, a phase, a fake kernel and a FLOP formula, and run the edited ones."""
     for file, place, mark in (
         (
             "backends/triton/ops.py",

@@ -1,8 +1,9 @@
 """Are results as near to the truth as those of plain loops? Judged by ranks, without a constant.
 
-A sum's rounding error depends on the order of its terms. Of two evaluations that make the same
-roundings in different orders each has the larger mean error in half of all draws, whatever the
-distribution of errors, the dtype and the CPU: how often one of them has is binomial.
+A sum's rounding error depends on the order of its terms. Take two evaluations that make the same
+roundings in different orders. Each has the larger mean error in half of all draws, whatever the
+distribution of errors, the dtype and the CPU. So the number of draws in which one is worse is
+binomial.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import numpy as np
 import oracle
 from cases import Call, Results
 
-# The chance that one result of an evaluation which is as good as a loop is found worse.
+# The chance that a result is judged worse, although its evaluation is as good as a loop.
 FALSE_ALARM = 1e-6
 
 
 def most_by_chance(draws: int) -> int:
-    """How often the larger of two errors is one evaluation's, but for FALSE_ALARM."""
+    """How often an evaluation may be the worse of two equals, except with chance FALSE_ALARM."""
     chance, count = 0.0, draws
     while (chance := chance + math.comb(draws, count) / 2**draws) <= FALSE_ALARM:
         count -= 1
@@ -27,7 +28,7 @@ def most_by_chance(draws: int) -> int:
 
 
 def mean_errors(call: Call, results: Results) -> dict[str, float]:
-    """Of out and of each gradient, over its elements."""
+    """The mean error over the elements of out and of each gradient."""
     out, grads = results
     return {
         name: float(np.abs(oracle.wide(value) - call.truth.values[name]).mean())
@@ -36,9 +37,9 @@ def mean_errors(call: Call, results: Results) -> dict[str, float]:
 
 
 def times_worst(calls: Iterable[Call], evaluate: Callable[[Call], Results]) -> dict[str, int]:
-    """In how many calls the mean error of each result exceeds that of a loop in either order.
+    """In how many calls each result's mean error exceeds that of a loop, in both orders.
 
-    Of an evaluation that is no worse than a loop at most as often as not.
+    For an evaluation as good as a loop the chance is at most one half in each call.
     """
     counts: dict[str, int] = {}
     for call in calls:

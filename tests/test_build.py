@@ -119,7 +119,7 @@ def test_target_torch_is_lent_behind_the_build_environment(
 ) -> None:
     monkeypatch.setattr(sys, "executable", answering_interpreter(tmp_path, "2.13.0"))
     monkeypatch.setattr(sys, "path", ["/build/site-packages"])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # none in the build's own
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # the build has none
     backend.lend_target_torch()
     assert sys.path == ["/build/site-packages", "/target/site-packages"]
 
@@ -140,7 +140,7 @@ def test_oldest_torch_is_the_same_everywhere(backend: ModuleType, setup_py: Modu
     assert f"torch>={major}.{minor}" in requirements
 
 
-# What is decided and said
+# What the build decides and says
 
 
 def test_version_is_the_same_everywhere() -> None:
@@ -169,7 +169,7 @@ def test_impossible_switch_ends_the_build_with_one_sentence(
 
 
 def test_an_empty_switch_is_unset(setup_py: ModuleType) -> None:
-    """As compose files set what is not given."""
+    """Compose files set a variable that is not given to an empty string."""
     for environ, expected in (
         ({}, None),
         ({"N": ""}, None),
@@ -411,7 +411,7 @@ ptxas info    : Used 64 registers, used 0 barriers, 128 bytes smem, 372 bytes cm
     ("frame", "spilled", "registers", "archs", "verdict"),
     [
         (0, 0, 99, "7.5;12.0+PTX", "pool                                 1    99    64"),
-        (0, 0, 99, "7.5 12.0", "beside float64 none spills, none takes more than 128 registers"),
+        (0, 0, 99, "7.5 12.0", "except float64's, none spills or takes more than 128 registers"),
         (16, 0, 99, "7.5;12.0", "pool<float, 4> for 7.5: 16 bytes of stack, 0 bytes spilled"),
         (8, 4, 99, "7.5;12.0", "pool<float, 4> for 7.5: 8 bytes of stack, 8 bytes spilled"),
         (0, 0, 130, "7.5;12.0", "pool<float, 4> for 7.5: 130 registers, 128 are planned for"),
