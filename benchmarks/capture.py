@@ -1,4 +1,4 @@
-"""Prepares steps for timing; on a GPU it captures them in one graph if so wished."""
+"""Prepares steps for timing; on a GPU it can capture them in one graph."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from resnest_fused.measure.timing import Work
 
 
 def prepare(steps: Sequence[Callable[[], object]], device: torch.device, graph: bool) -> Work:
-    """All ``steps`` in a row, after each has run; captured in one graph if so wished on a GPU.
+    """Run each step once, and return all in a row; on a GPU in one graph if ``graph`` is true.
 
-    A graph shows what the kernels take where calls from Python take longer. Its results lie in
-    memory of their own, as inputs do.
+    A graph shows the kernels' own time if calls from Python take longer. Its results lie in memory
+    of their own, as inputs do.
     """
     for step in steps:
         step()
@@ -35,5 +35,5 @@ def prepare(steps: Sequence[Callable[[], object]], device: torch.device, graph: 
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured):
         results = [step() for step in steps]
-    del results  # together until here, so that no two share memory
+    del results  # kept until here, so that no two share memory
     return Work(captured.replay, len(steps), "graph")

@@ -23,7 +23,7 @@ RESULTS = pytest.StashKey[dict[Case, Samples]]()
 NETWORK_RESULTS = pytest.StashKey[dict[Workload, network.Result]]()
 DEFAULTS = {"shapes": "stages", "backend": "native", "seconds": 1.0, "model": "ours"}
 MIN_ROUNDS = 7
-# A call of a whole network takes up to seconds: more time for its rounds, and fewer of them.
+# A call of a whole network takes up to seconds, so its rounds get more time and are fewer.
 NETWORK_SECONDS = 6
 NETWORK_MIN_ROUNDS = 3
 
@@ -57,7 +57,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def get_option(config: pytest.Config, name: str) -> Any:
-    """An option's value; its default where pytest found this file too late to add options."""
+    """An option's value; its default if pytest found this file too late to add options."""
     return config.getoption(name, DEFAULTS[name])
 
 
@@ -92,7 +92,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def measure(request: pytest.FixtureRequest) -> Callable[[Case], Samples]:
     """All contenders' times in a case, measured together when first asked for.
 
-    ``compile`` takes part where its own benchmark was selected: it costs seconds a case.
+    ``compile`` takes part only if its benchmark was selected, because it costs seconds a case.
     """
     config, results = request.config, request.config.stash[RESULTS]
     compiled = {
@@ -104,7 +104,7 @@ def measure(request: pytest.FixtureRequest) -> Callable[[Case], Samples]:
     }
 
     if is_disabled(config):
-        # One round shows that the code runs; for that Inductor need not generate any.
+        # One round shows that the benchmark runs, for which Inductor need not generate code.
         compiler, seconds, rounds = "aot_eager", 0.0, 1
     else:
         compiler, seconds, rounds = "inductor", get_option(config, "seconds"), MIN_ROUNDS

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 import resnest_fused as rf
 from resnest_fused.measure.timing import Work, take_turns
 
-# Short calls are timed together for as long, far above the clock's own cost.
+# Short calls are timed together for this long, far above the clock's own cost.
 BURST_S = 1e-3
-# Bounds on relative differences in the 2-norm, there to notice that the wrong thing is being timed;
-# the tests are the ones to judge precision. The ReLU between the FCs often sits so near zero that
-# rounding flips it, which changes gradients by up to a tenth.
+# Bounds on relative differences in the 2-norm, which show that the right thing is timed. The tests
+# judge precision. The ReLU between the FCs is often so near zero that rounding flips it, which
+# changes gradients by up to a tenth.
 OUTPUT_TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-2}
 GRADIENT_TOLERANCE = 0.2
 
@@ -75,8 +75,8 @@ def random_maps(case: Case) -> tuple[Tensor, Tensor]:
         shape = (case.batch, channels, case.side, case.side)
         return torch.randn(shape, dtype=dtype).contiguous(memory_format=layout)
 
-    # Of a strength that varies by sample and channel: with gap the same everywhere, bn1 would
-    # amplify rounding and the attention would hardly matter.
+    # Their strength varies by sample and channel. With the same gap everywhere, bn1 would amplify
+    # rounding and the attention would hardly matter.
     x = random(features)
     if case.form == "attention":
         x.relu_()
@@ -87,7 +87,7 @@ def random_maps(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def make_module(case: Case, fused: bool) -> nn.Module:
-    """The case's module, which takes a map as a ReLU leaves it or, after conv, as a convolution."""
+    """The case's module, whose input is a ReLU's output or, after conv, a convolution's."""
     module: nn.Module
     if case.form == "attention":
         kind = rf.FusedSplitAttention if fused else rf.SplitAttention
@@ -121,17 +121,17 @@ def exact_step(eager: nn.Module, x: Tensor, dout: Tensor) -> Step:
 
 def _copy(case: Case) -> Step:
     """The floor: reads half of the floor's units and writes as many."""
-    source = torch.ones(case.floor_units * case.unit // 2, dtype=DTYPES[case.dtype])
+    source = torch.ones(case.floor_units * case.elements // 2, dtype=DTYPES[case.dtype])
     target = torch.ones_like(source)
     return lambda: (target.copy_(source),)
 
 
 @torch.no_grad()
 def check(case: Case, results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    """Compare the fused module with eager in float32: in half precision eager is the worse one.
+    """Compare the fused module with eager in float32, because eager is worse in half precision.
 
-    The parameters' gradients count as one vector, because in front of a batch normalisation that of
-    fc1's bias is 0 but for rounding.
+    The parameters' gradients count as one vector, because in front of bn1 that of fc1's bias is
+    nothing but rounding.
     """
     parts = {"output": (slice(0, 1), OUTPUT_TOLERANCE[case.dtype])}
     if case.train:

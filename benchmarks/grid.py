@@ -1,4 +1,4 @@
-"""What is measured: the cases, the contenders, and the bytes that must move whoever runs."""
+"""What is measured: the cases, the contenders, and the bytes that every contender must move."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 # ResNeSt-50's four stages at 224 pixels, (channels, side).
 STAGES = ((64, 56), (128, 28), (256, 14), (512, 7))
-# The first block of stages 2 to 4, which halves the map after its attention, and the stages of the
-# larger models, which take 320 pixels.
+# The first block of stages 2 to 4 halves the map after its attention. The others are the stages of
+# the larger models, which take 320 pixels.
 OTHERS = ((128, 56), (256, 28), (512, 14), (64, 80), (128, 40), (256, 20), (512, 10))
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,18 +49,18 @@ class Case:
         return f"{self.shape} {self.setting}"
 
     @property
-    def unit(self) -> int:
+    def elements(self) -> int:
         """Elements of ``out``; x has radix times as many."""
         return self.batch * self.channels * self.side**2
 
     @property
     def _reads(self) -> int:
-        """Reads of x in train's forward: each batch normalisation needs a whole one, and out."""
+        """Reads of x in train's forward: one for each batch normalisation, and one for out."""
         return 3 if self.form == "after conv" else 2
 
     @property
     def floor(self) -> str:
-        """Units that must be read and written, for data that do not stay on chip between passes.
+        """Units, each of out's size, to read and write if no data stay on chip between passes.
 
         Eval reads x (R) and writes out (1). Train's forward reads x two or three times and writes
         out. Backward reads x and dout (R+1), then dout again (1), x again after a bn0 (R), and
@@ -76,13 +76,13 @@ class Case:
 
     @property
     def floor_bytes(self) -> int:
-        return self.floor_units * self.unit * DTYPES[self.dtype].itemsize
+        return self.floor_units * self.elements * DTYPES[self.dtype].itemsize
 
 
 def stage_grid() -> Iterator[tuple[Case, str]]:
     """The default: every contender in fp32 NCHW, and other formats at one batch size.
 
-    Without ``compile`` in those, as compiling is most of a run's time.
+    The other formats are without ``compile``, which takes most of a run's time.
     """
     for form in FORMS:
         for train, batch, (channels, side) in itertools.product((False, True), (2, 32), STAGES):

@@ -17,7 +17,7 @@ from resnest_fused.measure.networks import step as train_step
 from resnest_fused.measure.timing import Work, take_turns
 
 SIDE = 224
-# Bound on the relative difference of logits or loss; see contenders.py for what it is there for.
+# Bound on the relative difference of logits or loss, for the same purpose as in contenders.py.
 TOLERANCE = 1e-3
 
 
@@ -102,7 +102,7 @@ def measure(
             error = agreement.relative_error(result, results["eager"])
             assert error <= TOLERANCE, f"{workload}: {name} differs from eager by {error:.1e}"
         works = {name: Work(call) for name, call in steps.items()}
-        # No untimed calls between: a network is far larger than the caches.
+        # No untimed calls between, because a network is far larger than the caches.
         return Result(take_turns(works, min_rounds, seconds=seconds), saved)
 
 
