@@ -26,7 +26,7 @@ CSRC = HERE.parents[1] / "csrc"
 PROCESSORS = len(os.sched_getaffinity(0))
 COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 
-# As setup.py has it; no contraction, so that every build of a kernel gives the same numbers.
+# Like setup.py's. No contraction, so that every build of a kernel gives the same numbers.
 FLAGS = [
     *("-std=c++20", "-fPIC", "-g1", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
     # Several builds of the same templates are loaded into one process.
@@ -38,10 +38,10 @@ TORCH_TARGET_VERSION = "0x020a000000000000"
 
 @dataclass(frozen=True)
 class Kind:
-    """How a build is compiled, and what Python has to be told before it loads one."""
+    """How a build is compiled, and what Python needs before it loads one."""
 
     flags: tuple[str, ...]
-    # Of the runtime, which must stay invisible for the sanitizers.
+    # For the runtime, which must stay invisible to the sanitizers.
     runtime_flags: tuple[str, ...]
     libraries: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
@@ -59,7 +59,7 @@ KINDS = {
         ("-Og", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
         ("-O2", "-DCUDA_ON_HOST_ADDRESS"),
         ("libasan.so", "libubsan.so"),
-        # Python itself leaves memory behind.
+        # Python itself leaks memory.
         (("ASAN_OPTIONS", "detect_leaks=0"), ("UBSAN_OPTIONS", "print_stacktrace=1")),
     ),
 }
@@ -76,7 +76,7 @@ RUNTIME = Source(HERE / "runtime.cpp")
 
 
 def generated() -> Path:
-    """The folder with the header that is written from the ops' table; its text gives the name."""
+    """The folder with the header that is written from the ops' table; named by the text's hash."""
     generator = load("csrc/generate_ops.py")
     text = generator.header().encode()
     folder = cache.folder() / f"generated-{hashlib.sha256(text).hexdigest()[:32]}"
@@ -89,9 +89,9 @@ def generated() -> Path:
 
 
 def build(sources: Mapping[str, Sequence[Source]], *, torch: bool = False) -> dict[str, Path]:
-    """The library of each kind's sources and of the runtime; with ``torch`` they may use it.
+    """Build a library of each kind from its sources and the runtime; ``torch`` lets them use torch.
 
-    Compiles as many files at a time as there are processors, those that the cache does not have.
+    Compiles the files that the cache does not have, as many at a time as there are processors.
     """
     flags = [*FLAGS, f"-I{HERE / 'include'}"]
     link_flags: list[str] = []
@@ -106,7 +106,7 @@ def build(sources: Mapping[str, Sequence[Source]], *, torch: bool = False) -> di
 
     def compile_one(source: Source, kind_flags: Sequence[str]) -> Path:
         command = [*COMPILER, *flags, *kind_flags, *source.flags]
-        # What is compiled is what the key is of: the source with all that it includes.
+        # The source with all that it includes is compiled, and its hash is the key.
         text = run([*command, "-x", "c++", "-E", str(source.path)])
 
         def make(path: Path) -> None:
@@ -120,12 +120,12 @@ def build(sources: Mapping[str, Sequence[Source]], *, torch: bool = False) -> di
         def make(path: Path) -> None:
             run([*command, "-o", str(path)])
 
-        # The objects' names tell their contents.
+        # The objects' names have the hashes of their contents.
         return cache.get(".so", shlex.join(command).encode(), compiler, make=make)
 
     with ThreadPoolExecutor(PROCESSORS) as pool:
         try:
-            # The kinds that take longest are the last ones: first they, to end together.
+            # The last kinds take longest, so they start first, and all end together.
             futures = {
                 kind: [
                     *(pool.submit(compile_one, source, KINDS[kind].flags) for source in of_kind),
@@ -143,7 +143,7 @@ def build(sources: Mapping[str, Sequence[Source]], *, torch: bool = False) -> di
 
 
 def run(command: Sequence[str], text: bytes | None = None) -> bytes:
-    """What a compiler writes, given a text to read; what it complains of is in the error."""
+    """What a compiler writes; ``text`` is its input. The error has its complaints."""
     result = subprocess.run(command, input=text, capture_output=True)
     if result.returncode != 0:
         raise RuntimeError(f"{shlex.join(command)}\n{result.stderr.decode()}")
@@ -163,10 +163,10 @@ def run_python(
     command = [sys.executable, *arguments]
     if chosen.libraries:
         variables["LD_PRELOAD"] = " ".join(_library(name) for name in chosen.libraries)
-        # The sanitizers want the addresses of their shadow memory for themselves.
+        # The addresses of the sanitizers' shadow memory must be free.
         if subprocess.run(["setarch", "-R", "true"], capture_output=True).returncode == 0:
             command = ["setarch", "-R", *command]
-    # Not in the checkout, whose package, in front of the installed one, has no compiled module.
+    # Not in the checkout, whose package would hide the installed one.
     options = {"cwd": HERE, "env": variables, "capture_output": True, "text": True}
     return subprocess.run(command, timeout=timeout, **options)
 

@@ -1,7 +1,7 @@
-"""What compilers made, kept between runs under the hash of all that it was made from.
+"""Keeps what compilers made between runs, under the hash of all that it was made from.
 
-An entry's name is that hash and its content's own, by which a file that is not whole is known. It
-appears under its name at once or not at all, and of several processes that want it one makes it.
+An entry's name is that hash and the content's own hash, which reveals a damaged file. An entry
+appears at once or not at all. If several processes want the same one, one of them makes it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 # Names the folder; without it there is one in the user's cache.
 FOLDER = "RESNEST_FUSED_ON_HOST_BUILD"
-# What nobody wanted for so long goes.
+# Entries that were not used for this long are removed.
 KEPT_SECONDS = 30 * 24 * 3600
 
 
@@ -29,7 +29,7 @@ def folder() -> Path:
 
 
 def get(suffix: str, *made_from: bytes, make: Callable[[Path], None]) -> Path:
-    """The entry for ``made_from``, which ``make`` writes if there is none that is whole."""
+    """The entry for ``made_from``, which ``make`` writes if there is no intact one."""
     key = hashlib.sha256()
     for part in made_from:
         key.update(b"%d:%b" % (len(part), part))
@@ -58,14 +58,14 @@ def get(suffix: str, *made_from: bytes, make: Callable[[Path], None]) -> Path:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """The system takes the lock back from a process that is killed."""
+    """Hold the lock on a file. The system frees it if the process is killed."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def prune() -> None:
-    """Remove what has not been used for long, and what killed processes left half made."""
+    """Remove entries that were not used for long, and what killed processes left unfinished."""
     oldest = time.time() - KEPT_SECONDS
     for path in folder().glob("*"):
         with contextlib.suppress(FileNotFoundError):  # another process was faster

@@ -1,4 +1,4 @@
-"""The real kernels' library on the CPU, and the device that it takes the CPU for."""
+"""The library of the real kernels on the CPU, and the GPU that it simulates."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from cuda_on_host.build import CSRC, HERE, Source, build
 from resnest_fused.backends import native
 from resnest_fused.ops import TABLE
 
-# What needs a GPU: the device's properties, and the registration for CUDA tensors.
+# The files that need a GPU: the device's properties, and the registration for CUDA tensors.
 REAL_DEVICE = ("context.cu", "library.cu")
-# Small blocks and few of them are quick to run, and reach what needs many on a GPU. In L2 there is
-# room for a small sample or two.
+# Few and small blocks run quickly, and reach code that needs many blocks on a GPU. L2 has room for
+# a small sample or two.
 DEVICE = {
     "multiprocessors": 2,
     "threads_per_block": 128,
@@ -29,7 +29,7 @@ DEVICE = {
     "l2_bytes": 32 * 1024,
     "bytes_per_microsecond": 100_000,
 }
-# The library for tests that are run once more, by a build with a sanitizer.
+# Names the library with a sanitizer, with which tests run once more.
 LIBRARY = "RESNEST_FUSED_ON_HOST_LIBRARY"
 STRATEGIES = {"fastest": 0, "launches": 1, "persistent": 2}
 
@@ -39,8 +39,8 @@ def build_kernels(
 ) -> dict[str, Path]:
     """The kernels' library by kind of build.
 
-    The files that are ``changed`` in a kind come from another ``csrc``, unoptimised, and in front:
-    of a function that several files have, the linker takes the first.
+    The files that are ``changed`` in a kind come from another ``csrc``, unoptimised. They come
+    first, because the linker takes the first of several definitions of a function.
     """
     paths = [*sorted(CSRC.glob("cuda/*.cu")), *CSRC.glob("cuda/*.cpp"), CSRC / "problem.cpp"]
     names = [path.relative_to(CSRC) for path in paths if path.name not in REAL_DEVICE]
@@ -57,7 +57,7 @@ def build_kernels(
 
 
 class Kernels:
-    """A library, loaded; a process can have one."""
+    """A loaded library; a process can have one."""
 
     def __init__(self, library: Path) -> None:
         torch.ops.load_library(library)
@@ -86,18 +86,18 @@ class Kernels:
                 self.limit_shared_memory(value)
 
     def limit_shared_memory(self, limit: int) -> None:
-        """What a launch may ask for, whatever the device says."""
+        """Limit the shared memory of a launch, whatever the device says."""
         assert self._library.cuda_on_host_set(b"shared_memory_limit", limit)
 
     def choose(self, strategy: str) -> None:
-        """In evaluation; "persistent" refuses the calls that it has no kernel for."""
+        """Choose the strategy in evaluation; "persistent" refuses calls without a kernel."""
         assert self._library.device_on_host_set(b"choice", STRATEGIES[strategy])
 
     def schedule(self, *, seed: int, resident_blocks: int) -> None:
-        """In which order threads run, and how many blocks at a time."""
+        """Choose the order in which threads run, and how many blocks run at a time."""
         assert self._library.cuda_on_host_set(b"seed", seed)
         assert self._library.cuda_on_host_set(b"resident_blocks", resident_blocks)
 
     def make_mistake(self, number: int) -> None:
-        """One of those that mistakes.py has built in; 0 for none."""
+        """Make one of the mistakes that mistakes.py built in, or none with 0."""
         assert self._library.cuda_on_host_set(b"mistake", number)

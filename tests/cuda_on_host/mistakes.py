@@ -1,8 +1,8 @@
 """Mistakes in the real kernels, and a build of each kind that can make any one of them.
 
-As a script, ``mistakes.py LIBRARY KIND FOLDER`` makes all of a kind, each in a process of its own,
-which must fail: in a check of numbers, or by a sanitizer. What process NUMBER says goes to
-``FOLDER/NUMBER.txt``, with its exit status in the last line. Number 0 makes no mistake.
+As a script, ``mistakes.py LIBRARY KIND FOLDER`` makes every mistake of a kind, each in a process of
+its own. That must fail, in a check of numbers or by a sanitizer. Process NUMBER writes its output
+to ``FOLDER/NUMBER.txt``, with its exit status in the last line. Number 0 makes no mistake.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Mistake:
-    """In a file of ``csrc/cuda`` that ``source`` includes, ``wrong`` instead of ``right``.
+    """``wrong`` instead of ``right``, in a file of ``csrc/cuda`` that ``source`` includes.
 
-    Both are statements if ``right`` ends with a semicolon, otherwise expressions. Of several places
-    with ``right`` it is the one numbered ``place``. The kind of build is the one to find it.
+    Both are statements if ``right`` ends with a semicolon, otherwise expressions. If ``right``
+    occurs several times, ``place`` is the number of the one meant. ``kind`` must find the mistake.
     """
 
     kind: str
@@ -42,7 +42,7 @@ def _no_barriers(source: str, file: str, count: int) -> Iterable[Mistake]:
         yield Mistake("thread", source, file, "__syncthreads();", "", place)
 
 
-# By their numbers, from 1 on.
+# Numbered from 1 on.
 MISTAKES = [
     # Barriers and the order of memory.
     *_no_barriers("prologue.cu", "device.cuh", 2),
@@ -72,7 +72,7 @@ MISTAKES = [
         "static_cast<unsigned>(target)",
         "static_cast<unsigned>(target - 1)",
     ),
-    # Bounds that nothing but the sanitizer need see.
+    # Bounds whose violation only a sanitizer is sure to notice.
     Mistake("address", "prologue.cu", "device.cuh", "warp * kSums + s", "(warp + 1) * kSums + s"),
     Mistake(
         "address",
@@ -102,7 +102,7 @@ MISTAKES = [
         "plain", "recombine.cu", "recombine.cuh", "block < args.blocks", "block + 1 < args.blocks"
     ),
     Mistake("plain", "attention.cu", "norm.cuh", "row < rows", "row + 1 < rows"),
-    # Which only evaluation goes through.
+    # Code that only evaluation runs.
     Mistake("plain", "attention.cu", "product.cuh", "j < chunks", "j + 1 < chunks"),
     Mistake(
         "plain",
@@ -122,7 +122,7 @@ MISTAKES = [
 
 
 def make_all(csrc: Path) -> None:
-    """Write every mistake into the sources, each made when it is the chosen one."""
+    """Write every mistake into the sources; at run time the chosen one is made."""
     files: dict[str, list[tuple[int, Mistake]]] = {}
     for number, mistake in enumerate(MISTAKES, 1):
         files.setdefault(mistake.file, []).append((number, mistake))
@@ -222,7 +222,7 @@ def main() -> None:
         if mistake is not None and mistake.kind != kind:
             continue
         path = folder / f"{number}.txt"
-        # Starting anew takes longer than all else.
+        # A new Python would take longer to start than all else.
         child = os.fork()
         if child == 0:
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), 2)

@@ -1,6 +1,6 @@
 """Runs the kernels of toy.cu: a script for any build, ``toys.py LIBRARY NAME``.
 
-Of the functions below ``right`` must succeed on every build; the others do one thing wrong each.
+The function ``right`` must succeed on every build. Each other one does one thing wrong.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def refused(toys: Toys) -> None:
 
 
 def stuck(toys: Toys) -> None:
-    """What never ends fails, and says where its threads are."""
+    """A launch that would never end fails, and says where its threads are."""
     found = toys("half_at_shuffle")
     expect(found, "deadlock; block 0: 32 at __syncthreads, 32 at a shuffle")
     toys.set("resident_blocks", 2)
@@ -181,7 +181,7 @@ def beyond_shared(toys: Toys) -> None:
 
 @toy
 def beyond_global(toys: Toys) -> None:
-    # ctypes allocates few bytes from a pool of its own.
+    # Large, because ctypes allocates few bytes from a pool of its own.
     count = 1000
     toys("read_shared", count + 1, 16, floats(count), 0)
 
