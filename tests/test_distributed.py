@@ -1,7 +1,7 @@
 """Batch statistics that span processes, DDP and FSDP: two processes against one with all samples.
 
-The file launches itself under torchrun, once for all tests: as a script it runs those of ``CHECKS``
-that it is told to on each rank and writes down what became of them.
+The file launches itself under torchrun, once for all tests. As a script it runs the named ones of
+``CHECKS`` on each rank and writes their outcomes to files.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def check(variants: dict[str, dict[str, Any]] | None = None) -> Callable[..., An
     return add
 
 
-# --- what one process finds, and what two do
+# --- results of one process and of two
 
 
 def step(run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, dout: Tensor) -> Results:
@@ -107,14 +107,14 @@ def assert_equal(found: Results, expected: Results) -> None:
     """In float64: to 1e-10 of the largest element."""
     assert found.keys() == expected.keys()
     for name, truth in expected.items():
-        # fc1's bias has no gradient where bn1 takes the mean away; its weight's is the scale.
+        # bn1 removes the gradient of fc1's bias; the weight's gradient gives the scale.
         scale = expected[name.replace("fc1.bias", "fc1.weight")].abs().max()
         assert found[name].shape == truth.shape, name
         assert (found[name] - truth).abs().max() <= 1e-10 * scale, name
 
 
 class LocalBatchNorm(nn.BatchNorm2d):
-    """In one process what a norm that is not synchronised computes in several."""
+    """Computes in one process what an unsynchronised norm computes in several."""
 
     sizes: tuple[int, ...]
 
@@ -220,7 +220,7 @@ def rounding(
     autocast: bool = False,
     **options: Any,
 ) -> None:
-    """In float32 two processes err by at most twice what one does in plain PyTorch, and an ulp."""
+    """In float32 two processes err by at most twice plain PyTorch's error in one, and an ulp."""
     plain = plain_module(**options).to(memory_format=memory_format)
     exact = copy.deepcopy(plain).double()
     fused = synchronised(plain)
@@ -294,11 +294,11 @@ def modules_built_fused() -> None:
 
 @check({"of-both": {"members": [[0, 1]]}, "of-one-each": {"members": [[0], [1]]}})
 def process_group(members: list[list[int]]) -> None:
-    """Statistics span the norm's own group, not all processes."""
-    groups = [dist.new_group(ranks) for ranks in members]
-    group = groups[dist.get_rank() % len(groups)]
+    """Statistics span the norm's own process group, not all processes."""
+    process_groups = [dist.new_group(ranks) for ranks in members]
+    process_group = process_groups[dist.get_rank() % len(process_groups)]
     plain = plain_module().double()
-    fused = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain), group)
+    fused = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain), process_group)
     assert rf.fuse(fused)
     if len(members) > 1:
         for name in ("bn0", "bn1"):
@@ -312,7 +312,7 @@ def process_group(members: list[list[int]]) -> None:
 def eval_needs_no_other_process() -> None:
     plain = plain_module().double().eval()
     fused = synchronised(plain)
-    if dist.get_rank() == 0:  # the other would have to answer
+    if dist.get_rank() == 0:  # the other takes no part
         x, dout = draw()
         assert_equal(step(fused, fused, x, dout), step(plain, plain, x, dout))
 
@@ -345,7 +345,7 @@ def train(model: nn.Module, images: Tensor, targets: Tensor) -> Results:
 
 
 def assert_trains_alike(model: nn.Module, plain: nn.Module) -> None:
-    """``model``, whose gradients are means over the ranks, as ``plain`` on the whole batch."""
+    """``model``, which averages gradients over ranks, trains like ``plain`` on the whole batch."""
     sizes = (3, 3)
     images, _ = draw(sizes)
     targets = torch.randn(6, 3, dtype=torch.float64)
@@ -440,7 +440,7 @@ def unfused_after_fully_shard() -> None:
 def outcomes(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, str]]:
-    """For every rank what became of each check that pytest chose: nothing, or a traceback."""
+    """For every rank the outcome of each check that pytest chose: nothing, or a traceback."""
     folder = tmp_path_factory.mktemp("ranks")
     chosen = [
         item.callspec.params["name"]
@@ -468,7 +468,7 @@ def world_of_one() -> Iterator[None]:
 
 
 def test_one_process_needs_no_exchange(world_of_one: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And takes the same op as without SyncBatchNorm."""
+    """It takes the same op as without SyncBatchNorm."""
     monkeypatch.delattr(sync, "all_reduce")
     plain = plain_module().double()
     fused, synced = synchronised(plain, ()), synchronised(plain)
@@ -478,7 +478,7 @@ def test_one_process_needs_no_exchange(world_of_one: None, monkeypatch: pytest.M
 
 
 def run_checks(folder: Path, names: list[str]) -> None:
-    """On this rank; each starts from the same random numbers on all."""
+    """Run checks on this rank; each has the same seed on all ranks."""
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     assert choose("auto", torch.empty(1)) == "native"
     outcome: dict[str, str] = {}
@@ -493,7 +493,7 @@ def run_checks(folder: Path, names: list[str]) -> None:
         outcome[name] = "" if failure is None else "".join(traceback.format_exception(failure))
         (folder / f"{dist.get_rank()}.json").write_text(json.dumps(outcome))
         if failure is not None and not isinstance(failure, AssertionError):
-            raise failure  # the ranks no longer run the same
+            raise failure  # the ranks may no longer be in step
     dist.destroy_process_group()
 
 
