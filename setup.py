@@ -260,7 +260,7 @@ def native_build(wants_cuda: bool | None) -> dict[str, Any]:
     hash_sources = runpy.run_path("resnest_fused/backends/binary.py")["hash_sources"]
     write_ops = runpy.run_path("csrc/generate_ops.py")["write"]
     module_only = csrc / "ops.cpp"
-    # The module has the planner of CUDA launches too, because that needs no GPU in Python.
+    # The module gets these too: Python can run the planner of CUDA launches without a GPU.
     shared = {*csrc.glob("*.cpp"), *csrc.glob("cuda/*.cpp")} - {module_only}
     # torch's headers, pybind11's too, are system headers: warnings are for our code only.
     torch_includes = cpp_extension.include_paths()

@@ -42,7 +42,7 @@ RF_FORMULA V relu_backward(V dy, V n) {
 }
 
 // Softmax over the radix, in place; radix 1 is a sigmoid. Only exp(x <= 0) is ever taken, so
-// nothing overflows; for radix 2 this is sigmoid(l0 - l1) and sigmoid(l1 - l0), never 1 - a.
+// nothing overflows. For radix 2 this is sigmoid(l0 - l1) and sigmoid(l1 - l0), never 1 - a.
 //   Exp: V -> V for arguments that are not positive.  values: element r at values[r * stride].
 template <typename V, typename Exp>
 RF_FORMULA void r_softmax(V* values, int64_t stride, int64_t radix, Exp exp_of) {

@@ -489,9 +489,9 @@ def product(
 ) -> None:
     """One matrix product for each group, into ``result``.
 
-    The tensors come with their strides in elements: a with those of groups, rows and depth, b with
-    those of groups, columns and depth, the result with those of groups and rows. ``sizes`` are
-    groups, rows, columns and depth.
+    Each tensor comes with its strides in elements. For a they are of groups, rows and depth, for b
+    of groups, columns and depth, for the result of groups and rows. ``sizes`` are groups, rows,
+    columns and depth.
     """
     groups, rows, columns, depth = sizes
     block = launch.PRODUCT

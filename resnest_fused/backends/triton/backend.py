@@ -15,7 +15,7 @@ OLDEST_GPU = (7, 5)
 
 
 def _load() -> tuple[Any, dict[str, Any], str | None]:
-    """The module ``compat``, the ops by name, and why there are none or None."""
+    """The module ``compat``, the ops by name, and the reason if there are none."""
     try:
         if importlib.util.find_spec("triton") is None:
             return None, {}, "Triton is not installed"
