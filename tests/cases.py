@@ -247,7 +247,7 @@ def draw(case: Case) -> Call:
             if not mend(call):
                 break
         else:
-            return draw(case)  # no values may fit few pixels, or a group of few features
+            return draw(case)  # few pixels, or few features in a group, may leave no good values
     return call
 
 
@@ -317,7 +317,7 @@ def draw_any(case: Case) -> Call:
         params[f"{name}_running_var"] = torch.rand(size) + 0.5
         if case.affine:
             params |= {f"{name}_weight": torch.randn(size), f"{name}_bias": torch.randn(size)}
-            # A weight of 0, by which nothing may divide. A group of one feature would be all 0.
+            # A weight of 0, by which nothing may divide. A group of one feature would be constant.
             if name == "bn1" or fan_in1 * case.radix > 1:
                 params[f"{name}_weight"][0] = 0
     dout = torch.randn(case.batch, case.channels, case.height, case.width)
@@ -329,7 +329,7 @@ def draw_any(case: Case) -> Call:
     )
 
 
-# Relative error of parameters' gradients, per square root of the number of rows summed.
+# Allowed relative error of parameters' gradients, per square root of the number of rows summed.
 SUM_TOLERANCE = {torch.float64: 1e-14, torch.float32: 5e-6}
 
 

@@ -68,7 +68,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if seed := config.getoption("--seed", 0):
         for item in items:
             if hypothesis.is_hypothesis_test(item.obj):
-                item.obj = hypothesis.seed(seed)(item.obj)  # instead of that of its name
+                item.obj = hypothesis.seed(seed)(item.obj)  # instead of that from its name
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -63,14 +63,14 @@ def test_gradgradcheck(case: Case) -> None:
 def test_double_backward_in_float32(prologue: str, norm: str) -> None:
     """A gradient penalty gives the parameters the gradients that the reference gives them.
 
-    In half of the draws at least: a variance of three samples may magnify rounding at will.
+    The median of the draws counts, because a variance of three samples may magnify rounding.
     """
     errors = [_error_of_penalty(prologue, norm) for _ in range(9)]
     assert sorted(errors)[4] <= 1e-4, errors
 
 
 def _error_of_penalty(prologue: str, norm: str) -> float:
-    """The largest of the gradients' errors, each as a part of that gradient."""
+    """The largest relative error of the gradients."""
     call = draw(Case(3, 8, 4, 4, 2, 2, 8, norm=norm, prologue=prologue))
 
     def penalty(backend: str | None) -> tuple[Tensor, ...]:
@@ -101,7 +101,7 @@ def test_first_gradients_are_the_same_with_and_without_create_graph(prologue: st
 @pytest.mark.parametrize("norm", ["running", "batch"])
 @pytest.mark.parametrize("prologue", PROLOGUES)
 def test_every_subset_of_gradients(prologue: str, norm: str) -> None:
-    """What is asked for does not change by what else is; what is not asked for is not given."""
+    """A gradient does not depend on which others are asked for, and no others are computed."""
     call = draw_any(Case(3, 6, 3, 3, 2, 2, 6, norm=norm, prologue=prologue))
     names = call.differentiable()
     _, expected = call.gradients()

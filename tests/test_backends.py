@@ -140,7 +140,7 @@ def test_a_missing_extension_is_reported(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_importing_the_package_does_not_import_the_compiler(tmp_path: Path) -> None:
-    """It would take longer than all else."""
+    """The compiler takes longer to import than all else."""
     code = "import sys, resnest_fused._C; assert 'torch._dynamo' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
@@ -150,7 +150,7 @@ def test_importing_the_package_does_not_import_the_compiler(tmp_path: Path) -> N
 
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tensor]:
-    """An x on a GPU of compute capability 8.9 that is not there, nor remembered afterwards."""
+    """A fake x on a GPU of compute capability 8.9, which no cache remembers afterwards."""
     with FakeTensorMode():
         x = torch.empty(1, device="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -264,10 +264,11 @@ def test_every_op_has_a_cuda_kernel() -> None:
 
 
 def test_a_library_that_cannot_be_loaded_leaves_the_rest(tmp_path: Path) -> None:
-    """In a copy of the package, as it is loaded on import."""
+    """In a copy of the package, because the library is loaded on import."""
     package = Path(rf.__file__).parent
     shutil.copytree(package, tmp_path / "resnest_fused")
-    shutil.copy(native._C.__file__, tmp_path / "resnest_fused")  # elsewhere, if from a checkout
+    # It may lie elsewhere, if the package is in a checkout.
+    shutil.copy(native._C.__file__, tmp_path / "resnest_fused")
     for library in (tmp_path / "resnest_fused").glob("_cuda*.so"):
         library.unlink()
     (tmp_path / "resnest_fused" / f"_cuda{EXTENSION_SUFFIXES[0]}").write_text("no library")
@@ -283,7 +284,7 @@ def test_a_library_that_cannot_be_loaded_leaves_the_rest(tmp_path: Path) -> None
 
 
 def _python(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs it in this folder: in the checkout its package would go before the installed one."""
+    """Run code in this folder: in the checkout, the package there would hide the installed one."""
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder,
@@ -311,8 +312,8 @@ def test_a_wrong_environment_is_named(tmp_path: Path) -> None:
     )
 
 
-# Says what a call raises for a small map, one piece of work, and for a large one, of many pieces;
-# the op itself too, which a program that torch.export wrote calls without the package's functions.
+# Prints what a call raises for a small map, of one work item, and for a large one, of many. It also
+# calls the op itself, as programs that torch.export wrote do.
 RAISED = """
 import sys, torch, resnest_fused as rf
 torch.set_num_threads(2)
@@ -336,7 +337,7 @@ print("report", status.available, status.reason)
 
 
 def test_a_wrong_cpu_capability_is_one_error(tmp_path: Path) -> None:
-    """Never the reference in silence, unless it is asked for."""
+    """The reference never replaces the kernels silently: it runs only if asked for."""
     run = _python(RAISED, tmp_path, RESNEST_FUSED_CPU_CAPABILITY="AVX2")
     assert run.returncode == 0, run.stderr
     reason = "RESNEST_FUSED_CPU_CAPABILITY: expected baseline, avx2 or avx512, got 'AVX2'"

@@ -116,7 +116,7 @@ def test_grid_has_every_benchmark_once(name: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", FORMS)
 def test_contenders_agree(form: str, dtype: str, layout: str, train: bool) -> None:
-    """And none changes its input: interleave would raise."""
+    """interleave raises if results differ, or if a contender changes its input."""
     case = Case(16, 12, 4, train, dtype, layout, form=form)
     samples = interleave(case, "native", None, 0.0, 2)
     assert list(samples) == ["eager", "fused", "copy"]

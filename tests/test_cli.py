@@ -33,7 +33,7 @@ CHINA, FLOWER = str(_PHOTOS / "china.jpg"), str(_PHOTOS / "flower.jpg")
 
 def run(*arguments: str) -> Result:
     result = CliRunner().invoke(app, [*arguments])
-    # Anything else than an exit code is a traceback on a user's screen.
+    # Any other exception would be a traceback on a user's screen.
     assert result.exception is None or isinstance(result.exception, SystemExit)
     return result
 
@@ -53,7 +53,7 @@ def tiny_network(num_classes: int = 1000) -> nn.Sequential:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets compare run on a small network on 48 pixels in the place of a ResNeSt-50."""
+    """Lets compare run a small network at 48 pixels instead of a ResNeSt-50."""
     put_in_place(monkeypatch, tiny_network, 48)
 
 
@@ -69,7 +69,7 @@ def put_in_place(
 
 
 def break_attention(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Tensor], Tensor]) -> None:
-    """Put ``spoil`` behind every fused attention."""
+    """Apply ``spoil`` to the output of every fused attention."""
     fused_attention = modules.fused_attention
 
     def spoiled(*arguments: object, **named: object) -> Tensor:
@@ -167,7 +167,7 @@ def test_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("train", [False, True])
 def test_compile(train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Traced as ever, but without the minutes of C++ compilation.
+    # Traced as usual, but without minutes of C++ compilation.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     result = run("compare", "--repeats", "2", "--compile", *(["--train"] if train else []))
     assert result.exit_code == 0, result.output
@@ -343,7 +343,7 @@ def test_info_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
 def in_a_new_process(
     *arguments: str, module: tuple[str, ...] = ("-m", "resnest_fused"), **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """The command line, whose variables are read when the package is imported."""
+    """The command line; the package reads its variables when it is imported."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("RESNEST_FUSED_")}
     path = os.pathsep.join([str(Path(rf.__file__).parents[1]), *sys.path])
     return subprocess.run(
@@ -479,7 +479,7 @@ finally:
 def test_torch_is_imported_when_a_command_runs(
     name: str, arguments: tuple[str, ...], loaded: bool, tmp_path: Path
 ) -> None:
-    """And in every other program when the package is."""
+    """In every other program torch is imported together with the package."""
     program = tmp_path / name
     program.write_text("from resnest_fused.cli import main\nmain()\n")
     result = in_a_new_process(str(program), *arguments, module=("-c", LOADED))
@@ -517,7 +517,7 @@ def test_speed_is_told_with_its_spread(ratios: list[float], rounds: int, expecte
 
 
 def test_no_module_hides_behind_a_function() -> None:
-    """As a function with the name of a module of its package does."""
+    """A function with the name of a module in its package would hide it."""
     for package in (rf.cli, rf.measure, models, models.checkpoints):
         folder = Path(package.__file__).parent
         for name in {path.stem for path in folder.glob("*.py")} - {"__init__"}:

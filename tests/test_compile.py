@@ -35,7 +35,7 @@ def _randn(*shape: int) -> Tensor:
 def _modules(
     norm0: NormLayer = None, norm1: NormLayer = nn.BatchNorm2d
 ) -> tuple[nn.Module, nn.Module]:
-    """A fused module from 16 to 8 channels, with the convolution if ``norm0`` is given, twice."""
+    """A fused module from 16 to 8 channels and its copy; ``norm0`` adds the convolution."""
     options = {"radix": 2, "cardinality": 2, "inter_channels": 8}
     if norm0 is None:
         module = rf.FusedSplitAttention(8, norm_layer=norm1, **options)
@@ -138,7 +138,7 @@ TRACES: dict[str, tuple[NormLayer, NormLayer, list[str], list[str]]] = {
 def test_ops_of_a_training_step(
     norm0: NormLayer, norm1: NormLayer, forward: list[str], backward: list[str]
 ) -> None:
-    """Each phase once, and of the big map nothing else but bn0 where it is another norm."""
+    """Each phase runs once. Nothing else reads the big map, except a bn0 of another class."""
     recorder = OpRecorder()
     module, twin = _modules(norm0, norm1)
     compiled = torch.compile(module, fullgraph=True, backend=recorder.backend)
@@ -234,7 +234,7 @@ def _broken_norm(features: int) -> nn.Module:
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("norm0", [None, nn.BatchNorm2d], ids=["attention", "conv"])
 def test_graph_break_between_the_fcs(norm0: NormLayer, memory_format: torch.memory_format) -> None:
-    """The two halves of the op, then in graphs of their own, still share one pass of backward."""
+    """The two halves of the op are in separate graphs, and still share one pass of backward."""
     recorder = OpRecorder()
     module, twin = _modules(norm0, _broken_norm)
     for m in (module, twin):
@@ -324,7 +324,7 @@ def test_any_size_with_gradients(norm0: NormLayer, norm1: NormLayer) -> None:
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("norm1", [nn.BatchNorm2d, _group_norm], ids=["batch", "group"])
 def test_inductor(norm1: NormLayer) -> None:
-    """The ops among others that Inductor fuses, with channels_last activations."""
+    """Inductor fuses other ops around ours; the activations are channels_last."""
     module, twin = _modules(nn.BatchNorm2d, norm1)
     for m in (module, twin):
         m.to(memory_format=torch.channels_last)

@@ -1,6 +1,6 @@
 """The kernels: numbers against the oracle, strides, determinism, NaN and infinity.
 
-Those of the CPU, and with ``--device cuda`` those of the GPU.
+They are those of the CPU, or with ``--device cuda`` those of the GPU.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from rounding import most_by_chance, times_worst
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("restore_threads")
-# Many small calls; that the number of threads makes no difference has its own test.
+# For many small calls. Another test shows that the number of threads makes no difference.
 one_thread = pytest.mark.usefixtures("one_thread")
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# On a GPU each takes several hundred launches, most of them by the plain PyTorch beside it.
+# On a GPU each example takes several hundred launches, most of them plain PyTorch's.
 EXAMPLES = 200 if torch.get_default_device().type == "cpu" else 60
 FORMATS = ("nchw", "channels_last")
 # (prologue, norm): each norm plain, and each prologue once.
@@ -225,7 +225,7 @@ def check_any_call(
     wanted: set[str],
     seed: int,
 ) -> None:
-    # How many values differ: of one there is no variance.
+    # The number of distinct values, because a single one has no variance.
     samples = 1 if layout == "expanded_batch" else batch
     pixels = height if layout == "expanded_pixels" else height * width
     torch.manual_seed(seed)
@@ -290,7 +290,7 @@ def test_mean_error_is_no_larger_than_a_loop_s(
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("prologue", ["running", "batch"])
 def test_a_mean_far_from_zero(prologue: str, layout: str) -> None:
-    """bn0 subtracts it; the sums of its gradients must not carry it along."""
+    """bn0 subtracts the mean, and the sums of its gradients must not include it."""
     calls = [draw(Case(4, 24, 7, 7, 2, 2, 16, layout=layout, prologue=prologue)) for _ in range(9)]
     for call in calls:
         call.x = call.x + 30
@@ -301,7 +301,7 @@ def test_a_mean_far_from_zero(prologue: str, layout: str) -> None:
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("value", [0.0, 3.7])
 def test_a_feature_that_does_not_vary(value: float, layout: str) -> None:
-    """Its batch variance is 0; bn0 leaves beta of it."""
+    """Its batch variance is 0, so bn0 returns beta."""
     call = draw_any(Case(4, 6, 5, 7, 2, 2, 8, torch.float64, layout=layout, prologue="batch"))
     call.x[:, 3] = value
     out, grads = call.gradients()
@@ -411,7 +411,7 @@ def test_what_memory_held_before_makes_no_difference(
     run: Callable[[Call], list[Tensor]],
     fill_memory: Callable[[int], None],
 ) -> None:
-    """An element that nothing writes, or that something adds to, would show."""
+    """An element that nothing writes, or that something adds to, would differ."""
     call = draw_any(Case(*sizes, layout=layout, norm=norm, prologue=prologue))
     results = []
     for byte in (0x7F, 0x80):  # NaN, infinity or huge numbers, and almost nothing
@@ -474,9 +474,9 @@ def test_in_eval_one_sample_s_nan_and_infinity_stay_in_it(
     for out in (call.forward(), call.gradients(names=["x"])[0]):
         assert torch.equal(out[others], clean[others])
         assert torch.equal(out.isnan(), call.forward("reference").isnan())
-        if prologue == "none" or math.isnan(value):  # else a ReLU may make 0 of it
+        if prologue == "none" or math.isnan(value):  # otherwise a ReLU may turn it into 0
             assert out[2].isnan().any()
-        assert not out[2].isnan().all()  # the other cardinal group
+        assert not out[2].isnan().all()  # the other group
     assert torch.equal(call.gradients(names=["x"])[1]["x"][others], clean_grads["x"][others])
 
 

@@ -21,7 +21,7 @@ DEVICE = torch.empty(0).device
 
 
 def _arguments() -> dict[str, Any]:
-    """A call that runs, in the names of ``rf.split_attention``."""
+    """Valid arguments of ``rf.split_attention``, by name."""
     return {
         "x": torch.randn(B, R * C, 4, 5),
         "fc1_weight": torch.randn(INTER, C // K, 1, 1),
@@ -46,7 +46,7 @@ def _norm(features: int) -> rf.BatchNormArgs:
 
 
 def _norms() -> list[tuple[type[Exception], str, Callable[[dict[str, Any]], dict[str, Any]]]]:
-    """What can be wrong with bn0 and bn1 alike."""
+    """What can be wrong with either bn0 or bn1."""
     wrong: list[tuple[type[Exception], str, Callable[[dict[str, Any]], dict[str, Any]]]] = []
     for bn, features in (("bn0", R * C), ("bn1", INTER)):
         for field in ("weight", "bias", "running_mean", "running_var"):
@@ -326,7 +326,7 @@ WRONG: list[tuple[type[Exception], str, Callable[[dict[str, Any]], dict[str, Any
 ]
 
 
-# With batch statistics the arguments are checked in Python at once; else the op is tried first.
+# With batch statistics Python checks the arguments at once, otherwise it tries the op first.
 WAYS: dict[str, dict[str, Any]] = {
     "bn0": {},
     "bn0-eval": {"training": False},
@@ -348,7 +348,7 @@ def _assert_raises(
     error: type[Exception],
     message: str,
 ) -> None:
-    """And leaves running statistics as they were."""
+    """The call raises this error, and leaves running statistics as they were."""
     norms = [wrong[name] for name in ("bn0", "bn1") if isinstance(wrong.get(name), tuple)]
     before = copy.deepcopy(norms)
     with pytest.raises(error, match=f"^{re.escape(message)}$") as raised:
@@ -508,7 +508,7 @@ def test_module_given_no_tensor(make: type[torch.nn.Module], wrong: object) -> N
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("norm", ["bn0", "bn1"])
 def test_any_eps_gives_pytorch_s_numbers_or_an_error(norm: str, training: bool, eps: float) -> None:
-    """NaN alone is refused here and not there, where everything becomes NaN."""
+    """Only NaN is refused here but not by PyTorch, whose results become NaN."""
     fused = rf.FusedSplitAttentionConv2d(4, 8, 3, padding=1).train(training)
     getattr(fused, norm).eps = eps
     plain = copy.deepcopy(fused)
@@ -524,7 +524,7 @@ def test_any_eps_gives_pytorch_s_numbers_or_an_error(norm: str, training: bool, 
         with pytest.raises(ValueError, match="eps must be"):
             plain(x)
     else:
-        # PyTorch takes 0 in evaluation from 2.13 on; beside these variances 1e-30 is none either.
+        # PyTorch takes 0 in evaluation from 2.13 on. 1e-30 changes these variances as little.
         getattr(plain, norm).eps = eps or 1e-30
         torch.testing.assert_close(fused(x), plain(x))
 

@@ -1,4 +1,4 @@
-"""torch.export, AOTInductor and ONNX: with our op or in standard ones, eager's numbers."""
+"""torch.export, AOTInductor and ONNX give eager's numbers, with our op or standard ones."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ ONNX_MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = 
 @pytest.mark.one_in(4)
 @pytest.mark.parametrize(("make", "shape"), ONNX_MODULES.values(), ids=ONNX_MODULES)
 def test_onnx(make: Callable[[], nn.Module], shape: tuple[int, int, int], tmp_path: Path) -> None:
-    """Without being asked for: standard ops, for any batch, height and width."""
+    """The exporter takes standard ops unasked, for any batch, height and width."""
     module = _eval(make())
     path = str(tmp_path / "model.onnx")
     dynamic = torch.export.Dim.DYNAMIC
@@ -237,10 +237,10 @@ def test_onnx(make: Callable[[], nn.Module], shape: tuple[int, int, int], tmp_pa
 
 
 def _perturbed(module: nn.Module, pixels: int) -> nn.Module:
-    """With parameters that differ by what rounding in float32 amounts to.
+    """A copy whose parameters differ by as much as rounding in float32 amounts to.
 
-    A sum of n terms, taken in whatever order, is the exact one of factors that differ by n times
-    the unit roundoff at most; the longest sums are over the pixels, or over a filter.
+    A sum of n rounded terms, in any order, is the exact sum of slightly different terms. They
+    differ by n roundings at most. The longest sums are over the pixels, or over a filter.
     """
     twin = copy.deepcopy(module)
     terms = max(pixels, *(parameter[0].numel() for parameter in twin.parameters()))
@@ -252,7 +252,7 @@ def _perturbed(module: nn.Module, pixels: int) -> nn.Module:
 
 @pytest.mark.parametrize("program", [True, False])
 def test_onnx_cannot_carry_the_op(program: bool) -> None:
-    """Asked for in so many words, it is refused by its name."""
+    """If it is asked for explicitly, the exporter refuses it by name."""
     module = _block()
     x = torch.randn(3, 4, 9, 7, dtype=torch.float64)
     with (

@@ -1,7 +1,7 @@
 """FlopCounterMode counts in a fused module what it counts in the unfused one.
 
-It follows modules by hooks for all of them, so that a fused module calls its children and each is
-counted in its place. Without such hooks, as in a function or a compiled graph, the ops are.
+It sets hooks on all modules, so a fused module calls its children and each is counted in its place.
+Without such hooks, as in a function or a compiled graph, the ops are counted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BATCH = 3
 
 
 def flops(module: nn.Module, x: Tensor, backward: bool) -> dict[Any, int]:
-    """By op, and the total under "total"."""
+    """FLOPs by op, and their total under "total"."""
     with FlopCounterMode(display=False) as counter:
         out = module(x)
         if backward:
@@ -39,7 +39,7 @@ def flops(module: nn.Module, x: Tensor, backward: bool) -> dict[Any, int]:
 def assert_counts_stay(
     plain: nn.Module, x: Tensor, backward: bool, namespace: str = "resnest_fused"
 ) -> None:
-    """On tensors without data, as nothing but their shapes matters."""
+    """Fusing changes no count, neither with hooks on all modules nor without."""
     fused = copy.deepcopy(plain)
     rf.fuse(fused, backend={of: name for name, of in NAMESPACES.items()}[namespace])
     expected = flops(plain, x, backward)
@@ -127,7 +127,7 @@ def test_counts_of_peers(make: Callable[..., nn.Module], radix: int, cardinality
 
 
 def test_counts_on_data() -> None:
-    """Not of shapes alone, and by the kernels themselves."""
+    """On real data, so that the kernels themselves run."""
     plain, x = rf.SplitAttention(16, 2, 2), torch.randn(BATCH, 32, 6, 6, requires_grad=True)
     for namespace in NAMESPACES.values():
         assert_counts_stay(plain, x, backward=True, namespace=namespace)

@@ -71,7 +71,7 @@ def square_errors(results: dict[str, Tensor], exact: dict[str, Tensor]) -> Count
     """Mean squares of the errors relative to the truth's: out, x's gradient, and the rest."""
     errors = Counter()
     for name, truth in exact.items():
-        # That of fc1's bias is zero, found as rounding noise, where bn1 takes the mean away.
+        # In front of bn1 the gradient of fc1's bias is zero, and found as rounding noise.
         if truth.is_floating_point() and truth.abs().max() > 1e-12:
             error = (results[name] - truth).square().mean() / truth.square().mean()
             errors[name if name in ("out", "x") else "rest"] += error.item()
@@ -81,7 +81,7 @@ def square_errors(results: dict[str, Tensor], exact: dict[str, Tensor]) -> Count
 def assert_as_exact(model: nn.Module, plain: nn.Module, inputs: list[Tensor]) -> None:
     """``model`` errs against float64 by at most 1.5 times what ``plain`` does, and an ulp.
 
-    Over several inputs, as with a single one either can come out exact by luck.
+    Over several inputs, because with a single one either can be exact by luck.
     """
     exact = copy.deepcopy(plain).double()
     for training in (False, True):
@@ -122,7 +122,7 @@ def assert_fuses(model: nn.Module, inputs: list[Tensor]) -> None:
 
 
 def reason_left_alone(module: nn.Module) -> str:
-    """Fuse one module that must stay as it is; what its report says."""
+    """Fuse one module that must stay as it is; the reason that the report gives."""
     kind = type(module)
     report = fuse(module)
     assert type(module) is kind and not report.fused
@@ -371,7 +371,7 @@ class PerSample(nn.BatchNorm2d):
         return x * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
 
 
-# Children that the op has no place for, and so are called.
+# Children that the op cannot replace, so they are called.
 CHILDREN = {
     "wrapped-fc": ("fc1", lambda: nn.Sequential(nn.Conv2d(8, 32, 1))),
     "own-forward-fc": ("fc2", lambda: Doubling(32, 16, 1)),
@@ -606,7 +606,7 @@ def test_folding_leaves_what_is_no_chain():
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """As DETR's, which has the name, and no eps as an attribute."""
+    """Like DETR's: it has the name, and no eps as an attribute."""
 
     def __init__(self, features: int) -> None:
         super().__init__()

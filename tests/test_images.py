@@ -50,7 +50,7 @@ def test_randomized_norms_make_attention_count() -> None:
     """Rounding stays far below the allowed error, a small mistake in attention far above it."""
     torch.manual_seed(0)
     model = models.resnest50(fused=False)
-    for module in model.modules():  # as timm starts: without attention's influence
+    for module in model.modules():  # like timm's new models, in which attention has no influence
         if isinstance(module, nn.BatchNorm2d):
             nn.init.zeros_(module.weight)
     randomize_norms(model, 64, seed=0)

@@ -1,5 +1,8 @@
-"""What is installed: a wheel holds what its own build made, whatever lies about in a checkout, and
-the package finds its compiled module, also when Python is started in the checkout."""
+"""What is installed.
+
+A wheel holds only what its own build made, whatever lies about in a checkout. The package finds its
+compiled module, also when Python is started in the checkout.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def plant_leftovers(checkout: Path) -> None:
-    """What other builds, editable ones among them, and runs may have left in a checkout."""
+    """Add files that other builds, editable ones too, and runs may have left in a checkout."""
     suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
     packed = [f"resnest_fused/{name}{suffix}" for name in ("_C", "_cuda")]
     platform = f"{sys.platform}-{os.uname().machine}-{sys.implementation.cache_tag}"
@@ -80,7 +83,7 @@ def plant_leftovers(checkout: Path) -> None:
 
 
 def list_tree(folder: Path) -> list[tuple[str | int, ...]]:
-    """Every file and folder, with what a write to it, or in it for a moment, would change."""
+    """Every file and folder, with properties that any write to it, even a passing one, changes."""
     paths = sorted([folder, *folder.rglob("*")])
     found = [(path, path.stat()) for path in paths]
     return [(str(path), stat.st_mode, stat.st_size, stat.st_ctime_ns) for path, stat in found]
@@ -88,9 +91,9 @@ def list_tree(folder: Path) -> list[tuple[str | int, ...]]:
 
 @pytest.fixture
 def soiled(checkout: Path) -> Iterator[Path]:
-    """A checkout with a tiny compiled module and with leftovers, where nobody may write.
+    """A read-only checkout with a tiny compiled module and with leftovers.
 
-    Who is root may all the same: so that nothing was written is looked up.
+    Root may write all the same, so the end checks that nothing was written.
     """
     for source in (checkout / "csrc").rglob("*.c*"):
         source.unlink()
@@ -161,7 +164,7 @@ def test_a_source_distribution_holds_only_sources_and_builds_the_same_wheel(
 def test_an_editable_installation_has_a_compiled_module_of_its_own(
     soiled: Path, tmp_path: Path
 ) -> None:
-    """In the environment: a checkout may be installed into several, with torches that differ."""
+    """It lies in the environment: environments with different torches may share a checkout."""
     environment = tmp_path / "environment"
     run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=tmp_path)
     site = the_only(environment, "lib/python*/site-packages")
@@ -210,7 +213,7 @@ def build_wheel(*_): pass
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A project whose build tells which torch this package's would find, and ends."""
+    """A project whose build tells which torch this package's build would find, and ends."""
     folder = tmp_path / "project"
     folder.mkdir()
     (folder / "probe.py").write_text(PROBE)
@@ -239,7 +242,7 @@ def environment_with(folder: Path, torch_version: str | None) -> Path:
 def uv_install(
     project: Path, *arguments: str | Path, cwd: Path | None = None, **environ: str | Path
 ) -> str:
-    """What the build of a project says that uv installs."""
+    """What the build of a project says when uv installs it."""
     hidden = ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH")
     kept = {
         name: value
@@ -255,7 +258,7 @@ def uv_install(
         text=True,
     )
     assert result.returncode != 0
-    return " ".join(result.stderr.split())  # it wraps lines, by the width that it finds
+    return " ".join(result.stderr.split())  # uv wraps lines to the width of the terminal
 
 
 @pytest.mark.parametrize(
@@ -318,7 +321,7 @@ REPORT = "import resnest_fused as rf; print(rf.__file__); print(*rf.backends(), 
 
 
 def test_python_in_a_checkout_says_what_the_command_line_says(checkout: Path) -> None:
-    """That the installed kernels run, though Python imports the folder there."""
+    """The installed kernels run, although Python imports the package in the checkout."""
     command = Path(sys.executable).with_name("resnest-fused")
     code = "import sys; sys.argv = ['', 'info']; from resnest_fused.cli import main; main()"
     installed = run(command, "info", cwd=checkout, COLUMNS="500")
@@ -333,7 +336,7 @@ def test_python_in_a_checkout_says_what_the_command_line_says(checkout: Path) ->
 
 
 def test_python_m_pytest_in_a_checkout_passes(checkout: Path) -> None:
-    """Though it puts the folder in front of the installed package."""
+    """It passes, although Python looks in the checkout before the installed packages."""
     arguments = ("-q", "-p", "no:cacheprovider", "tests/test_plan.py", "-k", "refused")
     outcome = run(sys.executable, "-m", "pytest", *arguments, cwd=checkout).splitlines()[-1]
     assert re.fullmatch(r"\d+ passed, \d+ deselected in .*", outcome)

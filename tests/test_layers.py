@@ -10,7 +10,7 @@ from pathlib import Path
 import resnest_fused as rf
 
 ROOT = Path(rf.__file__).parent
-# From the top down. A file is in the layer of the longest name that its own begins with.
+# From the top down. A file belongs to the layer with the longest prefix of its name.
 LAYERS = (
     ("__main__",),
     ("cli",),
@@ -66,7 +66,7 @@ def imports(file: str) -> Iterator[str]:
             package, _, name = path.partition(".")
             if package != "resnest_fused":
                 continue
-            # A name that is no file is defined in the file that its parent is.
+            # A name that is no file is defined in its parent's file.
             while name and name not in FILES:
                 name = name.rpartition(".")[0]
             yield name or "__init__"
@@ -88,6 +88,6 @@ def test_swap_and_adapters_know_each_other_by_the_registry_alone() -> None:
 
 
 def test_no_function_has_the_name_of_a_module() -> None:
-    """But rf.backends(), whose package is no part of what users import."""
+    """Except rf.backends(), because users do not import the package of that name."""
     functions = {name for name in rf.__all__ if inspect.isfunction(getattr(rf, name))}
     assert functions & {file.rpartition(".")[2] for file in FILES} == {"backends"}

@@ -154,7 +154,7 @@ def test_speedup_is_of_rounds() -> None:
     [(6, 0, False), (0, 6, False), (5, 0, True), (9, 1, False), (8, 2, True), (2, 8, True)],
 )
 def test_what_chance_shows_too_is_noise(faster: int, slower: int, noise: bool) -> None:
-    """At 5 %: 1/32 for six rounds of six, 11/512 for nine of ten, 56/512 for eight of ten."""
+    """The limit is a chance of 5 %: it is 1/32 (6 of 6), 11/512 (9 of 10) or 56/512 (8 of 10)."""
     ratios = [1.1] * faster + [0.9] * slower
     speedup = Speedup.of(ratios, [1.0] * len(ratios))
     assert (speedup.faster, speedup.slower, speedup.is_noise) == (faster, slower, noise)
@@ -162,7 +162,7 @@ def test_what_chance_shows_too_is_noise(faster: int, slower: int, noise: bool) -
 
 
 def test_rounds_that_differ_much_give_no_figure() -> None:
-    """As 6.7 to 13 seconds beside 10.5."""
+    """For example 6.7 to 13 seconds, compared with 10.5."""
     assert not Speedup.of([10.5] * 10, [6.7, 7, 7, 7, 7, 9, 11, 12, 13, 13]).is_figure
     assert Speedup.of([10.5] * 10, [9.5, 9.6, 9.7, 9.8, 9.9] * 2).is_figure
 
@@ -182,7 +182,7 @@ def test_peak_memory() -> None:
 
 
 def test_peak_memory_of_a_gpu_is_its_allocators(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Less what lived before, and whatever the peak was before."""
+    """Memory that was held before does not count, nor does an earlier peak."""
     gpu = SimpleNamespace(held=100, peak=500)
 
     def call() -> None:

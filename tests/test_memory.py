@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import resnest_fused as rf
 from resnest_fused.measure import memory
 
-# Beside whole maps a module keeps a few numbers for each sample and channel; in output sizes.
+# In output sizes, what a module keeps besides whole maps: a few numbers per sample and channel.
 CRUMBS = 0.1
 
 
@@ -34,7 +34,7 @@ def saved_bytes(call: Callable[[], Tensor], living: Iterable[Tensor]) -> int:
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         out = call()
-    assert out.requires_grad  # and until here it held what was saved, so no address came twice
+    assert out.requires_grad  # so what was saved lived until here, and no address came twice
     return sum(sizes.values())
 
 
@@ -55,7 +55,7 @@ def fused(module: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("radix", [1, 2, 4])
 def test_one_map_instead_of_two(radix, dtype, memory_format):
-    """The convolution's output, R units; PyTorch keeps the ReLU's, too."""
+    """Fused, only the convolution's output stays, R units; PyTorch keeps the ReLU's, too."""
     plain = rf.SplitAttentionConv2d(16, 32, 3, padding=1, radix=radix)
     plain.to(dtype=dtype, memory_format=memory_format)
     x = features(4, 16, 28, 28).to(dtype=dtype, memory_format=memory_format)
@@ -95,7 +95,7 @@ def test_norms(change):
     ids=["none", "group-norm"],
 )
 def test_no_more_than_pytorch(norm_layer, maps):
-    """Without a bn0 PyTorch keeps one map; another norm than bn0's keeps its input and output."""
+    """Without bn0 PyTorch keeps one map; with a GroupNorm there it keeps input and output."""
     plain = rf.SplitAttentionConv2d(16, 32, 3, padding=1, norm_layer=norm_layer)
     x = features(4, 16, 28, 28)
     kept = [units(module, x) for module in (plain, fused(plain))]
@@ -108,7 +108,7 @@ def test_attention_alone_keeps_its_input():
 
 
 def test_nothing_else_stays_alive():
-    """Counted over all tensors instead: none is kept where the hooks of autograd do not see it."""
+    """Counts all living tensors, because autograd's hooks might not see every kept one."""
     module, x = rf.FusedSplitAttentionConv2d(16, 32, 3, padding=1), features(4, 16, 28, 28)
     with memory._LiveStorages() as live:
         out = module(x)

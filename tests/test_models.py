@@ -144,7 +144,7 @@ def test_names() -> None:
 
 
 class StandInForTimm(ModuleType):
-    """What of timm the registry uses; its model is ours."""
+    """The parts of timm that the registry uses; its model is ours."""
 
     def __init__(self) -> None:
         super().__init__("timm")
@@ -276,7 +276,7 @@ def test_files_that_are_no_checkpoints(
 def test_a_training_script_s_objects_are_named_and_what_helps_works(
     reference: models.ResNeSt, tmp_path: Path
 ) -> None:
-    """As the official scripts keep their arguments, and mmengine its history."""
+    """The official scripts save their arguments, and mmengine its history."""
     state, path = reference.state_dict(), tmp_path / "trained.pth"
     arguments, history = argparse.Namespace(lr=0.1, arch="resnest50"), Opaque()
     torch.save({"state_dict": state, "args": arguments, "history": history}, path)

@@ -38,7 +38,7 @@ def _pair(
 ) -> tuple[nn.Module, nn.Module]:
     """A reference module and a fused one with the same state, in float64.
 
-    ``norm1`` makes bn1 where bn1 is not to be as bn0.
+    ``norm1`` makes bn1, if that is to differ from bn0.
     """
     options = {"radix": 2, "cardinality": 2, "inter_channels": 12, **options}
     sizes: tuple[int, ...] = (12,)
@@ -148,7 +148,7 @@ class TwiceBatchNorm2d(nn.BatchNorm2d):
 
 
 class NamedBatchNorm2d(nn.BatchNorm2d):
-    """Has none."""
+    """Has no forward of its own."""
 
 
 def _bn(**options: Any) -> NormLayer:
@@ -159,7 +159,7 @@ def _group_norm(features: int) -> nn.Module:
     return nn.GroupNorm(3, features)
 
 
-# Each with the ops that a module with nothing else takes in training.
+# Each with the ops of a training step of a module without other special children.
 NORM_LAYERS: dict[str, tuple[NormLayer, tuple[str, ...]]] = {
     "default": (nn.BatchNorm2d, WHOLE),
     "none": (None, WHOLE),
@@ -247,7 +247,7 @@ ACTIVATIONS: dict[str, tuple[nn.Module | None, nn.Module, tuple[str, ...]]] = {
 def test_any_activation(
     act0: nn.Module | None, act1: nn.Module, ops: tuple[str, ...], drop: nn.Module | None
 ) -> None:
-    """As peers have them."""
+    """Peers may have any activations."""
 
     class Net(nn.Module):
         def __init__(self, fused: bool) -> None:
@@ -281,7 +281,7 @@ def test_any_activation(
 
 
 def test_conv_module_in_plain_functions() -> None:
-    """Not by way of the reference module, in the words of the paper."""
+    """Compares with the paper's formulas instead of the reference module."""
     _, fused = _pair(conv=True, cardinality=1)
     x = _input(fused)
 
@@ -441,7 +441,7 @@ def test_some_parameters_frozen(names: tuple[str, ...], input_grad: bool, norm1:
 
 @pytest.mark.parametrize("norm_layer", [nn.BatchNorm2d, _group_norm], ids=["batch", "group"])
 def test_only_the_fcs_learn(norm_layer: NormLayer) -> None:
-    """Of a module without prologue, over features that need no gradient."""
+    """The module has no prologue, and its input needs no gradient."""
     eager, fused = _pair(norm_layer)
     _assert_same_step(fused, eager, _input(eager), input_grad=False)
 
@@ -477,7 +477,7 @@ def test_no_gradient_through_the_attention(conv: bool) -> None:
 
 @both_kinds
 def test_gradient_through_the_attention_only(conv: bool) -> None:
-    """Of a loss on what is between the FCs, without the module's output."""
+    """The loss depends on values between the FCs, and not on the module's output."""
     eager, fused = _pair(conv=conv)
     x = _input(eager)
     results = []
@@ -515,7 +515,7 @@ def test_gradients_of_gradients(loss: str, norm_layer: NormLayer, conv: bool) ->
 
 @pytest.mark.parametrize("norm_layer", [nn.BatchNorm2d, _group_norm], ids=["batch", "group"])
 def test_activation_checkpointing(norm_layer: NormLayer) -> None:
-    """What is computed again stops at the last tensor saved, which here is behind the module."""
+    """Recomputation stops at the last saved tensor, which here comes after the module."""
     eager, fused = _pair(norm_layer, conv=True)
     x = _input(eager)
     results = []
@@ -558,8 +558,8 @@ HOOKS = {
 def test_hooks_on_children(
     register: Callable[[nn.Module, list[Tensor]], Any], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They get what they get in the reference, and what they return counts."""
-    # PyTorch has no backward hook in front of an operation in place.
+    """They get the same values as in the reference, and their results count."""
+    # PyTorch allows no backward hook in front of an in-place operation.
     monkeypatch.setattr(F, "relu", lambda x, inplace=False: torch.relu(x))
     eager, fused = _pair(conv=True)
     logs: tuple[list[Tensor], list[Tensor]] = [], []
@@ -698,8 +698,8 @@ def test_copies(way: str, norm_layer: NormLayer, conv: bool) -> None:
 def _assert_as_exact(fused: nn.Module, eager: nn.Module, run: Callable[..., Any]) -> None:
     """In 16 bits ``fused`` errs against float64 by at most 1.5 times what ``eager`` does.
 
-    In the median of several draws: in any single one a rounding may decide over a ReLU in either.
-    ``run`` takes a module and x in float64 to what :func:`_step` returns.
+    The median of several draws counts: in a single one, rounding may flip a ReLU in either.
+    ``run`` gets a module and x in float64, and returns the same as :func:`_step`.
     """
     exact = copy.deepcopy(eager).double()
     errors: dict[str, list[tuple[float, float]]] = {}

@@ -49,7 +49,7 @@ def _batch_norm(call: Call, name: str, statistics: str) -> Arguments:
 
 
 def _prologue(call: Call) -> Arguments:
-    """With statistics, the batch's own where the case says so."""
+    """Statistics are given, even the batch's if the case has batch statistics."""
     statistics = call.case.prologue
     arguments = {"x": call.x, "relu": statistics != "none", "radix": call.case.radix}
     arguments |= _batch_norm(call, "bn0", statistics)
@@ -85,13 +85,13 @@ def _backward(call: Call) -> Arguments:
     if call.case.norm == "batch":
         arguments |= {"bn1_mean": bn1_mean, "bn1_var": bn1_var}
     saved = {"gap": gap, "hidden": hidden, "attention": attention}
-    # Without bn0 it has no gradients to ask for.
+    # An absent bn0 has no gradients to ask for.
     needed = [call.case.has_bn0 or not name.startswith("bn0") for name in DIFFERENTIABLE]
     return {"dout": call.dout, **arguments, **saved, "needed": needed}
 
 
 def _between(call: Call, *names: str) -> Arguments:
-    """What comes to a phase from the MLP, at random."""
+    """Random values for what the MLP would give to a phase."""
     case = call.case
     dtype = torch.promote_types(case.dtype, torch.float32)
     features = case.radix * case.channels
@@ -236,7 +236,7 @@ def test_gradients_that_are_not_needed_have_no_elements(statistics: str, index: 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("prologue", PROLOGUES)
 def test_phases_make_up_the_whole(prologue: str, norm: str, radix: int, layout: str) -> None:
-    """With the MLP between them in PyTorch, forward and backward."""
+    """The MLP between them runs in PyTorch, forward and backward."""
     options = {"layout": layout, "norm": norm, "prologue": prologue}
     call = draw(Case(3, 6, 4, 5, radix, 2, 8, torch.float64, **options))
     p = {name: tensor.clone().requires_grad_() for name, tensor in call.params.items()}
@@ -300,14 +300,14 @@ def test_phases_of_an_empty_batch() -> None:
     assert ops.recombine_backward(**_recombine_backward(call)).shape == (0, 12, 4, 5)
     for grad in ops.prologue_backward(**_prologue_backward(call)):
         assert torch.equal(grad, torch.zeros(12))
-    for statistic in ops.batch_statistics(call.x):  # which count for nothing beside another's
+    for statistic in ops.batch_statistics(call.x):  # zeros change no sum over processes
         assert torch.equal(statistic, torch.zeros(12))
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_batch_statistics_of_a_large_mean(dtype: torch.dtype, layout: str) -> None:
-    """As stable as the data allow, where E[x^2] - E[x]^2 would have no correct digit."""
+    """They are as precise as the data allow; E[x^2] - E[x]^2 would have no correct digit."""
     x = draw_any(Case(5, 12, 9, 7, dtype=dtype, layout=layout)).x + 1000 * torch.randn(24, 1, 1)
     x = LAYOUTS[layout](x.to(dtype))
     mean, var = ops.batch_statistics(x)
@@ -321,7 +321,7 @@ def test_batch_statistics_of_a_large_mean(dtype: torch.dtype, layout: str) -> No
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_batch_statistics_of_a_pixel_unlike_the_others(layout: str) -> None:
-    """As padding makes corners: no sum starts from it and cancels."""
+    """Padding makes such corners. No sum may start from it and then cancel."""
     x = 3 + 0.01 * torch.randn(2, 8, 56, 56)
     x[:, :, 0, 0] = 0
     mean, var = ops.batch_statistics(LAYOUTS[layout](x))
@@ -333,7 +333,7 @@ def test_batch_statistics_of_a_pixel_unlike_the_others(layout: str) -> None:
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("mean", [0.0, 30.0, 1000.0])
 def test_dx_of_a_mean_far_from_zero(mean: float, layout: str) -> None:
-    """What it loses to the batch's statistics cancels no digits."""
+    """Subtracting the batch statistics' share loses no digits to cancellation."""
     call = draw_any(Case(4, 8, 14, 14, layout=layout, prologue="running"))
     x = LAYOUTS[layout](call.x + mean)
     center, var = ops.batch_statistics(x)
@@ -389,7 +389,7 @@ def _arguments(name: str) -> Arguments:
 
 @functools.cache
 def _arguments_of(name: str, ops: Any) -> Arguments:
-    """Arguments with every tensor, which run: training ops use running statistics."""
+    """Valid arguments with every tensor; training ops get running statistics."""
     backward = name in ("split_attention_backward", "recombine_backward")
     statistics = "batch" if backward else "running"
     call = draw_any(Case(3, 6, 4, 5, 2, 2, 6, norm=statistics, prologue=statistics))

@@ -1,4 +1,4 @@
-"""What work among threads throws arrives as it was thrown."""
+"""An exception in any thread reaches the caller unchanged."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 from cuda_on_host.build import COMPILER, CSRC, TORCH_TARGET_VERSION
 
 ITEMS, THREADS = 1000, (1, 2, 5)
-# One item is work for a thread; all items together are not.
+# Bytes per item. One large item is enough for a thread; all small ones together are not.
 LARGE, SMALL = 1 << 20, 1
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], str]:
-    """What comes of items of so many bytes, of which those from ``first`` on throw."""
+    """The outcome of items of this many bytes, of which those from ``first`` on throw."""
     library = tmp_path_factory.mktemp("parallel") / "parallel.so"
     torch_folder = Path(torch.__file__).parent
     source = Path(__file__).with_name("parallel_exceptions.cpp")

@@ -107,7 +107,7 @@ def test_load_in_another_process(make, images, tmp_path):
     module = make().eval()
     fuse(module)
     torch.save((module, images, module(images)), tmp_path / "module.pt")
-    # Not from the checkout, whose package would go before the installed one.
+    # Not in the checkout, whose package would hide the installed one.
     subprocess.run([sys.executable, "-c", LOAD, "module.pt"], cwd=tmp_path, check=True)
 
 
@@ -123,7 +123,7 @@ def test_hooks_run(make, images):
 
 
 def test_any_conv_and_bn0(make, inputs):
-    """As with a rectified convolution, or other norms before the attention."""
+    """For example a rectified convolution, or other norms before the attention."""
     module = make()
     module.conv = nn.Sequential(nn.Conv2d(16, 32, 1), nn.Tanh())
     module.bn0 = nn.GroupNorm(4, 32)
@@ -230,7 +230,7 @@ SOFTMAXES = {
 @pytest.mark.parametrize("change", SOFTMAXES.values(), ids=SOFTMAXES)
 @pytest.mark.parametrize("before_fuse", [True, False])
 def test_another_softmax(make, before_fuse, change, cardinality, radix, images):
-    """Hooked, patched or replaced, before fuse or after, it is called."""
+    """A softmax that was hooked, patched or replaced, before fuse or after, is called."""
     plain = make(radix, cardinality).double()
     fused = copy.deepcopy(plain)
     if not before_fuse:
@@ -308,7 +308,7 @@ MODELS = {
 
 
 def build(name: str) -> nn.Module:
-    """The model with random weights, and statistics that are near but not those of its features."""
+    """The model with random weights, and running statistics near those of its features."""
     module, function, _ = MODELS[name]
     model = randomise(getattr(importlib.import_module(module), function)())
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -318,7 +318,7 @@ def build(name: str) -> nn.Module:
         model.train()(torch.randn(4, 3, 64, 64))
     for norm in norms:
         norm.momentum = 0.1
-        # No variance is far below the others: four samples can be alike where others are not.
+        # Four samples may be alike in one feature, so small variances are raised.
         norm.running_var += norm.running_var.mean() * torch.rand_like(norm.running_var)
         norm.running_mean += 0.1 * norm.running_var.sqrt() * torch.randn_like(norm.running_mean)
     return model
@@ -353,7 +353,7 @@ def test_model_in_training(name):
     fuse(model)
     found, expected = step(model, images, True), step(plain, images, True)
     for key, value in expected.items():
-        # fc1's bias has no gradient, as bn1 takes the batch's mean away; its weight's is the scale.
+        # bn1 removes the gradient of fc1's bias; the weight's gradient gives the scale.
         scale = expected[key.replace("fc1.bias", "fc1.weight")].abs().max()
         assert (found[key] - value).abs().max() <= 1e-10 * scale, key
 

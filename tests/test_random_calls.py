@@ -1,4 +1,4 @@
-"""Some of the random calls of random_calls.py, and that it tells those that fail."""
+"""Some of the random calls of random_calls.py, and how it reports those that fail."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_failures_are_told(
     function: Callable[..., Tensor] = module.split_attention
 
     def spoiled(*args: Any, **options: Any) -> Tensor:
-        # PyTorch's formulas, by which errors are judged, stay as they are.
+        # PyTorch's formulas stay as they are, because errors are judged by them.
         result = function(*args, **options)
         return result if options["backend"] == "reference" else spoil(result)
 
@@ -55,7 +55,7 @@ def test_failures_are_told(
     command, _, text = told[0].removeprefix("FAILED python tests/random_calls.py ").partition(": ")
     assert command.startswith("--seed 3 --only ")
     assert text.startswith("split_attention, ") == (where == "split_attention")
-    # That command gives the very same.
+    # That command repeats the same failure.
     assert random_calls.main(command.split()) == 1
     assert told[0] in capsys.readouterr().out
 

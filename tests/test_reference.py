@@ -48,7 +48,7 @@ def test_optional_parameters(prologue: str, norm: str, bias: bool, affine: bool)
 
 @pytest.mark.parametrize("prologue", PROLOGUES)
 def test_the_oracle_s_gradients_are_those_of_its_forward(prologue: str) -> None:
-    """By central differences, independent of any derived formula."""
+    """Central differences show it, independent of any derived formula."""
     call = draw(Case(3, 4, 2, 2, 2, 2, 4, torch.float64, norm="batch", prologue=prologue))
     truth, dout = call.truth, call.dout.cpu().numpy()
     step = 1e-6

@@ -1,7 +1,7 @@
 """The package can be imported anew and its modules reloaded, as autoreload does in a notebook.
 
-PyTorch keeps ops for the whole process, and models made before keep their classes: what was made
-before goes on running, by the code that was imported last.
+PyTorch keeps ops for the whole process, and models made before keep their classes. They must go on
+running, with the code that was imported last.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from resnest_fused.backends import native
 
 def test_what_was_made_before_goes_on_and_what_is_edited_runs(tmp_path: Path) -> None:
     shutil.copytree(Path(rf.__file__).parent, tmp_path / "resnest_fused")
-    shutil.copy(native._C.__file__, tmp_path / "resnest_fused")  # elsewhere, if from a checkout
+    # It may lie elsewhere, if the package is in a checkout.
+    shutil.copy(native._C.__file__, tmp_path / "resnest_fused")
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]),
-        # By the time in it, of whole seconds, an edit can be missed.
+        # Bytecode has its source's time in whole seconds, so an edit can be missed.
         "PYTHONDONTWRITEBYTECODE": "1",
         "TRITON_INTERPRET": "1",
     }

@@ -41,7 +41,7 @@ def _sum_in_bfloat16(values: np.ndarray, *axes: int) -> np.ndarray:
 
 
 def _variance_by_squares(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """E[x^2] - E[x]^2, which loses the digits that the mean's square has more than the variance."""
+    """E[x^2] - E[x]^2, which loses digits if the mean's square is far above the variance."""
     count = values.dtype.type(values.shape[0] * values.shape[2])
     mean, mean_square = oracle._sum(values, 0, 2) / count, oracle._sum(values**2, 0, 2) / count
     return mean, mean_square - mean**2
@@ -88,7 +88,7 @@ def test_another_order_of_sums_is_no_mistake(dtype: torch.dtype) -> None:
 
 
 def test_check_asks_for_no_more_than_a_loop_gives(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where PyTorch's own error is next to nothing, as its order of summing may have it."""
+    """PyTorch's own error is tiny, if its order of summation happens to suit the numbers."""
     gradients = Call.gradients
 
     def exact(
@@ -106,7 +106,7 @@ def test_check_asks_for_no_more_than_a_loop_gives(monkeypatch: pytest.MonkeyPatc
 
 
 def test_false_alarms_are_as_rare_as_said() -> None:
-    """Of fair coins, by the binomial distribution's recurrence."""
+    """Checked for fair coins, by the binomial distribution's recurrence."""
     assert [most_by_chance(draws) for draws in (1, 19, 20, 21)] == [1, 19, 19, 20]
     for draws in (20, DRAWS):
         chances = np.ones(1)

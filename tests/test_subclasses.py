@@ -1,4 +1,4 @@
-"""Subclasses of Tensor go in and come out, and what is done to them later is differentiated."""
+"""Subclasses of Tensor go in and come out, and operations on the output are differentiated."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import resnest_fused as rf
 
 
 class Plain(Tensor):
-    """Without anything of its own."""
+    """A subclass without anything of its own."""
 
 
 class Labelled(Tensor):

@@ -1,4 +1,4 @@
-"""torch.fx traces a fused module as one node; torch.jit and what builds on it say what to do."""
+"""torch.fx traces a fused module as one node; torch.jit's errors say what to do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import resnest_fused as rf
 
 
 class Net(nn.Module):
-    """With a module that fuse made fused and one that was built so, and other layers."""
+    """Has a module fused by fuse, one built as a fused one, and other layers."""
 
     def __init__(self) -> None:
         super().__init__()

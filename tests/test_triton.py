@@ -1,4 +1,4 @@
-"""Triton's kernels, in its interpreter where there is no GPU: the same tests as of all kernels."""
+"""Triton's kernels pass the tests of all kernels, in its interpreter if there is no GPU."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def quick_interpreter() -> Iterator[None]:
     if not INTERPRETED:
         yield
         return
-    # The kernels' language, and what that is itself written in.
+    # The language as our kernels see it, and as its own functions do.
     scopes = [interpreter._patch_lang(function.fn) for function in (pool.pool_kernel, tl.sum)]
     nothing = SimpleNamespace(restore=lambda: None)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(interpreter, "_patch_lang", lambda function: nothing)
-        # Triton 3.6 does it in a way that NumPy 2.4 refuses.
+        # NumPy 2.4 refuses what Triton 3.6 puts there.
         monkeypatch.setattr(tl.tensor, "__index__", lambda number: number.handle.data.item())
         yield
     for scope in reversed(scopes):
@@ -123,7 +123,7 @@ def _forms() -> Iterator[Case]:
 
 
 def _check(case: Case) -> None:
-    """``check`` with fewer draws, for the interpreter's sake."""
+    """``check`` with fewer draws, because the interpreter is slow."""
     check_calls([draw(case) for _ in range(3)])
 
 
@@ -132,7 +132,7 @@ def _check(case: Case) -> None:
 def test_forms(case: Case) -> None:
     if case.dtype == torch.float32:
         _check(case)
-    else:  # whose sums are as good, and rounded once
+    else:  # other dtypes: their sums are as good, rounded once
         call = draw(case)
         for name, error in errors_in_ulps(call, *call.gradients()).items():
             rounded = name == "out" or call.tensor(name).dtype == case.dtype
@@ -157,7 +157,7 @@ def test_usual_blocks(case: Case) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("prologue", ["none", "batch"])
 def test_strides(prologue: str, layout: str) -> None:
-    """Of x and of dout: the same results as of contiguous ones."""
+    """Any strides of x and dout give the results of contiguous ones."""
     options = {"layout": layout, "dout_layout": layout, "norm": "running", "prologue": prologue}
     call = draw_any(Case(3, 12, 4, 5, 2, 2, 8, torch.float64, **options))
     x, dout = call.x.contiguous(), call.dout.contiguous()
@@ -178,7 +178,7 @@ def _everything(call: Call) -> list[Tensor]:
 def test_what_memory_held_before_makes_no_difference(
     prologue: str, norm: str, layout: str, fill_memory: Callable[[int], None]
 ) -> None:
-    """An element that nothing writes would show; so would an order that changes."""
+    """An element that nothing writes would differ, as would a sum in a changing order."""
     call = draw_any(Case(2, 12, 5, 7, 2, 2, 10, layout=layout, norm=norm, prologue=prologue))
     results = []
     for byte in (0x7F, 0x80):  # NaN, infinity or huge numbers, and almost nothing
@@ -194,7 +194,7 @@ def test_what_memory_held_before_makes_no_difference(
 def test_in_eval_a_sample_does_not_depend_on_its_batch(
     prologue: str, layout: str, dtype: torch.dtype
 ) -> None:
-    """Nor on infinity and NaN in another."""
+    """It does not depend on infinity and NaN in other samples, either."""
     options = {"dtype": dtype, "layout": layout, "norm": "running", "prologue": prologue}
     call = draw_any(Case(18, 24, 5, 7, 2, 2, 16, **options))
     expected = call.forward()
@@ -246,7 +246,7 @@ def test_exported(tmp_path: Path) -> None:
 
 @pytest.fixture
 def tuning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[float]]:
-    """Tuning into a folder of its own, with these times for what is timed next."""
+    """Tuning with an empty cache, and a list of the next times that it measures."""
     times: list[float] = []
     monkeypatch.setattr(launch, "autotunes", lambda: True)
     monkeypatch.setattr(launch, "cache_folder", lambda: str(tmp_path / "cache"))

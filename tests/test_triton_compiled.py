@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled for GPUs that are not there, and the package without Triton."""
+"""Every Triton kernel compiles for GPUs that are not there, and Triton may be missing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _kernels() -> set[str]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("target", "one_in"), [("cuda:90", 1), ("cuda:80", 3), ("hip:gfx942", 3)])
 def test_every_kernel_compiles(target: str, one_in: int, tmp_path: Path) -> None:
-    """For one GPU in every form, for the others in a part of them that has every kernel."""
+    """In every form for one GPU, and in a part of them with every kernel for the others."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     run = subprocess.run(
         [sys.executable, "compile_triton.py", target, "--one-in", str(one_in)],

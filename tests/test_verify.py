@@ -38,7 +38,7 @@ def images(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def failed(report: rf.VerifyReport) -> set[tuple[str, str, str]]:
-    """Module, kind and tensor of all that is beyond its bound."""
+    """Module, kind and tensor of every check that failed."""
     return {(e.name, c.kind, c.tensor) for e in report.entries for c in e.failed}
 
 
@@ -94,7 +94,7 @@ def test_modules_built_fused():
 def test_no_requires_grad_but_some():
     model = fused_net()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name == "stem.fc1.bias")  # noise alone, as bn1 follows
+        parameter.requires_grad_(name == "stem.fc1.bias")  # only noise, because of bn1
     report = rf.verify(model, images())
     assert_passes(report)
     gradients = [c.tensor for c in report.entries[0].checks if c.kind == "parameter gradients"]
@@ -125,7 +125,7 @@ class Shared(nn.Module):
         self.unused = rf.SplitAttention(4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.again(self.first(x).relu_())  # in place on what is recorded
+        return self.again(self.first(x).relu_())  # changes in place what is recorded
 
 
 def test_a_module_met_twice_and_one_never_met(monkeypatch):
@@ -353,7 +353,7 @@ def test_a_dropped_gradient(name, monkeypatch):
         return SPLIT_ATTENTION(*kept, **options)
 
     model = fused_net()
-    model.body[0].fc1.register_forward_hook(lambda *_: None)  # so that it takes another way
+    model.body[0].fc1.register_forward_hook(lambda *_: None)  # so that its children are called
     damage(monkeypatch, drop)
     parameter = name.replace("_", ".")
     expected = {(module, "parameter gradients", parameter) for module in ("stem", "body.1")}
@@ -405,7 +405,7 @@ def test_batches_not_counted(monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_a_mistake_in_one_dtype_alone(dtype, monkeypatch):
-    """One wrong element, where float64 has none."""
+    """One element is wrong in this dtype, and none in float64."""
 
     def wrong(x: Tensor, *args: Any, **options: Any) -> Tensor:
         out = SPLIT_ATTENTION(x, *args, **options)
@@ -565,7 +565,7 @@ def test_a_module_that_cannot_be_compared(monkeypatch):
 
 
 class Frozen(nn.Module):
-    """A frozen norm by its name, with another formula."""
+    """Has a frozen norm's name and another formula."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -699,7 +699,7 @@ def test_a_peer_s_active_dropblock(kind):
 @pytest.mark.peers
 @pytest.mark.parametrize("kind", ["official", "timm"])
 def test_a_peer_s_softmax_replaced_after_fuse(kind):
-    """Called or not: what would be lost is found."""
+    """If fused modules ignore the new softmax, verify finds it."""
     module = peer(kind)
     rf.fuse(module)
     module.rsoftmax.register_forward_hook(lambda module, args, out: out * 0.5)

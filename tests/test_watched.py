@@ -1,6 +1,6 @@
-"""What was hooked, replaced or put in another's place, before fuse or after, is called.
+"""Code that was hooked, replaced or substituted, before fuse or after, is called.
 
-In each test the unfused module is the truth: what happens to it happens to the fused one as well.
+In each test the unfused module is the truth: both modules get the same changes.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def inputs() -> Tensor:
 def assert_same(
     fused: nn.Module, plain: nn.Module, before: dict[bool, dict[str, Tensor]] | None = None
 ) -> None:
-    """In eval and in training; and it is not what it was before."""
+    """Both give the same, in eval and in training, and not the same as ``before``."""
     for training in (False, True):
         found, expected = (step(model, inputs(), training) for model in (fused, plain))
         for name, truth in expected.items():
@@ -74,7 +74,7 @@ def halved(function: Callable[..., Tensor], wrap: bool) -> Callable[..., Tensor]
     def replaced(self: nn.Module, x: Tensor) -> Tensor:
         return 0.5 * function(self, x) + 0.25
 
-    # As profilers do, so that it passes for what it wraps.
+    # Profilers wrap like this, which makes the replacement look like the original.
     return functools.wraps(function)(replaced) if wrap else replaced
 
 
@@ -145,7 +145,7 @@ def test_hooks_of_all_modules_see_every_child(register: Any, pair: Any) -> None:
     plain, fused = pair
     x = inputs()
     if "backward" in register.__name__:
-        # In front of a ReLU in place PyTorch refuses them, fused or not.
+        # PyTorch refuses them in front of an in-place ReLU, fused or not.
         plain, fused, x = plain.attention, fused.attention, features(8, 8, 6, 5)
     met: list[str] = []
 
@@ -204,7 +204,7 @@ def test_a_class_bound_to_torch_s_name_is_not_torch_s(
     fused = copy.deepcopy(plain)
     rf.fuse(fused)
     assert_same(fused, plain)
-    # Nor does the original become another's: it is still absorbed.
+    # The original class is still known, and absorbed.
     original = rf.SplitAttention(4, norm_layer=nn.modules.batchnorm.BatchNorm2d)
     rf.fuse(original)
     with FusedOps() as ops:
@@ -271,7 +271,7 @@ def _with_class(child: nn.Module, **body: Any) -> None:
 
 
 class Doubling(Tensor):
-    """Convolutions and batch normalisations of it give twice as much."""
+    """Convolutions and batch normalisations of such a tensor give twice as much."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -347,7 +347,7 @@ BY_NAME = FROZEN_NORM.replace("self.weight * (", "self.weight * 1.5 * (")
 def test_a_frozen_norm_is_not_known_by_its_name(
     module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither by that of its class, nor by that of its module where another class is found."""
+    """Neither by its class's name, nor by its module's name if that now has another class."""
     monkeypatch.setitem(sys.modules, module, None)
     impostor = define(module, BY_NAME).FrozenBatchNorm2d
     define(module, FROZEN_NORM)  # what is found there now
@@ -371,4 +371,4 @@ def test_a_frozen_norm_s_forward_replaced(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(FrozenBatchNorm2d, "forward", halved(FrozenBatchNorm2d.forward, True))
     assert_same(fused, plain, before)
     monkeypatch.undo()
-    children._find_forward.cache_clear()  # which has met the replacement
+    children._find_forward.cache_clear()  # it remembers the replacement
