@@ -97,7 +97,8 @@ class _SplitAttention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.backend, *args = inputs
+        # Dynamo of torch 2.11 would make a tuple of `*args`.
+        ctx.backend, args = inputs[0], list(inputs[1:])
         _, gap, hidden, attention, mean0, var0, mean1, var1 = output
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
