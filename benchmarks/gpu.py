@@ -16,7 +16,6 @@ import datetime
 import gc
 import json
 import math
-import os
 import platform
 import shutil
 import subprocess
@@ -47,10 +46,9 @@ from resnest_fused.ops import (
 )
 
 OPS = {"native": torch.ops.resnest_fused, "triton": torch.ops.resnest_fused_triton}
-STRATEGY = "RESNEST_FUSED_CUDA_STRATEGY"
-STRATEGIES = {"fused": "fastest", "launches": "launches", "persistent": "persistent"}
-EVAL = ("fused", "launches", "persistent", "triton", "eager")
-TRAIN = ("fused", "triton", "eager")
+CONTENDERS = ("fused", "eager")
+# Later, as Triton compiles for seconds at each case.
+WITH_TRITON = ("fused", "triton")
 LAYOUTS = ("channels_last", "NCHW")
 # Below this many bytes a call's kernels may take less than its way through Python: it is replayed.
 GRAPH_BYTES = 2e9
@@ -68,16 +66,14 @@ Step = Callable[[], object]
 class Bench:
     """Measures, and keeps what it measured.
 
-    ``backend`` is that of the fused modules. Beside the native one Triton's takes part too, where
-    it is available.
+    ``backend`` is that of the fused modules; ``has_triton`` says that beside the native one
+    Triton's takes part too.
     """
 
     def __init__(self, device: torch.device, quick: bool, backend: str) -> None:
         self.device, self.quick, self.backend = device, quick, backend
         available = {status.name for status in rf.backends() if status.available}
-        self.backends = [backend]
-        if backend == "native" and "triton" in available:
-            self.backends.append("triton")
+        self.has_triton = backend == "native" and "triton" in available
         self.rows: list[dict[str, Any]] = []
         self.copy_bytes_per_s = math.nan
         self.l2_bytes = 1 << 20
@@ -101,8 +97,6 @@ class Bench:
             try:
                 works[name] = prepare(steps, self.device, graph)
             except (RuntimeError, ValueError) as error:
-                if name == "persistent" and "persistent launch takes" in str(error):
-                    continue
                 if not graph:
                     raise
                 print(f"  {name} cannot be captured: {error}".partition("\n")[0], flush=True)
@@ -150,21 +144,18 @@ class Bench:
         torch.manual_seed(0)
         torch.compiler.reset()
         graph = case.floor_bytes < GRAPH_BYTES
-        absent = {"native": {"triton"} - {*self.backends}, "triton": {*STRATEGIES, "triton"}}
-        names = [name for name in names if name == "fused" or name not in absent[self.backend]]
         with torch.set_grad_enabled(case.train):
             eager, fused, sets = self._modules_and_maps(case)
             x, dout = sets[0]
             check(case, make_step(fused, x, dout)(), exact_step(eager, x, dout)())
-            modules = {"eager": eager} | dict.fromkeys(STRATEGIES, fused)
+            modules = {"eager": eager, "fused": fused}
             if "triton" in names:
                 modules["triton"] = copy.deepcopy(fused)
                 modules["triton"].backend = "triton"
             if "compile" in names:
                 modules["compile"] = torch.compile(copy.deepcopy(eager), dynamic=False)
             contenders = {
-                name: [_by(name, make_step(modules[name], *maps)) for maps in sets]
-                for name in names
+                name: [make_step(modules[name], *maps) for maps in sets] for name in names
             }
             self.time(
                 what or ("train" if case.train else "eval"),
@@ -194,14 +185,14 @@ class Bench:
             make_step(compiled, x, dout)()
 
     @torch.no_grad()
-    def phases(self, case: Case) -> None:
-        """Each op alone, at the bytes that it must move."""
+    def phases(self, case: Case, *others: str) -> None:
+        """Each op alone, of the backend and of others, at the bytes that it must move."""
         torch.manual_seed(0)
         _, module, sets = self._modules_and_maps(case)
         calls = [
             {
                 name if backend == self.backend else f"{backend} {name}": phase
-                for backend in self.backends
+                for backend in (self.backend, *others)
                 for name, phase in _phases(case, module, *maps, OPS[backend]).items()
             }
             for maps in sets
@@ -257,20 +248,6 @@ class Bench:
             )
 
 
-def _by(contender: str, step: Step) -> Step:
-    """``step`` with the strategy that a contender stands for."""
-    strategy = STRATEGIES.get(contender, "fastest")
-
-    def run() -> object:
-        os.environ[STRATEGY] = strategy  # read at each call
-        try:
-            return step()
-        finally:
-            del os.environ[STRATEGY]
-
-    return run
-
-
 def _facts(case: Case) -> dict[str, object]:
     return {
         "shape": case.shape,
@@ -314,7 +291,7 @@ def _phases(
     def backward() -> tuple[Tensor, ...]:
         return ops.split_attention_backward(dout, *m, *of_batch0, *fcs, *of_batch1, *saved, needed)
 
-    def eval_by_launches() -> Tensor:
+    def evaluate() -> Tensor:
         return ops.split_attention(*m, *given0, *fcs, *running1)
 
     def recombine_backward() -> Tensor:
@@ -323,7 +300,7 @@ def _phases(
     phases: dict[str, tuple[int, Step]] = {
         "pool": (radix, lambda: ops.pool(*m, *given0)),
         "recombine": (radix + 1, lambda: ops.recombine(*m, *given0, saved.attention)),
-        "eval by launches": (radix + 1, _by("launches", eval_by_launches)),
+        "eval": (radix + 1, evaluate),
         "pool_backward": (radix + 1, lambda: ops.pool_backward(dout, *m, *given0)),
         "recombine_backward": (
             # Without a bn0 dx is made of dout alone.
@@ -358,7 +335,7 @@ def compiled_cases(quick: bool) -> list[Case]:
     return [*picked, replace(evals[0], form="attention")]
 
 
-def plan(quick: bool) -> Iterator[tuple[str, Callable[[Bench], None]]]:
+def plan(quick: bool, has_triton: bool) -> Iterator[tuple[str, Callable[[Bench], None]]]:
     """What to measure, the most important first."""
     evals, trains = cases(quick)
     small, middle = (1, 2) if quick else (1, 32)
@@ -371,32 +348,39 @@ def plan(quick: bool) -> Iterator[tuple[str, Callable[[Bench], None]]]:
         label = f"ResNeSt-50 {'train' if train else 'inference'} {layout} B={batch}"
         return label, lambda bench: bench.network(2 if quick else batch, train, layout)
 
+    def ops(case: Case, *others: str) -> Any:
+        label = " and ".join((f"ops of {case}", *others))
+        return label, lambda bench: bench.phases(case, *others)
+
     yield "copies", lambda bench: bench.copies()
-    yield from (of(case, EVAL) for case in evals)
-    yield from (of(case, TRAIN) for case in trains)
-    yield from (of(replace(case, batch=small), EVAL) for case in evals)
+    yield from (of(case, CONTENDERS) for case in evals)
+    yield from (of(case, CONTENDERS) for case in trains)
+    yield from (of(replace(case, batch=small), CONTENDERS) for case in evals)
     for case in trains:
-        yield f"ops of {case}", lambda bench, case=case: bench.phases(case)
+        yield ops(case)
     yield network(128, False, "channels_last")
     yield network(64, True, "channels_last")
     yield network(1, False, "channels_last")
     for case in compiled_cases(quick):
         label, run = of(case, ("fused", "compile"), "compile")
         yield f"torch.compile of {label}", run
+    if has_triton:
+        yield from (of(case, WITH_TRITON) for case in evals)
+        yield from (ops(case, "triton") for case in trains)
+        yield from (of(case, WITH_TRITON) for case in trains)
     plain = [replace(case, form="attention") for case in evals]
-    yield from (of(case, EVAL) for case in plain)
-    yield from (of(replace(case, train=True), TRAIN) for case in plain)
+    yield from (of(case, CONTENDERS) for case in plain)
+    yield from (of(replace(case, train=True), CONTENDERS) for case in plain)
     for radix in (4, 1):
         for case in (evals[0], plain[0]):
             other = replace(case, radix=radix)
-            yield from (of(other, EVAL), of(replace(other, train=True), TRAIN))
-    yield from (of(replace(case, batch=middle), EVAL) for case in evals)
-    yield from (of(replace(case, batch=middle), TRAIN) for case in trains)
-    plain_step = replace(plain[0], train=True)
-    yield f"ops of {plain_step}", lambda bench: bench.phases(plain_step)
+            yield from (of(other, CONTENDERS), of(replace(other, train=True), CONTENDERS))
+    yield from (of(replace(case, batch=middle), CONTENDERS) for case in evals)
+    yield from (of(replace(case, batch=middle), CONTENDERS) for case in trains)
+    yield ops(replace(plain[0], train=True))
     for batch in (large, small, middle):
-        yield from (of(replace(case, batch=batch, dtype="fp32"), EVAL) for case in evals)
-    yield from (of(replace(case, dtype="fp32"), TRAIN) for case in trains)
+        yield from (of(replace(case, batch=batch, dtype="fp32"), CONTENDERS) for case in evals)
+    yield from (of(replace(case, dtype="fp32"), CONTENDERS) for case in trains)
     yield network(128, True, "channels_last")
     yield network(128, False, "NCHW")
     yield network(64, True, "NCHW")
@@ -457,7 +441,7 @@ def main() -> int:
     gc.freeze()
     failed: dict[str, str] = {}
     skipped: list[str] = []
-    for label, measure in plan(options.quick):
+    for label, measure in plan(options.quick, bench.has_triton):
         if time.monotonic() > end:
             skipped.append(label)
             continue

@@ -181,15 +181,15 @@ def _number(row: Row | None, name: str, width: int, form: str) -> str:
 def _ops(rows: Sequence[Row]) -> list[str]:
     """A line for each case: the part of copy bandwidth that each op reaches at its floor bytes.
 
-    What the two products and the launches between take is the difference of the whole, by launches,
-    and its two passes over the map.
+    What the two products and the launches between take is the difference of the whole and its two
+    passes over the map.
     """
     if not rows:
         return ["single ops: not measured"]
     names = _op_names(rows)
     found = [f"{'single ops, of copy bandwidth':<58}{_op_header(names)}{'MLP, us':>9}"]
     for case, cells in _by_case(rows).items():
-        between = cells["eval by launches"]["median_us"]
+        between = cells["eval"]["median_us"]
         between -= cells["pool"]["median_us"] + cells["recombine"]["median_us"]
         line = f"{case:<51}{cells['pool']['how']:>7}"
         line += "".join(_number(cells.get(name), "of_copy", 10, ".0%") for name in names)
@@ -227,7 +227,7 @@ def _op_names(rows: Sequence[Row]) -> list[str]:
 
 def _op_header(names: Sequence[str]) -> str:
     short = {"recombine_backward": "recomb_bw", "pool_backward": "pool_bw"}
-    short |= {"eval by launches": "launches", "batch_statistics": "stats"}
+    short |= {"batch_statistics": "stats"}
     return "".join(f"{short.get(name, name):>10}" for name in names)
 
 

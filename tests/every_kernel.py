@@ -1,12 +1,9 @@
 """Runs every CUDA kernel on small maps, for compute-sanitizer to watch; compares no numbers.
 
-tests/gpu.sh runs it. In every dtype, layout and prologue, with both strategies of evaluation.
+tests/gpu.sh runs it. In every dtype, layout and prologue.
 """
 
 from __future__ import annotations
-
-import contextlib
-import os
 
 import torch
 from cases import NORMS, PROLOGUES, Call, Case, draw_any
@@ -26,23 +23,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def run(call: Call) -> None:
-    """Evaluation by both strategies, and a training step."""
-    for strategy in ("launches", "persistent"):
-        os.environ["RESNEST_FUSED_CUDA_STRATEGY"] = strategy
-        if "batch" not in (call.case.prologue, call.case.norm):
-            with contextlib.nullcontext() if strategy == "launches" else impossible_allowed():
-                call.forward()
+    """Evaluation, where it has statistics, and a training step."""
+    if "batch" not in (call.case.prologue, call.case.norm):
+        call.forward()
     call.gradients()
-
-
-@contextlib.contextmanager
-def impossible_allowed():
-    """The persistent launch takes some calls only."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        if "persistent launch takes" not in str(error):
-            raise
 
 
 def run_phases(x: torch.Tensor) -> None:
@@ -54,6 +38,7 @@ def run_phases(x: torch.Tensor) -> None:
 
 def main() -> None:
     torch.set_default_device("cuda")
+    torch.backends.cudnn.enabled = False  # compute-sanitizer 2025.3 fails on kernels of cuDNN 9
     calls = 0
     for index, sizes in enumerate(SIZES):
         for dtype in DTYPES:

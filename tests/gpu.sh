@@ -25,7 +25,7 @@ mkdir -p "$out" && out=$(cd "$out" && pwd) || exit
 work=$(mktemp -d)
 trap 'pkill -P "$(jobs -p | paste -sd ,)" 2>/dev/null; wait; rm -rf "$work"' EXIT
 
-unset RESNEST_FUSED_BACKEND RESNEST_FUSED_SKIP_NATIVE RESNEST_FUSED_CUDA_STRATEGY
+unset RESNEST_FUSED_BACKEND RESNEST_FUSED_SKIP_NATIVE
 given_path=${PYTHONPATH:-}
 # What is built, and not the checkout, which has no compiled module: all commands run in $work.
 export PYTHONPATH=$site${given_path:+:$given_path}
@@ -101,6 +101,30 @@ if wanted build; then
     fi
 fi
 
+# Beside the tests, on cores that those leave.
+declare -A watched
+sanitizers_started=$SECONDS
+if wanted sanitize; then
+    tiny='import torch; torch.ones(1, device="cuda").cpu()'
+    if ! command -v compute-sanitizer >/dev/null; then
+        note sanitize "NOT RUN" 0 "compute-sanitizer is not on this machine"
+    elif ! limited 60 "$out/sanitize.log" compute-sanitizer --report-api-errors no \
+        python3 -c "$tiny"; then
+        # As in some containers, which shield the device.
+        note sanitize "NOT RUN" 0 "$(grep . "$out/sanitize.log" | tail -n 1)"
+    else
+        for tool in memcheck racecheck synccheck; do
+            options=(--tool $tool)
+            # Calls that torch makes to try what works are no errors of the kernels.
+            [[ $tool == memcheck ]] && options+=(--report-api-errors no)
+            # Each tensor in an allocation of its own, so that what is beyond it is nobody's.
+            PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited 200 "$work/$tool.log" \
+                "${sanitizer[@]}" "${options[@]}" python3 "$root/tests/every_kernel.py" &
+            watched[$tool]=$!
+        done
+    fi
+fi
+
 if wanted tests; then
     started=$SECONDS
     if python3 -c 'import xdist' 2>/dev/null; then
@@ -109,7 +133,7 @@ if wanted tests; then
         # Many processes of one thread each.
         export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
     fi
-    limited 160 "$out/tests.log" "${pytest[@]}" "${tests[@]}"
+    limited 280 "$out/tests.log" "${pytest[@]}" "${tests[@]}"
     status=$?
     unset OMP_NUM_THREADS TORCHINDUCTOR_COMPILE_THREADS
     judge tests $status $((SECONDS - started)) "$(grep . "$out/tests.log" | tail -n 1)"
@@ -119,6 +143,14 @@ if wanted tests; then
     report+=("${lines[@]:0:12}")
     ((${#lines[@]} > 12)) && report+=("  and $((${#lines[@]} - 12)) other functions, in tests.log")
 fi
+
+for tool in "${!watched[@]}"; do
+    wait "${watched[$tool]}"
+    status=$?
+    cat "$work/$tool.log" >>"$out/sanitize.log"
+    judge "$tool" $status $((SECONDS - sanitizers_started)) \
+        "$(grep . "$work/$tool.log" | tail -n 1)"
+done
 
 if wanted compare; then
     if ! python3 -c 'import PIL, typer' 2>/dev/null; then
@@ -136,35 +168,6 @@ if wanted compare; then
             { echo "compare $options" && cat "$work/compare.log"; } >>"$out/compare.log"
             judge compare $status $((SECONDS - started)) \
                 "$options: $(grep . "$work/compare.log" | tail -n 1)"
-        done
-    fi
-fi
-
-if wanted sanitize; then
-    tiny='import torch; torch.ones(1, device="cuda").cpu()'
-    if ! command -v compute-sanitizer >/dev/null; then
-        note sanitize "NOT RUN" 0 "compute-sanitizer is not on this machine"
-    elif ! limited 60 "$out/sanitize.log" compute-sanitizer --report-api-errors no \
-        python3 -c "$tiny"; then
-        # As in some containers, which shield the device.
-        note sanitize "NOT RUN" 0 "$(grep . "$out/sanitize.log" | tail -n 1)"
-    else
-        started=$SECONDS
-        declare -A watched
-        for tool in memcheck racecheck synccheck; do
-            options=(--tool $tool)
-            # Calls that torch makes to try what works are no errors of the kernels.
-            [[ $tool == memcheck ]] && options+=(--report-api-errors no)
-            # Each tensor in an allocation of its own, so that what is beyond it is nobody's.
-            PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited 75 "$work/$tool.log" \
-                "${sanitizer[@]}" "${options[@]}" python3 "$root/tests/every_kernel.py" &
-            watched[$tool]=$!
-        done
-        for tool in memcheck racecheck synccheck; do
-            wait "${watched[$tool]}"
-            status=$?
-            cat "$work/$tool.log" >>"$out/sanitize.log"
-            judge $tool $status $((SECONDS - started)) "$(grep . "$work/$tool.log" | tail -n 1)"
         done
     fi
 fi

@@ -198,7 +198,7 @@ def test_gpu_targets_pass_miss_or_are_not_measured() -> None:
 def test_gpu_summary_says_what_failed_and_what_was_skipped() -> None:
     machine = dict.fromkeys(("device", "driver", "cuda", "torch", "date", "settings"), "?")
     results = {**machine, "commit": "0" * 40, "copy_bytes_per_s": 4e12}
-    ops = ("pool", "recombine", "eval by launches")
+    ops = ("pool", "recombine", "eval")
     rows = [_gpu_row(name, 10.0, what="op") for name in ops]
     rows += [_gpu_row(f"triton {name}", 11.0, what="op") for name in ops[:2]]
     rows.append(_gpu_row("fused", 1.0))

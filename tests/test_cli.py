@@ -362,7 +362,6 @@ def in_a_new_process(
                 "RESNEST_FUSED_BACKEND": "reference",
                 "RESNEST_FUSED_CPU_CAPABILITY": "baseline",
                 "RESNEST_FUSED_AUTOTUNE": "1",
-                "RESNEST_FUSED_CUDA_STRATEGY": "launches",
                 "RESNEST_FUSED_SKIP_NATIVE": "1",
             },
             (
@@ -370,8 +369,6 @@ def in_a_new_process(
                 "RESNEST_FUSED_CPU_CAPABILITY baseline the CPU kernels use baseline instructions",
                 "RESNEST_FUSED_AUTOTUNE 1 timing of Triton's block sizes at first calls: 1 is on, "
                 "0 off",
-                "RESNEST_FUSED_CUDA_STRATEGY launches the CUDA kernels evaluate by the strategy "
-                "launches",
                 "RESNEST_FUSED_SKIP_NATIVE 1 read by pip install; without effect now",
             ),
         ),
@@ -380,7 +377,6 @@ def in_a_new_process(
                 "RESNEST_FUSED_BACKEND": "triton",
                 "RESNEST_FUSED_CPU_CAPABILITY": "mmx",
                 "RESNEST_FUSED_AUTOTUNE": "yes",
-                "RESNEST_FUSED_CUDA_STRATEGY": "slowest",
                 "RESNEST_FUSED_BACKENDS": "native",
                 "RESNEST_FUSED_CUDA": "",
                 "TRITON_INTERPRET": "",
@@ -393,8 +389,6 @@ def in_a_new_process(
                 "RESNEST_FUSED_CPU_CAPABILITY mmx WRONG: expected baseline, avx2 or avx512, got "
                 "'mmx'",
                 "RESNEST_FUSED_AUTOTUNE yes WRONG: expected 0 or 1, got 'yes'",
-                "RESNEST_FUSED_CUDA_STRATEGY slowest WRONG: expected one of fastest, launches, "
-                "persistent, got 'slowest'",
                 "RESNEST_FUSED_BACKENDS native WRONG: no such variable; did you mean "
                 "RESNEST_FUSED_BACKEND?",
             ),

@@ -1,4 +1,4 @@
-"""The CUDA kernels, run on the CPU: numbers, strategies, schedules.
+"""The CUDA kernels, run on the CPU: numbers and schedules.
 
 They pass the CPU kernels' tests, on a device of small blocks. test_cuda_sanitizers.py runs some of
 the tests once more.
@@ -100,65 +100,24 @@ def test_schedules_make_no_difference(
     _assert_same_bits(_results(call), expected)
 
 
-@pytest.mark.parametrize(
-    ("strategy", "radix", "device"),
-    [
-        *(("launches", radix, {}) for radix in (1, 2, 3)),
-        # In batch chunks that stay in L2, as reading again takes so long here.
-        *(
-            ("launches", radix, {"bytes_per_microsecond": 1, "l2_bytes": 120_000})
-            for radix in (1, 2, 3)
-        ),
-        *(("persistent", 2, {"l2_bytes": l2_bytes}) for l2_bytes in (0, 250_000, 10**9)),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("radix", [1, 2, 3])
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("prologue", ["none", "relu", "running"])
-def test_evaluation(
-    prologue: str,
-    layout: str,
-    strategy: str,
-    radix: int,
-    device: dict[str, int],
-    kernels: Kernels,
-) -> None:
-    """Against the truth, in several chunks of pixels and of the batch."""
+def test_evaluation(prologue: str, layout: str, radix: int, kernels: Kernels) -> None:
+    """Against the truth, in several chunks of pixels."""
     options = {"layout": layout, "norm": "running", "prologue": prologue}
     call = draw(Case(5, 24, 12, 11, radix, 2, 10, **options))
-    kernels.choose(strategy)
-    kernels.set_device(**device)
     truth = call.evaluate().values["out"]
     error = np.abs(oracle.wide(call.forward()) - truth).max()
     assert error <= 2e-6 * np.abs(truth).max()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("prologue", ["none", "relu", "running"])
-def test_strategies_make_no_difference(
-    prologue: str, layout: str, dtype: torch.dtype, kernels: Kernels
-) -> None:
-    options = {"layout": layout, "norm": "running", "prologue": prologue}
-    call = draw_any(Case(5, 24, 6, 6, 2, 2, 10, dtype, **options))
-    kernels.choose("launches")
-    expected = call.forward()
-    for l2_bytes in (0, 30_000, 10**9):
-        kernels.set_device(l2_bytes=l2_bytes)
-        for strategy, seed in (("launches", 0), ("persistent", 1), ("persistent", 2)):
-            kernels.choose(strategy)
-            kernels.schedule(seed=seed, resident_blocks=2 * seed + 1)
-            assert torch.equal(call.forward(), expected)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("prologue", ["none", "relu", "running"])
-@pytest.mark.parametrize("strategy", ["launches", "fastest"])
 @pytest.mark.parametrize("sizes", [(64, 7, 7, 2, 1, 32), (51, 5, 1, 3, 3, 21)], ids=str)
 def test_in_eval_a_sample_does_not_depend_on_its_batch(
     sizes: tuple[int, ...],
-    strategy: str,
     prologue: str,
     layout: str,
     dtype: torch.dtype,
@@ -166,7 +125,6 @@ def test_in_eval_a_sample_does_not_depend_on_its_batch(
 ) -> None:
     options = {"dtype": dtype, "layout": layout, "norm": "running", "prologue": prologue}
     call = draw_any(Case(11, *sizes, **options))
-    kernels.choose(strategy)
     expected = call.forward()
     for start, stop in ((0, 1), (4, 5), (10, 11), (0, 2), (1, 6), (2, 11)):
         assert torch.equal(call.samples(start, stop).forward(), expected[start:stop])
@@ -177,7 +135,7 @@ def test_in_eval_a_sample_does_not_depend_on_its_batch(
     [
         {"threads_per_block": 32},
         {"threads_per_block": 64, "multiprocessors": 16},
-        {"threads_per_block": 1024, "multiprocessors": 132, "l2_bytes": 60 * 2**20},
+        {"threads_per_block": 1024, "multiprocessors": 132},
     ],
     ids=str,
 )
@@ -196,19 +154,6 @@ def test_other_devices(
     kernels.set_device(**device)
     for sizes in ((2, 60, 14, 14, 2, 1, 32), (3, 120, 9, 7, 2, 2, 34)):
         check(Case(*sizes, dtype, torch.float32, layout=layout, prologue=prologue))
-
-
-@pytest.mark.parametrize("layout", FORMATS)
-def test_batch_chunks_of_different_sizes(layout: str, kernels: Kernels) -> None:
-    """The last has fewer tiles of rows than the others, 32 samples instead of 33."""
-    options = {"layout": layout, "norm": "running", "prologue": "running"}
-    call = draw_any(Case(65, 32, 4, 4, 2, 2, 20, **options))
-    kernels.choose("launches")
-    expected = call.forward()
-    kernels.choose("persistent")
-    x_of_sample = 2 * 32 * 16 * 4
-    kernels.set_device(l2_bytes=5 * 33 * x_of_sample)  # of which the chunks may have 3/5
-    assert torch.equal(call.forward(), expected)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -20,9 +20,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 def test_sanitizers_find_nothing(kind: str) -> None:
     names = [
         "schedules_make_no_difference",
-        "strategies_make_no_difference",
         "smallest_sizes",
-        "batch_chunks_of_different_sizes",
     ]
     if kind == "address":  # where sizes and addresses matter, and which is faster
         names += [

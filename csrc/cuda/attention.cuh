@@ -27,7 +27,7 @@ struct HiddenArgs {
   FcSizes sizes;
   int64_t batch;
   int64_t blocks;
-  Pooled<A> gap;
+  const A* gap;      // (B, C)
   Parameter weight;  // (I, C/K)
   Parameter bias;    // (I) or absent
   Norm<A> bn1;
@@ -39,10 +39,8 @@ template <typename A>
 __device__ __forceinline__ void hidden_block(const HiddenArgs<A>& args, int64_t block) {
   const int64_t inputs = args.sizes.group_channels(), outputs = args.sizes.group_inter();
   const Tile tile(block, args.batch, outputs);
-  if (tile.group >= args.sizes.cardinality) {
-    return;  // the persistent launch gives every batch chunk the largest one's blocks
-  }
-  const Operand<A, Pooled<A>, false> gap{args.gap, 0, tile.group * inputs, args.batch, inputs};
+  const Operand<A, Values<A>, false> gap{
+      {args.gap, args.sizes.channels}, 0, tile.group * inputs, args.batch, inputs};
   const Operand<A, Weight<A>, false> weight{
       {args.weight, inputs}, tile.group * outputs, 0, outputs, inputs};
   multiply_tile<A>(gap, weight, tile.row, tile.column, [&](int64_t b, int64_t output, A value) {
@@ -83,17 +81,16 @@ __global__ void __launch_bounds__(kColumnThreads) batch_norm_kernel(BatchNormArg
     const Column column(block, inter);
     A mean, var;
     args.hidden.compute(column, mean, var);
-    if (column.inside) {
-      if (column.lane == 0) {
-        args.mean[column.feature] = mean;
-        args.var[column.feature] = var;
-      }
-      const NormAt<A> at = args.bn1.with(column.feature, mean, var);
-      for (int64_t b = column.lane; b < batch; b += column.lanes) {
-        const int64_t i = b * inter + column.feature;
-        args.u[i] = relu(at.normalise(args.hidden.mean[i]));
-      }
+    if (column.inside && column.lane == 0) {
+      args.mean[column.feature] = mean;
+      args.var[column.feature] = var;
     }
+    const NormAt<A> at = column.inside ? args.bn1.with(column.feature, mean, var) : NormAt<A>{};
+    for_rows(
+        column, batch, [&](int64_t b) { return args.hidden.mean[b * inter + column.feature]; },
+        [&](int64_t b, A hidden) {
+          args.u[b * inter + column.feature] = relu(at.normalise(hidden));
+        });
   }
 }
 
@@ -121,9 +118,6 @@ __device__ __forceinline__ void attention_block(const AttentionArgs<A>& args, in
   const int64_t features = args.sizes.features();
   const int64_t inputs = args.sizes.group_inter(), outputs = args.sizes.group_channels();
   const Tile tile(block, args.batch, outputs);
-  if (tile.group >= args.sizes.cardinality) {
-    return;
-  }
   const Operand<A, Values<A>, false> u{
       {args.u, args.sizes.inter}, 0, tile.group * inputs, args.batch, inputs};
   const int64_t first_channel = tile.group * outputs;
@@ -203,26 +197,31 @@ __global__ void __launch_bounds__(kColumnThreads)
   for (int64_t block = blockIdx.x; block * kColumns < args.inter; block += gridDim.x) {
     const Column column(block, args.inter);
     const NormAt<A> at = column.inside ? args.bn1.at(column.feature) : NormAt<A>{};
-    double sums[2];
-    sum_over_rows<2>(column, args.batch, sums, [&](int64_t b, double (&add)[2]) {
+    struct Row {
+      A hidden, gradient;
+    };
+    const auto load = [&](int64_t b) -> Row {
       const int64_t i = b * args.inter + column.feature;
-      const A hidden = args.hidden[i];
-      const A n = at.normalise(hidden);
-      const A dn = relu_backward(args.dhidden[i], n);
+      return {args.hidden[i], args.dhidden[i]};
+    };
+    double sums[2];
+    sum_over_rows<2>(column, args.batch, sums, load, [&](int64_t b, Row row, double (&add)[2]) {
+      const int64_t i = b * args.inter + column.feature;
+      const A n = at.normalise(row.hidden);
+      const A dn = relu_backward(row.gradient, n);
       args.dhidden[i] = dn;
       args.u[i] = relu(n);
       add[0] += dn;
-      add[1] += static_cast<double>(dn) * at.xhat(hidden);
+      add[1] += static_cast<double>(dn) * at.xhat(row.hidden);
     });
     // Not a product with 0, through which NaN would reach every sample.
     const A mean_dn = args.batch_stats ? static_cast<A>(sums[0] / args.batch) : A(0);
     const A mean_dn_xhat = args.batch_stats ? static_cast<A>(sums[1] / args.batch) : A(0);
     double bias[1];
-    sum_over_rows<1>(column, args.batch, bias, [&](int64_t b, double (&add)[1]) {
-      const int64_t i = b * args.inter + column.feature;
-      const A dhidden = batch_norm_backward(args.dhidden[i], at.xhat(args.hidden[i]), at.scale,
-                                            mean_dn, mean_dn_xhat);
-      args.dhidden[i] = dhidden;
+    sum_over_rows<1>(column, args.batch, bias, load, [&](int64_t b, Row row, double (&add)[1]) {
+      const A dhidden =
+          batch_norm_backward(row.gradient, at.xhat(row.hidden), at.scale, mean_dn, mean_dn_xhat);
+      args.dhidden[b * args.inter + column.feature] = dhidden;
       add[0] += dhidden;
     });
     if (column.inside && column.lane == 0) {
@@ -299,9 +298,10 @@ __device__ __forceinline__ void gradients_block(const GradientsArgs<A>& args, in
   block -= args.blocks.gap;
   const Column column(block, features);
   double sums[1];
-  sum_over_rows<1>(column, args.batch, sums, [&](int64_t b, double (&add)[1]) {
-    add[0] += args.dlogits[b * features + column.feature];
-  });
+  sum_over_rows<1>(
+      column, args.batch, sums,
+      [&](int64_t b) { return args.dlogits[b * features + column.feature]; },
+      [](int64_t, A dlogit, double (&add)[1]) { add[0] += dlogit; });
   if (column.inside && column.lane == 0) {
     args.dfc2_bias.put(column.feature, static_cast<A>(sums[0]));
   }

@@ -2,9 +2,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include <cstdlib>
 #include <mutex>
-#include <string>
 #include <unordered_map>
 
 #include "cuda/context.h"
@@ -33,12 +31,6 @@ Device read_device(int index) {
   device.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlock, index);
   device.shared_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
   device.grid_blocks = attribute(cudaDevAttrMaxGridDimX, index);
-  device.l2_bytes = attribute(cudaDevAttrL2CacheSize, index);
-  // Kilohertz and bits, at two transfers a clock.
-  const int64_t clock = attribute(cudaDevAttrMemoryClockRate, index);
-  const int64_t bits = attribute(cudaDevAttrGlobalMemoryBusWidth, index);
-  const int64_t rate = 2 * clock * (bits / 8) / 1000;
-  device.bytes_per_microsecond = rate > 0 ? rate : 1'000'000;  // some devices do not tell
   return device;
 }
 
@@ -52,18 +44,6 @@ const Device& known_device(int index) {
                                 : devices.emplace(index, read_device(index)).first->second;
 }
 
-// RESNEST_FUSED_CUDA_STRATEGY names a strategy, for measurements.
-Choice choice_of_environment() {
-  const char* const value = std::getenv("RESNEST_FUSED_CUDA_STRATEGY");
-  const std::string name = value && *value ? value : "fastest";
-  STD_TORCH_CHECK(name == "fastest" || name == "launches" || name == "persistent",
-                  "RESNEST_FUSED_CUDA_STRATEGY: expected fastest, launches or persistent, got '",
-                  name, "'");
-  return name == "fastest"    ? Choice::kFastest
-         : name == "launches" ? Choice::kLaunches
-                              : Choice::kPersistent;
-}
-
 }  // namespace
 
 Context context_of(const Tensor& x) {
@@ -71,8 +51,7 @@ Context context_of(const Tensor& x) {
   auto guard = std::make_shared<torch::stable::accelerator::DeviceGuard>(index);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
-  return {known_device(index), choice_of_environment(), static_cast<cudaStream_t>(stream),
-          std::move(guard)};
+  return {known_device(index), static_cast<cudaStream_t>(stream), std::move(guard)};
 }
 
 }  // namespace resnest_fused::cuda

@@ -12,7 +12,6 @@ namespace resnest_fused::cuda {
 
 struct Context {
   Device device;
-  Choice choice;  // of the strategy in evaluation
   cudaStream_t stream;
   std::shared_ptr<void> guard;  // while it lives, x's device is the current one
 };

@@ -59,11 +59,4 @@ template <typename T>
 void recombine_backward(cudaStream_t stream, const Launch& planned, Form form,
                         const RecombineBackwardArgs<T>& args);
 
-// All phases at once.
-template <typename T>
-struct PersistentArgs;
-template <typename T>
-void persistent(cudaStream_t stream, const Launch& planned, Form form,
-                const PersistentArgs<T>& args);
-
 }  // namespace resnest_fused::cuda

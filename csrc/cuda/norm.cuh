@@ -60,29 +60,61 @@ struct Column {
   }
 };
 
-// Sums over rows in float64, as PyTorch's batch normalisation keeps them on the CPU. add(row, sums)
-// adds a row's values; all threads of a column get the totals. Every thread of the block must call.
-// Shared memory: row_sums_bytes.
-template <int kSums, typename Add>
-__device__ __forceinline__ void sum_over_rows(const Column& column, int64_t rows,
-                                              double (&totals)[kSums], Add add) {
-  double sums[kSums] = {};
-  if (column.inside) {
-    for (int64_t row = column.lane; row < rows; row += column.lanes) {
-      add(row, sums);
+// Rows of a column that a thread loads together.
+constexpr int kRowsTogether = 8;
+
+// Call use(row, value) for each of a thread's rows. load(row) gives the value: those of several
+// rows are loaded before the first is used.
+template <typename Load, typename Use>
+__device__ __forceinline__ void for_rows(const Column& column, int64_t rows, Load load, Use use) {
+  if (!column.inside) {
+    return;
+  }
+  for (int64_t first = column.lane; first < rows; first += kRowsTogether * column.lanes) {
+    decltype(load(first)) values[kRowsTogether];
+#pragma unroll
+    for (int i = 0; i < kRowsTogether; ++i) {
+      const int64_t row = first + i * column.lanes;
+      if (row < rows) {
+        values[i] = load(row);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kRowsTogether; ++i) {
+      const int64_t row = first + i * column.lanes;
+      if (row < rows) {
+        use(row, values[i]);
+      }
     }
   }
+}
+
+// Sums over rows in float64, as PyTorch's batch normalisation keeps them on the CPU. add(row,
+// value, sums) adds what load(row) gives; all threads of a column get the totals. Every thread of
+// the block must call. Shared memory: row_sums_bytes.
+template <int kSums, typename Load, typename Add>
+__device__ __forceinline__ void sum_over_rows(const Column& column, int64_t rows,
+                                              double (&totals)[kSums], Load load, Add add) {
+  double sums[kSums] = {};
+  for_rows(column, rows, load, [&](int64_t row, const auto& value) { add(row, value, sums); });
+  // A warp has a few rows of threads: first those, then the warps.
   double* const buffer = shared<double>();
+  const int warps = static_cast<int>(blockDim.x / kWarp);
+  const int at = static_cast<int>(threadIdx.x / kWarp * kColumns + threadIdx.x % kColumns);
 #pragma unroll
   for (int s = 0; s < kSums; ++s) {
-    buffer[s * blockDim.x + threadIdx.x] = sums[s];
+#pragma unroll
+    for (int apart = kColumns; apart < kWarp; apart *= 2) {
+      sums[s] += __shfl_xor_sync(kWholeWarp, sums[s], apart);
+    }
+    buffer[s * warps * kColumns + at] = sums[s];
   }
   __syncthreads();
 #pragma unroll
   for (int s = 0; s < kSums; ++s) {
     totals[s] = 0;
-    for (int lane = 0; lane < column.lanes; ++lane) {
-      totals[s] += buffer[s * blockDim.x + lane * kColumns + threadIdx.x % kColumns];
+    for (int warp = 0; warp < warps; ++warp) {
+      totals[s] += buffer[(s * warps + warp) * kColumns + threadIdx.x % kColumns];
     }
   }
   __syncthreads();

@@ -12,8 +12,8 @@ void Kernels::batch_statistics(const Map& map, const Tensor& mean, const Tensor&
     const int64_t rows = statistics_rows(context.device, w);
     const Run<T> run(context, map, w, make_plan(context.device, w),
                      2 * rows * w.features() * w.acc_size());
-    run.take_statistics(run.whole(Kernel::kStatistics), run.at(0));
-    run.combine(run.whole(Kernel::kCombine), run.at(0), {}, mean, var);
+    run.take_statistics(run.of(Kernel::kStatistics), run.at(0));
+    run.combine(run.of(Kernel::kCombine), run.at(0), {}, mean, var);
   });
 }
 
@@ -30,13 +30,13 @@ void Kernels::pool(const Map& map, const Tensor& gap) {
     const Prologue<A> prologue = run.prologue_at(space.prologue, false);
     A* const partial = chunks == 1 ? data<A>(gap) : run.at(space.partial);
     const A per_pixel = A(1) / static_cast<A>(w.pixels);
-    const Launch planned = run.whole(Kernel::kPool);
-    run.prepare(run.whole(Kernel::kPrepare), prologue);
+    const Launch planned = run.of(Kernel::kPool);
+    run.prepare(run.of(Kernel::kPrepare), prologue);
     cuda::pool<T>(context.stream, planned, run.form,
                   {run.sizes, plan.tiling, planned.blocks, const_data<T>(map.x), prologue,
                    chunks == 1 ? per_pixel : A(1), partial});
     if (chunks > 1) {
-      pool_finish<A>(context.stream, run.whole(Kernel::kPoolFinish),
+      pool_finish<A>(context.stream, run.of(Kernel::kPoolFinish),
                      {w.batch, chunks, w.channels, partial, per_pixel, data<A>(gap)});
     }
   });
@@ -51,11 +51,11 @@ void Kernels::recombine(const Map& map, const Tensor& attention, const Tensor& o
     const Run<T> run(context, map, w, make_plan(context.device, w),
                      kPrologueArrays * w.features() * w.acc_size());
     const Prologue<A> prologue = run.prologue_at(0, false);
-    const Launch planned = run.whole(Kernel::kRecombine);
-    run.prepare(run.whole(Kernel::kPrepare), prologue);
+    const Launch planned = run.of(Kernel::kRecombine);
+    run.prepare(run.of(Kernel::kPrepare), prologue);
     cuda::recombine<T>(context.stream, planned, run.form,
-                       {run.sizes, run.plan.tiling, planned.blocks, const_data<T>(map.x), prologue,
-                        const_data<A>(attention), data<T>(out)});
+                       {run.sizes, run.plan.recombine_tiling, planned.blocks, const_data<T>(map.x),
+                        prologue, const_data<A>(attention), data<T>(out)});
   });
 }
 
@@ -73,12 +73,12 @@ void Kernels::pool_backward(const Map& map, const Tensor& dout, const Tensor& da
     const int64_t partial = space.take(w.batch * chunks * kinds * w.features(), w.acc_size());
     const Run<T> run(context, map, w, plan, space.bytes);
     const Prologue<A> prologue = run.prologue_at(parameters, false);
-    const Launch planned = run.whole(Kernel::kPoolBackward);
-    run.prepare(run.whole(Kernel::kPrepare), prologue);
+    const Launch planned = run.of(Kernel::kPoolBackward);
+    run.prepare(run.of(Kernel::kPrepare), prologue);
     cuda::pool_backward<T>(context.stream, planned, run.form,
                            {run.sizes, plan.tiling, planned.blocks, const_data<T>(dout),
                             const_data<T>(map.x), prologue, run.at(partial)});
-    pool_backward_finish<A>(context.stream, run.whole(Kernel::kPoolBackwardFinish),
+    pool_backward_finish<A>(context.stream, run.of(Kernel::kPoolBackwardFinish),
                             {w.batch, chunks, w.radix, w.channels, w.channels, w.relu,
                              run.at(partial), norm_of<A>(map.bn0), prologue.invstd, data<A>(sums),
                              data<A>(dattention), nullptr, nullptr});
@@ -94,7 +94,7 @@ void Kernels::prologue_backward(const Problem& problem, const Tensor& sums, cons
     w.batch = problem.batch;
     w.radix = problem.radix;
     w.channels = problem.channels;
-    const Launch planned = launch_of(context.device, w, {}, Kernel::kPrologueBackward, 0, w.batch);
+    const Launch planned = launch_of(context.device, w, {}, Kernel::kPrologueBackward);
     cuda::prologue_backward<A>(context.stream, planned,
                                {problem.batch,
                                 problem.radix,
@@ -121,14 +121,14 @@ void Kernels::recombine_backward(const Map& map, const Tensor& dout, const Tenso
                      kPrologueArrays * w.features() * w.acc_size());
     const bool loses = mean_dz.has_value();
     const Prologue<A> prologue = run.prologue_at(0, loses);
-    const Launch planned = run.whole(Kernel::kRecombineBackward);
-    run.prepare(run.whole(Kernel::kPrepare), prologue, loses ? const_data<A>(*mean_dz) : nullptr,
+    const Launch planned = run.of(Kernel::kRecombineBackward);
+    run.prepare(run.of(Kernel::kPrepare), prologue, loses ? const_data<A>(*mean_dz) : nullptr,
                 loses ? const_data<A>(*mean_dz_xhat) : nullptr);
     cuda::recombine_backward<T>(
         context.stream, planned, run.form,
-        {run.sizes, run.plan.tiling, planned.blocks, const_data<T>(dout), const_data<T>(map.x),
-         prologue, const_data<A>(attention), const_data<A>(dgap), A(1) / static_cast<A>(w.pixels),
-         data<T>(dx)});
+        {run.sizes, run.plan.recombine_tiling, planned.blocks, const_data<T>(dout),
+         const_data<T>(map.x), prologue, const_data<A>(attention), const_data<A>(dgap),
+         A(1) / static_cast<A>(w.pixels), data<T>(dx)});
   });
 }
 

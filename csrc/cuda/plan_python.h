@@ -83,7 +83,6 @@ class Fields {
 };
 
 inline Device device_from(const pybind11::dict& dict) {
-  constexpr int64_t kMostBytes = std::numeric_limits<int64_t>::max();
   Fields fields("device", dict);
   Device device{};
   device.multiprocessors = fields.integer("multiprocessors", 1);
@@ -93,8 +92,6 @@ inline Device device_from(const pybind11::dict& dict) {
   device.shared_per_block = fields.integer("shared_per_block", 0);
   device.shared_per_multiprocessor = fields.integer("shared_per_multiprocessor", 0);
   device.grid_blocks = fields.integer("grid_blocks", 1);
-  device.l2_bytes = fields.integer("l2_bytes", 0, kMostBytes);
-  device.bytes_per_microsecond = fields.integer("bytes_per_microsecond", 1, kMostBytes);
   fields.finish();
   return device;
 }
@@ -146,16 +143,6 @@ inline Workload workload_from(const pybind11::dict& dict) {
   return w;
 }
 
-inline Choice choice_from(const std::string& strategy) {
-  if (strategy != "fastest" && strategy != "launches" && strategy != "persistent") {
-    throw std::invalid_argument("strategy: expected fastest, launches or persistent, got '" +
-                                strategy + "'");
-  }
-  return strategy == "fastest"    ? Choice::kFastest
-         : strategy == "launches" ? Choice::kLaunches
-                                  : Choice::kPersistent;
-}
-
 inline pybind11::dict tiling_dict(const Tiling& t) {
   using pybind11::arg;
   return pybind11::dict(arg("threads") = t.threads, arg("lanes") = t.lanes,
@@ -163,26 +150,20 @@ inline pybind11::dict tiling_dict(const Tiling& t) {
                         arg("chunk_pixels") = t.chunk_pixels, arg("chunks") = t.chunks);
 }
 
-inline pybind11::dict plan(const pybind11::dict& of_device, const pybind11::dict& of_workload,
-                           const std::string& strategy) {
+inline pybind11::dict plan(const pybind11::dict& of_device, const pybind11::dict& of_workload) {
   using pybind11::arg, pybind11::dict;
   const Device device = device_from(of_device);
   const Workload w = workload_from(of_workload);
-  const Plan plan = make_plan(device, w, choice_from(strategy));
+  const Plan plan = make_plan(device, w);
   pybind11::list launches;
   for (const Launch& launch : launches_of(device, w, plan)) {
     launches.append(dict(arg("name") = launch.name, arg("blocks") = launch.blocks,
                          arg("threads") = launch.threads,
                          arg("shared_bytes") = launch.shared_bytes));
   }
-  dict result(arg("strategy") = plan.strategy == Strategy::kPersistent ? "persistent" : "launches",
-              arg("tiling") = tiling_dict(plan.tiling), arg("batch_chunk") = plan.batch_chunk,
-              arg("batch_chunks") = plan.batch_chunks(w.batch),
-              arg("persistent_blocks") = plan.persistent_blocks,
-              arg("workspace_bytes") = plan.workspace_bytes, arg("launches") = launches,
-              arg("predicted_launches") = plan.launches,
-              arg("predicted_bytes") = plan.predicted_bytes,
-              arg("predicted_microseconds") = plan.predicted_microseconds);
+  dict result(arg("tiling") = tiling_dict(plan.tiling),
+              arg("recombine_tiling") = tiling_dict(plan.recombine_tiling),
+              arg("workspace_bytes") = plan.workspace_bytes, arg("launches") = launches);
   if (w.batch_stats) {
     result["statistics_tiling"] = tiling_dict(statistics_tiling(device, w));
   }
@@ -192,22 +173,18 @@ inline pybind11::dict plan(const pybind11::dict& of_device, const pybind11::dict
 // The constants that tests compare with.
 inline pybind11::dict plan_limits() {
   using pybind11::arg;
-  return pybind11::dict(
-      arg("map_threads") = kMapThreads, arg("product_threads") = kProductThreads,
-      arg("column_threads") = kColumnThreads, arg("columns") = kColumns,
-      arg("blocks_per_multiprocessor") = kBlocksPerMultiprocessor, arg("registers") = kRegisters,
-      arg("tile_rows") = kTileRows, arg("tile_columns") = kTileColumns,
-      arg("max_chunks") = kMaxChunks, arg("min_chunk_pixels") = kMinChunkPixels,
-      arg("usable_l2") = kUsableL2, arg("launch_microseconds") = kLaunchMicroseconds,
-      arg("handover_microseconds") = kHandoverMicroseconds,
-      arg("persistent_blocks") = kPersistentBlocks, arg("persistent_radix") = kPersistentRadix,
-      arg("batch_chunks_between") = kBatchChunksBetween, arg("most_blocks") = kMostBlocks,
-      arg("most_pixels") = kMostPixels, arg("most_channels") = kMostChannels);
+  return pybind11::dict(arg("map_threads") = kMapThreads, arg("product_threads") = kProductThreads,
+                        arg("column_threads") = kColumnThreads, arg("columns") = kColumns,
+                        arg("blocks_per_multiprocessor") = kBlocksPerMultiprocessor,
+                        arg("registers") = kRegisters, arg("tile_rows") = kTileRows,
+                        arg("tile_columns") = kTileColumns, arg("max_chunks") = kMaxChunks,
+                        arg("min_chunk_pixels") = kMinChunkPixels, arg("most_blocks") = kMostBlocks,
+                        arg("most_pixels") = kMostPixels, arg("most_channels") = kMostChannels);
 }
 
 inline void define_plan(pybind11::module_& m) {
   using pybind11::arg;
-  m.def("plan", &plan, arg("device"), arg("workload"), arg("strategy") = "fastest");
+  m.def("plan", &plan, arg("device"), arg("workload"));
   m.def("plan_limits", &plan_limits);
 }
 

@@ -2,7 +2,6 @@
 #include "cuda/planner.h"
 
 #include <algorithm>
-#include <limits>
 #include <stdexcept>
 
 #include "cuda/tuning.h"
@@ -37,6 +36,12 @@ void set_chunks(Tiling& t, int64_t pixels, int64_t at_most) {
   t.chunks = static_cast<int32_t>(ceil_div(pixels, t.chunk_pixels));
 }
 
+// In NCHW: threads of a channel.
+void set_lanes(Tiling& t, int64_t channels, int64_t lanes) {
+  t.lanes = static_cast<int32_t>(lanes);
+  t.channel_blocks = static_cast<int32_t>(ceil_div(channels, t.threads / lanes));
+}
+
 // Blocks of `groups` matrix products.
 int64_t product_blocks(int64_t rows, int64_t columns, int64_t groups) {
   return ceil_div(rows, kTileRows) * ceil_div(columns, kTileColumns) * groups;
@@ -48,67 +53,64 @@ int64_t share_sums_bytes(const Tiling& t, bool nhwc, int64_t sums, int64_t acc_s
 }
 // of `sum_over_rows`,
 int64_t row_sums_bytes(int64_t threads, int64_t sums) {
-  return threads * sums * static_cast<int64_t>(sizeof(double));
+  return threads / kWarp * kColumns * sums * static_cast<int64_t>(sizeof(double));
 }
 // and of `multiply_tile`.
 int64_t product_bytes(int64_t threads, int64_t acc_size) {
   return threads / kWarp * kTileSize * acc_size;
 }
 
-// A call's kernels in the order of their launches: of_batch(kernel) for those of the whole batch,
-// then of_chunk(kernel) for those of each chunk of it.
-template <typename OfBatch, typename OfChunk>
-void for_kernels(const Workload& w, const Plan& plan, const OfBatch& of_batch,
-                 const OfChunk& of_chunk) {
-  const auto visit_if = [](bool needed, const auto& visit, Kernel kernel) {
+// Call visit(kernel) for each kernel of a call, in the order of their launches.
+template <typename Visit>
+void for_kernels(const Workload& w, const Plan& plan, const Visit& visit) {
+  const auto visit_if = [&](bool needed, Kernel kernel) {
     if (needed) {
       visit(kernel);
     }
   };
   if (w.pass == Pass::kBackward) {
-    visit_if(w.bn0, of_batch, Kernel::kPrepare);
-    of_batch(Kernel::kPoolBackward);
-    of_batch(Kernel::kPoolBackwardFinish);
-    of_batch(Kernel::kHiddenGradient);
-    of_batch(Kernel::kBatchNormBackward);
-    of_batch(Kernel::kGradients);
-    visit_if(w.wanted.bn0, of_batch, Kernel::kPrologueBackward);
-    visit_if(w.wanted.x, of_batch, Kernel::kRecombineBackward);
+    visit_if(w.bn0, Kernel::kPrepare);
+    visit(Kernel::kPoolBackward);
+    visit(Kernel::kPoolBackwardFinish);
+    visit(Kernel::kHiddenGradient);
+    visit(Kernel::kBatchNormBackward);
+    visit(Kernel::kGradients);
+    visit_if(w.wanted.bn0, Kernel::kPrologueBackward);
+    visit_if(w.wanted.x, Kernel::kRecombineBackward);
     return;
   }
-  const bool persistent = plan.strategy == Strategy::kPersistent;
-  visit_if(w.batch_stats, of_batch, Kernel::kStatistics);
-  visit_if(w.batch_stats, of_batch, Kernel::kCombine);
-  visit_if((w.bn0 && !w.batch_stats) || persistent, of_batch, Kernel::kPrepare);
-  if (persistent) {
-    of_batch(Kernel::kPersistent);
-    return;
+  visit_if(w.batch_stats, Kernel::kStatistics);
+  visit_if(w.batch_stats, Kernel::kCombine);
+  visit_if(w.bn0 && !w.batch_stats, Kernel::kPrepare);
+  visit(Kernel::kPool);
+  visit_if(plan.tiling.chunks > 1, Kernel::kPoolFinish);
+  visit(Kernel::kHidden);
+  visit_if(w.bn1_batch_stats, Kernel::kBatchNorm);
+  visit(Kernel::kAttention);
+  visit(Kernel::kRecombine);
+}
+
+// Chunks that are long enough, for kernels that leave no partial sums
+int64_t most_chunks(const Workload& w) { return w.pixels / kMinChunkPixels; }
+// and for those that do, so that these are few beside x.
+int64_t most_summed_chunks(const Workload& w) {
+  return std::min(most_chunks(w), std::max(kMaxChunks, w.pixels / kLongChunkPixels));
+}
+
+// With chunks that give each multiprocessor so many blocks, where they may depend on the batch.
+Tiling batch_tiling(const Device& device, const Workload& w, int64_t blocks, int64_t most) {
+  Tiling t = sample_tiling(device, w);
+  const int64_t samples = std::max<int64_t>(w.batch, 1), wanted = blocks * device.multiprocessors;
+  if (w.channels_last) {
+    const int64_t chunks = ceil_div(wanted, samples * t.channel_blocks);
+    set_chunks(t, w.pixels, std::clamp<int64_t>(most, 1, chunks));
+  } else {
+    // The sums of one warp's threads need no barrier.
+    while (t.lanes > kWarp && samples * t.channel_blocks >= 2 * wanted) {
+      set_lanes(t, w.channels, t.lanes / 2);
+    }
   }
-  of_chunk(Kernel::kPool);
-  visit_if(w.pass == Pass::kTrain && plan.tiling.chunks > 1, of_chunk, Kernel::kPoolFinish);
-  of_chunk(Kernel::kHidden);
-  visit_if(w.bn1_batch_stats, of_chunk, Kernel::kBatchNorm);
-  of_chunk(Kernel::kAttention);
-  of_chunk(Kernel::kRecombine);
-}
-
-int64_t count_launches(const Workload& w, const Plan& plan) {
-  int64_t of_batch = 0, of_chunk = 0;
-  for_kernels(w, plan, [&](Kernel) { ++of_batch; }, [&](Kernel) { ++of_chunk; });
-  return of_batch + plan.batch_chunks(w.batch) * of_chunk;
-}
-
-bool has_persistent_kernel(const Tiling& t, const Workload& w) {
-  return t.vector > 1 && w.radix == kPersistentRadix;
-}
-
-// The persistent kernel's pieces of all phases. Those of chunks before the first and behind the
-// last are empty.
-int64_t persistent_tickets(const Workload& w, const Plan& plan) {
-  const int64_t of_chunk = 2 * map_blocks(plan.tiling, plan.batch_chunk) +
-                           attention_blocks(w, plan.batch_chunk) +
-                           hidden_blocks(w, plan.batch_chunk);
-  return of_chunk * (plan.batch_chunks(w.batch) + kBatchChunksBetween);
+  return t;
 }
 
 }  // namespace
@@ -120,7 +122,7 @@ int32_t counted(int64_t count, int64_t most) {
   return static_cast<int32_t>(count);
 }
 
-Tiling make_tiling(const Device& device, const Workload& w) {
+Tiling sample_tiling(const Device& device, const Workload& w) {
   counted(w.channels, kMostChannels);
   const int64_t threads = block_threads(device);
   const int64_t whole = 16 / w.element_size;
@@ -139,8 +141,7 @@ Tiling make_tiling(const Device& device, const Workload& w) {
   } else {
     // About four vectors of each split for a thread.
     const int64_t lanes = power_of_two_at_least(ceil_div(w.pixels * w.element_size, 4 * 16));
-    t.lanes = static_cast<int32_t>(std::clamp<int64_t>(lanes, 8, threads));
-    t.channel_blocks = static_cast<int32_t>(ceil_div(w.channels, threads / t.lanes));
+    set_lanes(t, w.channels, std::clamp<int64_t>(lanes, 8, threads));
     set_chunks(t, w.pixels, 1);
   }
   return t;
@@ -158,13 +159,7 @@ Workload statistics_map(Workload w) {
 
 Tiling statistics_tiling(const Device& device, const Workload& w) {
   const Workload map = statistics_map(w);
-  Tiling t = make_tiling(device, map);
-  if (map.channels_last) {
-    const int64_t wanted = ceil_div(4 * device.multiprocessors, t.channel_blocks);
-    const int64_t chunks = std::clamp<int64_t>(map.pixels / kMinChunkPixels, 1, wanted);
-    set_chunks(t, map.pixels, chunks);
-  }
-  return t;
+  return batch_tiling(device, map, kStatisticsBlocks, most_chunks(map));
 }
 
 int64_t statistics_rows(const Device& device, const Workload& w) {
@@ -175,12 +170,12 @@ int64_t map_blocks(const Tiling& t, int64_t samples) {
   return counted(samples * t.blocks_per_sample(), kMostBlocks);
 }
 
-int64_t hidden_blocks(const Workload& w, int64_t samples) {
-  return product_blocks(samples, w.inter / w.cardinality, w.cardinality);
+int64_t hidden_blocks(const Workload& w) {
+  return product_blocks(w.batch, w.inter / w.cardinality, w.cardinality);
 }
 
-int64_t attention_blocks(const Workload& w, int64_t samples) {
-  return product_blocks(samples, w.channels / w.cardinality, w.cardinality);
+int64_t attention_blocks(const Workload& w) {
+  return product_blocks(w.batch, w.channels / w.cardinality, w.cardinality);
 }
 
 GradientBlocks gradient_blocks(const Workload& w) {
@@ -200,15 +195,14 @@ int64_t Workspace::take(int64_t count, int64_t size) {
 
 ForwardWorkspace::ForwardWorkspace(const Device& device, const Workload& w, const Plan& plan) {
   const bool eval = w.pass == Pass::kEval;
-  const int64_t samples = eval && plan.strategy == Strategy::kLaunches ? plan.batch_chunk : w.batch;
   const int64_t rows = w.batch_stats ? statistics_rows(device, w) : 0;
   const int64_t size = w.acc_size(), chunks = plan.tiling.chunks;
   prologue = take(w.bn0 ? kPrologueArrays * w.features() : 0, size);
   statistics = take(2 * rows * w.features(), size);
-  partial = take(eval || chunks > 1 ? samples * chunks * w.channels : 0, size);
-  u = take(samples * w.inter, size);
-  attention = take(eval ? samples * w.features() : 0, size);
-  counters = take(plan.counters(w.batch), sizeof(uint32_t));
+  partial = take(chunks > 1 ? w.batch * chunks * w.channels : 0, size);
+  gap = take(eval ? w.batch * w.channels : 0, size);
+  u = take(w.batch * w.inter, size);
+  attention = take(eval ? w.batch * w.features() : 0, size);
 }
 
 BackwardWorkspace::BackwardWorkspace(const Workload& w, const Plan& plan) {
@@ -223,80 +217,33 @@ BackwardWorkspace::BackwardWorkspace(const Workload& w, const Plan& plan) {
   dgap = take(w.batch * w.channels, size);
 }
 
-Plan make_plan(const Device& device, const Workload& w, Choice choice) {
-  Plan plan{};
-  plan.strategy = Strategy::kLaunches;
-  plan.tiling = make_tiling(device, w);
+Plan make_plan(const Device& device, const Workload& w) {
+  const bool backward = w.pass == Pass::kBackward;
+  const int64_t blocks = backward ? kBackwardBlocks : kForwardBlocks;
+  // Where batch statistics couple the samples anyway, sums may depend on the batch.
+  const bool coupled = w.batch_stats || w.bn1_batch_stats;
+  Plan plan{
+      coupled ? batch_tiling(device, w, blocks, most_summed_chunks(w)) : sample_tiling(device, w),
+      batch_tiling(device, w, blocks, most_chunks(w)), 0};
   map_blocks(plan.tiling, w.batch);  // throws where they cannot be counted
-  const int64_t batch = std::max<int64_t>(w.batch, 1);
-  const int64_t unit = w.batch * w.channels * w.pixels * w.element_size;
-  const int64_t x_of_sample = w.features() * w.pixels * w.element_size;
-  const auto with = [&](Plan candidate, int64_t batch_chunk, int64_t units) {
-    candidate.batch_chunk = batch_chunk;
-    candidate.launches = count_launches(w, candidate);
-    candidate.predicted_bytes = units * unit;
-    candidate.predicted_microseconds =
-        static_cast<double>(candidate.launches) * kLaunchMicroseconds +
-        static_cast<double>(candidate.predicted_bytes) /
-            static_cast<double>(device.bytes_per_microsecond);
-    return candidate;
-  };
-  if (w.pass == Pass::kBackward) {
-    plan = with(plan, batch, (w.relu ? 3 : 2) * w.radix + 2);
-    plan.workspace_bytes = BackwardWorkspace(w, plan).bytes;
-    return plan;
-  }
-  if (w.pass == Pass::kTrain) {
-    plan = with(plan, batch, (w.batch_stats ? 3 : 2) * w.radix + 1);
-    plan.workspace_bytes = ForwardWorkspace(device, w, plan).bytes;
-    return plan;
-  }
-  const int64_t l2 = static_cast<int64_t>(kUsableL2 * static_cast<double>(device.l2_bytes));
-  const auto balanced = [&](int64_t most) {
-    return ceil_div(batch, ceil_div(batch, std::clamp<int64_t>(most, 1, batch)));
-  };
-  const auto units = [&](int64_t resident) {
-    return (resident * x_of_sample <= l2 ? 1 : 2) * w.radix + 1;
-  };
-  const auto in_chunks_of = [&](int64_t chunk) { return with(plan, chunk, units(chunk)); };
-  const Plan at_once = in_chunks_of(batch), in_chunks = in_chunks_of(balanced(l2 / x_of_sample));
-  const Plan by_launches =
-      in_chunks.predicted_microseconds < at_once.predicted_microseconds ? in_chunks : at_once;
-
-  constexpr int64_t kTogether = kBatchChunksBetween + 1;
-  const int64_t chunk = balanced(l2 / kTogether / x_of_sample);
-  Plan persistent = plan;
-  persistent.strategy = Strategy::kPersistent;
-  persistent = with(persistent, chunk, units(std::min(batch, kTogether * chunk)));
-  persistent.predicted_microseconds += 3 * kHandoverMicroseconds;
-  const int64_t tickets = persistent_tickets(w, persistent);
-  persistent.persistent_blocks = std::min(device.multiprocessors * kPersistentBlocks, tickets);
-  // Each block takes a ticket beyond the last.
-  const bool countable =
-      tickets + persistent.persistent_blocks <= std::numeric_limits<uint32_t>::max();
-  const bool possible = has_persistent_kernel(plan.tiling, w) && countable;
-  if (choice == Choice::kPersistent && !possible) {
-    throw std::invalid_argument(
-        "the persistent launch takes radix 2 in vectors of 16 bytes, and less than 2^32 pieces");
-  }
-  const bool faster = persistent.predicted_microseconds < by_launches.predicted_microseconds;
-  const bool chosen =
-      choice == Choice::kFastest ? possible && faster : choice == Choice::kPersistent;
-  plan = chosen ? persistent : by_launches;
-  plan.workspace_bytes = ForwardWorkspace(device, w, plan).bytes;
+  map_blocks(plan.recombine_tiling, w.batch);
+  plan.workspace_bytes =
+      backward ? BackwardWorkspace(w, plan).bytes : ForwardWorkspace(device, w, plan).bytes;
   return plan;
 }
 
-Launch launch_of(const Device& device, const Workload& w, const Plan& plan, Kernel kernel,
-                 int64_t first, int64_t samples) {
+Launch launch_of(const Device& device, const Workload& w, const Plan& plan, Kernel kernel) {
   const int64_t threads = block_threads(device), acc = w.acc_size(), features = w.features();
   const auto launch = [&](const char* name, int64_t blocks, int64_t shared_bytes) {
     const int64_t grid = std::min(blocks, device.grid_blocks);
-    return Launch{kernel, name, first, samples, blocks, grid, threads, shared_bytes};
+    return Launch{kernel, name, blocks, grid, threads, shared_bytes};
   };
   const auto of_map = [&](const char* name, int64_t sums) {
-    return launch(name, map_blocks(plan.tiling, samples),
+    return launch(name, map_blocks(plan.tiling, w.batch),
                   share_sums_bytes(plan.tiling, w.channels_last, sums, acc));
+  };
+  const auto of_recombine = [&](const char* name) {
+    return launch(name, map_blocks(plan.recombine_tiling, w.batch), 0);
   };
   const auto of_columns = [&](const char* name, int64_t columns, int64_t sums) {
     return launch(name, ceil_div(columns, kColumns), row_sums_bytes(threads, sums));
@@ -310,7 +257,7 @@ Launch launch_of(const Device& device, const Workload& w, const Plan& plan, Kern
   };
   switch (kernel) {
     case Kernel::kPrepare:
-      return of_elements("prepare", std::max(w.bn0 ? features : 0, plan.counters(w.batch)));
+      return of_elements("prepare", w.bn0 ? features : 0);
     case Kernel::kStatistics: {
       const Tiling t = statistics_tiling(device, w);
       return launch("statistics", map_blocks(t, statistics_map(w).batch),
@@ -321,24 +268,21 @@ Launch launch_of(const Device& device, const Workload& w, const Plan& plan, Kern
     case Kernel::kPool:
       return of_map("pool", 1);
     case Kernel::kPoolFinish:
-      return of_elements("pool_finish", samples * w.channels);
+      return of_elements("pool_finish", w.batch * w.channels);
     case Kernel::kHidden:
-      return of_product("hidden", hidden_blocks(w, samples));
+      return of_product("hidden", hidden_blocks(w));
     case Kernel::kBatchNorm:
       return of_columns("batch_norm", w.inter, 1);
     case Kernel::kAttention:
-      return of_product("attention", attention_blocks(w, samples));
+      return of_product("attention", attention_blocks(w));
     case Kernel::kRecombine:
-      return of_map("recombine", 0);
-    case Kernel::kPersistent:
-      return launch("persistent", plan.persistent_blocks,
-                    std::max(of_map("pool", 1).shared_bytes, product_bytes(threads, acc)));
+      return of_recombine("recombine");
     case Kernel::kPoolBackward:
       return of_map("pool_backward", w.relu ? kPrologueSums : 1);
     case Kernel::kPoolBackwardFinish:
-      return of_elements("pool_backward_finish", samples * w.channels);
+      return of_elements("pool_backward_finish", w.batch * w.channels);
     case Kernel::kHiddenGradient:
-      return of_product("hidden_gradient", hidden_blocks(w, samples));
+      return of_product("hidden_gradient", hidden_blocks(w));
     case Kernel::kBatchNormBackward:
       return of_columns("batch_norm_backward", w.inter, 2);
     case Kernel::kGradients: {
@@ -349,29 +293,19 @@ Launch launch_of(const Device& device, const Workload& w, const Plan& plan, Kern
     case Kernel::kPrologueBackward:
       return of_columns("prologue_backward", features, 2);
     case Kernel::kRecombineBackward:
-      return of_map("recombine_backward", 0);
+      return of_recombine("recombine_backward");
   }
   throw std::logic_error("resnest_fused: no such kernel");
 }
 
 std::vector<Launch> launches_of(const Device& device, const Workload& w, const Plan& plan) {
   std::vector<Launch> launches;
-  launches.reserve(static_cast<size_t>(plan.launches));
-  const auto add = [&](Kernel kernel, int64_t first, int64_t samples) {
-    const Launch launch = launch_of(device, w, plan, kernel, first, samples);
+  for_kernels(w, plan, [&](Kernel kernel) {
+    const Launch launch = launch_of(device, w, plan, kernel);
     if (launch.blocks > 0) {
       launches.push_back(launch);
     }
-  };
-  const auto skip = [](Kernel) {};
-  for_kernels(w, plan, [&](Kernel kernel) { add(kernel, 0, w.batch); }, skip);
-  if (plan.strategy == Strategy::kPersistent) {
-    return launches;  // it walks over the chunks itself
-  }
-  for (int64_t first = 0; first < std::max<int64_t>(w.batch, 1); first += plan.batch_chunk) {
-    const int64_t samples = std::min(plan.batch_chunk, w.batch - first);
-    for_kernels(w, plan, skip, [&](Kernel kernel) { add(kernel, first, samples); });
-  }
+  });
   return launches;
 }
 

@@ -1,8 +1,8 @@
-// The launch planner: from a device and a call to tiles, strategy, workspace and launches.
+// The launch planner: from a device and a call to tiles, workspace and launches.
 //
-// Arithmetic on the host, which needs neither CUDA nor a GPU. What decides the order of a sum
-// (`Tiling` without its counts, `kProductThreads`) depends on the device and on the shape of a
-// sample. It never depends on the batch: in evaluation a sample's result does not either.
+// Arithmetic on the host, which needs neither CUDA nor a GPU. Without batch statistics a sample's
+// result does not depend on its batch. So what decides the order of a sum there (`Tiling` without
+// its counts, `kProductThreads`) depends on the device and on the shape of a sample.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +20,6 @@ struct Device {
   int64_t shared_per_block;  // bytes, without opting in to more
   int64_t shared_per_multiprocessor;
   int64_t grid_blocks;  // the largest grid along x
-  int64_t l2_bytes;
-  int64_t bytes_per_microsecond;  // of device memory
 };
 
 enum class Pass : int32_t { kEval, kTrain, kBackward };
@@ -53,50 +51,26 @@ struct Workload {
   int64_t acc_size() const { return element_size == 8 ? 8 : 4; }
 };
 
-enum class Strategy : int32_t {
-  // A launch for each phase; in evaluation samples go through all phases in chunks that fit L2.
-  kLaunches,
-  // Evaluation only: one launch, whose blocks take tickets for pieces of all phases.
-  kPersistent,
-};
-
-// The strategies that a caller may ask for; kFastest lets the planner choose.
-enum class Choice : int32_t { kFastest, kLaunches, kPersistent };
-
 struct Plan {
-  Strategy strategy;
-  Tiling tiling;
-  int64_t batch_chunk;        // samples that go through the phases together
-  int64_t persistent_blocks;  // the persistent launch's grid; else 0
+  Tiling tiling;            // of what sums over pixels
+  Tiling recombine_tiling;  // of what does not
   int64_t workspace_bytes;
-  int64_t launches;         // of the whole call, if its batch is not empty
-  int64_t predicted_bytes;  // read from and written to device memory
-  double predicted_microseconds;
-
-  int64_t batch_chunks(int64_t batch) const { return (batch + batch_chunk - 1) / batch_chunk; }
-  // The persistent launch counts tickets taken, and for each chunk the pieces done of three phases.
-  int64_t counters(int64_t batch) const {
-    return strategy == Strategy::kPersistent ? 1 + 3 * batch_chunks(batch) : 0;
-  }
 };
 
-// In evaluation the fastest of three ways: a launch a phase for all samples; the same for chunks of
-// samples whose x fits L2; the persistent launch. Training and backward have one way.
-Plan make_plan(const Device& device, const Workload& w, Choice choice = Choice::kFastest);
+Plan make_plan(const Device& device, const Workload& w);
 
 // The launches of a call in their order, without those that have no blocks.
 std::vector<Launch> launches_of(const Device& device, const Workload& w, const Plan& plan);
 
-// The launch of one kernel for samples [first, first + samples).
-Launch launch_of(const Device& device, const Workload& w, const Plan& plan, Kernel kernel,
-                 int64_t first, int64_t samples);
+// The launch of one kernel.
+Launch launch_of(const Device& device, const Workload& w, const Plan& plan, Kernel kernel);
 
-Tiling make_tiling(const Device& device, const Workload& w);
+// The tiling of sums that must not depend on the batch.
+Tiling sample_tiling(const Device& device, const Workload& w);
 
 // The map x as bn0's batch statistics see it: one split of all features. In NHWC it is one sample,
 // as the pixels of the batch lie one behind the other.
 Workload statistics_map(Workload w);
-// In NHWC as many chunks as occupy every multiprocessor: the statistics may depend on the batch.
 Tiling statistics_tiling(const Device& device, const Workload& w);
 // Rows of partial statistics: a chunk has one.
 int64_t statistics_rows(const Device& device, const Workload& w);
@@ -106,8 +80,8 @@ int32_t counted(int64_t count, int64_t most);
 
 // Blocks of a map of so many samples, and of the two FCs' products.
 int64_t map_blocks(const Tiling& t, int64_t samples);
-int64_t hidden_blocks(const Workload& w, int64_t samples);
-int64_t attention_blocks(const Workload& w, int64_t samples);
+int64_t hidden_blocks(const Workload& w);
+int64_t attention_blocks(const Workload& w);
 GradientBlocks gradient_blocks(const Workload& w);
 
 // The memory that a call needs beside its arguments and results: offsets in bytes into one
@@ -125,10 +99,10 @@ constexpr int64_t kPrologueArrays = 6;
 struct ForwardWorkspace : Workspace {
   int64_t prologue;    // (6, R*C)
   int64_t statistics;  // (2, rows, R*C)
-  int64_t partial;     // (samples, chunks, C)
-  int64_t u;           // (samples, I)
-  int64_t attention;   // (samples, R, C); in evaluation
-  int64_t counters;    // of the persistent launch
+  int64_t partial;     // (B, chunks, C); of several chunks
+  int64_t gap;         // (B, C); in evaluation
+  int64_t u;           // (B, I)
+  int64_t attention;   // (B, R, C); in evaluation
 
   ForwardWorkspace(const Device& device, const Workload& w, const Plan& plan);
 };

@@ -107,6 +107,7 @@ __global__ void __launch_bounds__(kMapThreads) pool_finish_kernel(PoolFinishArgs
        i += threads) {
     const int64_t b = i / args.channels, c = i - b * args.channels;
     A sum = 0;
+#pragma unroll 8
     for (int64_t j = 0; j < args.chunks; ++j) {
       sum += args.partial[(b * args.chunks + j) * args.channels + c];
     }
@@ -128,8 +129,12 @@ struct PoolBackwardArgs {
   Acc<T>* partial;  // (B, chunks, sums, R, C)
 };
 
+// Resident blocks: three of them hide more of the waiting, where the sums leave the registers.
+template <bool kNhwc, int kRadix>
+constexpr int64_t kPoolBackwardBlocks = !kNhwc && (kRadix == 1 || kRadix == 2) ? 3 : 2;
+
 template <typename T, bool kNhwc, int kRadix, int kVector, bool kPrologue>
-__global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kMapThreads, kPoolBackwardBlocks<kNhwc, kRadix>)
     pool_backward_kernel(PoolBackwardArgs<T> args) {
   using A = Acc<T>;
   using Coefficient = PerChannel<A, kVector, kNhwc>;
@@ -237,17 +242,20 @@ __global__ void __launch_bounds__(kMapThreads)
     A sum_a_da = 0;
     for (int64_t r = 0; r < args.radix; ++r) {
       const int64_t f = r * args.channels + c;
-      const auto sum_of = [&](int64_t kind) {
-        A sum = 0;
-        for (int64_t j = 0; j < args.chunks; ++j) {
-          sum += args.partial[((b * args.chunks + j) * kinds + kind) * features + f];
-        }
-        return sum;
-      };
+      const A* const partial = args.partial + b * args.chunks * kinds * features + f;
       A da;
       if (args.with_prologue) {
         const A invstd = at_or(args.invstd, f, A(1));
-        const A s1 = sum_of(0), s2 = sum_of(1), s3 = sum_of(2) * invstd, s4 = sum_of(3) * invstd;
+        A of_kinds[kPrologueSums] = {};
+#pragma unroll 4
+        for (int64_t j = 0; j < args.chunks; ++j) {
+#pragma unroll
+          for (int kind = 0; kind < kPrologueSums; ++kind) {
+            of_kinds[kind] += partial[(j * kPrologueSums + kind) * features];
+          }
+        }
+        const A s1 = of_kinds[0], s2 = of_kinds[1];
+        const A s3 = of_kinds[2] * invstd, s4 = of_kinds[3] * invstd;
         A* const sums = args.sums + b * kPrologueSums * features + f;
         sums[0] = s1;
         sums[features] = s2;
@@ -255,7 +263,11 @@ __global__ void __launch_bounds__(kMapThreads)
         sums[3 * features] = s4;
         da = args.bn0.weight.at_or(f, A(1)) * s3 + args.bn0.bias.at_or(f, A(0)) * s1;
       } else {
-        da = sum_of(0);
+        da = 0;
+#pragma unroll 8
+        for (int64_t j = 0; j < args.chunks; ++j) {
+          da += partial[j * features];
+        }
       }
       args.dattention[b * features + f] = da;
       if (args.dlogits) {

@@ -14,11 +14,35 @@ namespace resnest_fused::cuda {
 template <typename A>
 constexpr int64_t kProductBlocks = sizeof(A) == 8 ? 1 : kBlocksPerMultiprocessor;
 
-// A source of an operand's values, four neighbours in a row of a matrix at a time.
+// A source of an operand's values: four neighbours in a row of a matrix at a time, or four rows of
+// four. The latter are loaded before any is used, as each wait for L2 takes longer than the sums.
 template <typename A>
 struct Values {
   const A* data;
   int64_t stride;  // between rows
+
+  // Whether four neighbours are one load, in each row and from each multiple of four beyond
+  // `first`.
+  __device__ __forceinline__ bool in_vectors(int64_t first) const {
+    return sizeof(A) <= 4 && reinterpret_cast<uintptr_t>(data) % (4 * sizeof(A)) == 0 &&
+           (first | stride) % 4 == 0;
+  }
+
+  template <typename To>
+  __device__ __forceinline__ void load4x4(int64_t row, int64_t column, To (&to)[4][4]) const {
+    Vector<A, 4> rows[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      rows[i] = load<4>(data + (row + i) * stride + column);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        to[i][j] = static_cast<To>(widen(rows[i].values[j]));
+      }
+    }
+  }
 
   __device__ __forceinline__ void load4(int64_t row, int64_t column, int count, A (&to)[4]) const {
     const A* const from = data + row * stride + column;
@@ -45,6 +69,20 @@ struct Weight {
   Parameter parameter;
   int64_t stride;
 
+  __device__ __forceinline__ bool in_vectors(int64_t first) const {
+    return sizeof(A) <= 4 && reinterpret_cast<uintptr_t>(parameter.data) % 16 == 0 &&
+           (first | stride) % 4 == 0;
+  }
+
+  __device__ __forceinline__ void load4x4(int64_t row, int64_t column, A (&to)[4][4]) const {
+    with_dtype<A>(parameter.data, parameter.dtype, [&](const auto* data) {
+      using P = std::remove_const_t<std::remove_reference_t<decltype(*data)>>;
+      if constexpr (sizeof(P) <= 4) {
+        Values<P>{data, stride}.load4x4(row, column, to);
+      }
+    });
+  }
+
   __device__ __forceinline__ void load4(int64_t row, int64_t column, int count, A (&to)[4]) const {
     with_dtype<A>(parameter.data, parameter.dtype, [&](const auto* data) {
       using P = std::remove_const_t<std::remove_reference_t<decltype(*data)>>;
@@ -55,33 +93,6 @@ struct Weight {
         to[i] = static_cast<A>(widen(from[i]));
       }
     });
-  }
-};
-
-// The same of the sum over a sample's chunks: gap from the pool's partial sums, or gap itself as
-// one chunk.
-template <typename A>
-struct Pooled {
-  const A* partial;  // (B, chunks, C)
-  int64_t chunks;
-  int64_t channels;
-  A scale;
-
-  __device__ __forceinline__ void load4(int64_t b, int64_t c, int count, A (&to)[4]) const {
-    const Values<A> values{partial + b * chunks * channels, channels};
-    values.load4(0, c, count, to);
-    for (int64_t j = 1; j < chunks; ++j) {
-      A next[4];
-      values.load4(j, c, count, next);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        to[i] += next[i];
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      to[i] *= scale;
-    }
   }
 };
 
@@ -98,6 +109,24 @@ struct Operand {
   // values[i][k]: row + i, depth at + k; zeros outside.
   __device__ __forceinline__ void load(int64_t row, int64_t at, A (&values)[4][4]) const {
     const int64_t row_count = rows - row, depth_count = depth - at;
+    if constexpr (sizeof(A) <= 4) {
+      if (row_count >= 4 && depth_count >= 4 && source.in_vectors(first_column)) {
+        if constexpr (kTransposed) {
+          A lines[4][4];
+          source.load4x4(first_row + at, first_column + row, lines);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              values[j][i] = lines[i][j];
+            }
+          }
+        } else {
+          source.load4x4(first_row + row, first_column + at, values);
+        }
+        return;
+      }
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       A line[4] = {};

@@ -51,33 +51,26 @@ __device__ __forceinline__ void put_statistics_gradient(const Prologue<A>& prolo
   prologue.slope[f] = prologue.scale[f] * prologue.invstd[f] * mean_dz_xhat;
 }
 
-// The prologue from bn0's running statistics, and counters at zero.
-//   Grid: a thread for each feature and each counter.
+// The prologue from bn0's running statistics.
+//   Grid: a thread for each feature.
 template <typename A>
 struct Prepare {
   int64_t features;
   Norm<A> bn0;
-  Prologue<A> prologue;   // scale null: without bn0
+  Prologue<A> prologue;
   const A* mean_dz;       // (R*C) or null
   const A* mean_dz_xhat;  // (R*C) or null
-  unsigned* counters;
-  int64_t counter_count;
 };
 
 template <typename A>
 __global__ void __launch_bounds__(kMapThreads) prepare_kernel(Prepare<A> args) {
   const int64_t threads = int64_t{gridDim.x} * blockDim.x;
   const int64_t thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (args.prologue.scale) {
-    for (int64_t f = thread; f < args.features; f += threads) {
-      put_prologue(args.prologue, f, args.bn0.at(f));
-      if (args.mean_dz) {
-        put_statistics_gradient(args.prologue, f, args.mean_dz[f], args.mean_dz_xhat[f]);
-      }
+  for (int64_t f = thread; f < args.features; f += threads) {
+    put_prologue(args.prologue, f, args.bn0.at(f));
+    if (args.mean_dz) {
+      put_statistics_gradient(args.prologue, f, args.mean_dz[f], args.mean_dz_xhat[f]);
     }
-  }
-  for (int64_t i = thread; i < args.counter_count; i += threads) {
-    args.counters[i] = 0;
   }
 }
 
@@ -98,9 +91,10 @@ struct StatisticsArgs {
 };
 
 template <typename T, bool kNhwc, int kVector>
-__global__ void __launch_bounds__(kMapThreads) statistics_kernel(StatisticsArgs<T> args) {
+__global__ void __launch_bounds__(kMapThreads, kNhwc || kVector == 1 ? 2 : 3)
+    statistics_kernel(StatisticsArgs<T> args) {
   using A = Acc<T>;
-  constexpr int kBatch = 4;
+  constexpr int kBatch = kNhwc ? 4 : 3;
   for (int64_t block = blockIdx.x; block < args.blocks; block += gridDim.x) {
     const Share<kVector, kNhwc> share(args.sizes, args.tiling, block);
     const int first = share.chunk * args.tiling.chunk_pixels;
@@ -159,25 +153,36 @@ __global__ void __launch_bounds__(kMapThreads) statistics_kernel(StatisticsArgs<
       count = all;
     });
     const int64_t row = (share.sample * args.tiling.chunks + share.chunk) * args.sizes.channels;
-    A sums[1][kOwn];
+    A sums[1][kOwn], of_block[kOwn];
 #pragma unroll
     for (int own = 0; own < kOwn; ++own) {
       sums[0][own] = count * mean[own];
     }
-    sum_over_share(share, args.tiling, args.sizes.channels, sums,
-                   [&](int f, A(&totals)[1]) { args.mean[row + f] = totals[0] / A(last - first); });
-    __syncthreads();
+    if constexpr (kNhwc) {
+      sum_over_share(share, args.tiling, args.sizes.channels, sums, [&](int f, A(&totals)[1]) {
+        args.mean[row + f] = totals[0] / A(last - first);
+      });
+#pragma unroll
+      for (int own = 0; own < kOwn; ++own) {
+        of_block[own] = share.inside ? args.mean[row + share.channel + own] : A(0);
+      }
+    } else {
+      A totals[1] = {sums[0][0]};
+      sum_over_lanes(totals, share.lanes);
+      of_block[0] = totals[0] / A(last - first);
+    }
 #pragma unroll
     for (int own = 0; own < kOwn; ++own) {
-      const A of_block = share.inside ? args.mean[row + share.channel + own] : A(0);
-      const A between = mean[own] - of_block;
+      const A between = mean[own] - of_block[own];
       sums[0][own] = fma(between * between, count, squares[own]);
     }
-    __syncthreads();
     sum_over_share(share, args.tiling, args.sizes.channels, sums, [&](int f, A(&totals)[1]) {
-      const A from = kNhwc ? A(widen(first_pixel[f - share.channel])) : origin[0];
       args.squares[row + f] = totals[0];
-      args.mean[row + f] += from;
+      if constexpr (kNhwc) {
+        args.mean[row + f] += A(widen(first_pixel[f - share.channel]));
+      } else {
+        args.mean[row + f] = of_block[0] + origin[0];
+      }
     });
   }
 }
@@ -198,15 +203,21 @@ struct ColumnStatistics {
   __device__ __forceinline__ void compute(const Column& column, A& of_mean, A& of_var) const {
     const double total = rows > 0 ? count * static_cast<double>(rows - 1) + last_count : 1;
     const auto count_of = [&](int64_t row) { return row + 1 == rows ? last_count : count; };
+    struct Row {
+      A mean, squares;
+    };
+    const auto load = [&](int64_t row) -> Row {
+      const int64_t at = row * features + column.feature;
+      return {mean[at], squares ? squares[at] : A(0)};
+    };
     double sums[1];
-    sum_over_rows<1>(column, rows, sums, [&](int64_t row, double (&add)[1]) {
-      add[0] += count_of(row) * mean[row * features + column.feature];
+    sum_over_rows<1>(column, rows, sums, load, [&](int64_t row, Row of_row, double (&add)[1]) {
+      add[0] += count_of(row) * of_row.mean;
     });
     const double center = sums[0] / total;
-    sum_over_rows<1>(column, rows, sums, [&](int64_t row, double (&add)[1]) {
-      const int64_t at = row * features + column.feature;
-      const double apart = mean[at] - center;
-      add[0] += count_of(row) * (apart * apart) + (squares ? squares[at] : A(0));
+    sum_over_rows<1>(column, rows, sums, load, [&](int64_t row, Row of_row, double (&add)[1]) {
+      const double apart = of_row.mean - center;
+      add[0] += count_of(row) * (apart * apart) + of_row.squares;
     });
     of_mean = static_cast<A>(center);
     of_var = static_cast<A>(sums[0] / total);
@@ -264,15 +275,25 @@ __global__ void __launch_bounds__(kColumnThreads)
   for (int64_t block = blockIdx.x; block * kColumns < features; block += gridDim.x) {
     const Column column(block, features);
     const int64_t f = column.feature;
-    double totals[2];
-    sum_over_rows<2>(column, args.batch, totals, [&](int64_t b, double (&add)[2]) {
+    struct Row {
+      A s1, s2, s3, s4, attention, dgap;
+    };
+    const auto load = [&](int64_t b) -> Row {
       const A* const s = args.sums + b * kPrologueSums * features + f;
+      return {s[0],
+              s[features],
+              s[2 * features],
+              s[3 * features],
+              args.attention[b * features + f],
+              args.dgap[b * args.channels + f % args.channels]};
+    };
+    double totals[2];
+    sum_over_rows<2>(column, args.batch, totals, load, [&](int64_t, Row row, double (&add)[2]) {
       // Where the ReLU lets nothing through, not even a NaN in attention or dgap counts.
-      if (s[features] != A(0)) {
-        const double a = args.attention[b * features + f];
-        const double d = args.dgap[b * args.channels + f % args.channels] * per_pixel;
-        add[0] += a * s[2 * features] + d * s[3 * features];
-        add[1] += a * s[0] + d * s[features];
+      if (row.s2 != A(0)) {
+        const double a = row.attention, d = row.dgap * per_pixel;
+        add[0] += a * row.s3 + d * row.s4;
+        add[1] += a * row.s1 + d * row.s2;
       }
     });
     if (column.inside && column.lane == 0) {

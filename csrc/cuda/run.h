@@ -132,17 +132,14 @@ class Run {
             loses ? arrays + 5 * f : nullptr};
   }
 
-  // A kernel's launch for the whole batch.
-  Launch whole(Kernel kernel) const {
-    return launch_of(context.device, work, plan, kernel, 0, work.batch);
-  }
+  // A kernel's launch.
+  Launch of(Kernel kernel) const { return launch_of(context.device, work, plan, kernel); }
 
-  // bn0's parameters from the statistics it was given, and counters at zero.
+  // bn0's parameters from the statistics it was given.
   void prepare(const Launch& planned, const Prologue<A>& prologue, const A* mean_dz = nullptr,
-               const A* mean_dz_xhat = nullptr, unsigned* counters = nullptr) const {
+               const A* mean_dz_xhat = nullptr) const {
     cuda::prepare<A>(context.stream, planned,
-                     {work.features(), norm_of<A>(map.bn0), prologue, mean_dz, mean_dz_xhat,
-                      counters, plan.counters(work.batch)});
+                     {work.features(), norm_of<A>(map.bn0), prologue, mean_dz, mean_dz_xhat});
   }
 
   // Mean and squares of each chunk's pixels, by feature, into `rows`;

@@ -1,5 +1,4 @@
 // All phases on CUDA: what each of the planned launches is given.
-#include "cuda/persistent.cuh"
 #include "cuda/run.h"
 #include "kernels.h"
 
@@ -19,62 +18,20 @@ void forward(const Context& context, const Map& map, const Mlp& mlp, const Tenso
   using A = Acc<T>;
   Workload w = workload_of(map, train ? Pass::kTrain : Pass::kEval, {&map.x, &out});
   w.bn1_batch_stats = mlp.bn1.batch_stats;
-  const Plan plan = make_plan(context.device, w, context.choice);
+  const Plan plan = make_plan(context.device, w);
   const ForwardWorkspace space(context.device, w, plan);
   const Run<T> run(context, map, w, plan, space.bytes);
   const cudaStream_t stream = context.stream;
   const Tiling& tiling = plan.tiling;
 
-  // Arrays of training start at the batch's first sample, those of the workspace at the chunk's.
   const Prologue<A> prologue = run.prologue_at(space.prologue, false);
-  unsigned* const counters = run.template at<unsigned>(space.counters);
   const bool whole = tiling.chunks == 1;  // the pool's sums are over all pixels
   const A per_pixel = A(1) / static_cast<A>(w.pixels);
-  A* const gap = train ? data<A>(train->gap) : nullptr;
-  A* const partial = whole && train ? gap : run.at(space.partial);
+  A* const gap = train ? data<A>(train->gap) : run.at(space.gap);
+  A* const partial = run.at(space.partial);
   A* const hidden = train ? data<A>(train->hidden) : nullptr;
   A* const u = run.at(space.u);
   A* const attention = train ? data<A>(train->attention) : run.at(space.attention);
-
-  const auto x_of = [&](const Launch& step) {
-    return const_data<T>(map.x) + step.first * w.features() * w.pixels;
-  };
-  const auto pool_args = [&](const Launch& step) -> PoolArgs<T> {
-    return {run.sizes, tiling, step.blocks, x_of(step), prologue, whole ? per_pixel : A(1),
-            partial};
-  };
-  const auto hidden_args = [&](const Launch& step) -> HiddenArgs<A> {
-    const Pooled<A> pooled = whole || train
-                                 ? Pooled<A>{whole ? partial : gap, 1, w.channels, A(1)}
-                                 : Pooled<A>{partial, tiling.chunks, w.channels, per_pixel};
-    return {fc_sizes(w),
-            step.samples,
-            step.blocks,
-            pooled,
-            parameter(mlp.fc1_weight),
-            parameter(mlp.fc1_bias),
-            norm_of<A>(mlp.bn1),
-            hidden,
-            w.bn1_batch_stats ? nullptr : u};
-  };
-  const auto attention_args = [&](const Launch& step) -> AttentionArgs<A> {
-    return {fc_sizes(w),
-            step.samples,
-            step.blocks,
-            u,
-            parameter(mlp.fc2_weight),
-            parameter(mlp.fc2_bias),
-            attention};
-  };
-  const auto recombine_args = [&](const Launch& step) -> RecombineArgs<T> {
-    return {run.sizes,
-            tiling,
-            step.blocks,
-            x_of(step),
-            prologue,
-            attention,
-            data<T>(out) + step.first * w.channels * w.pixels};
-  };
 
   for (const Launch& step : launches_of(context.device, w, plan)) {
     switch (step.kernel) {
@@ -85,41 +42,39 @@ void forward(const Context& context, const Map& map, const Mlp& mlp, const Tenso
         run.combine(step, run.at(space.statistics), prologue, train->bn0_mean, train->bn0_var);
         break;
       case Kernel::kPrepare:
-        run.prepare(step, prologue, nullptr, nullptr, counters);
+        run.prepare(step, prologue);
         break;
       case Kernel::kPool:
-        pool<T>(stream, step, run.form, pool_args(step));
+        pool<T>(stream, step, run.form,
+                {run.sizes, tiling, step.blocks, const_data<T>(map.x), prologue,
+                 whole ? per_pixel : A(1), whole ? gap : partial});
         break;
       case Kernel::kPoolFinish:
-        pool_finish<A>(stream, step,
-                       {step.samples, tiling.chunks, w.channels, partial, per_pixel, gap});
+        pool_finish<A>(stream, step, {w.batch, tiling.chunks, w.channels, partial, per_pixel, gap});
         break;
       case Kernel::kHidden:
-        cuda::hidden<A>(stream, step, hidden_args(step));
+        cuda::hidden<A>(stream, step,
+                        {fc_sizes(w), w.batch, step.blocks, gap, parameter(mlp.fc1_weight),
+                         parameter(mlp.fc1_bias), norm_of<A>(mlp.bn1), hidden,
+                         w.bn1_batch_stats ? nullptr : u});
         break;
       case Kernel::kBatchNorm:
         batch_norm<A>(stream, step,
-                      {{step.samples, w.inter, hidden, nullptr, 1, 1},
+                      {{w.batch, w.inter, hidden, nullptr, 1, 1},
                        norm_of<A>(mlp.bn1),
                        data<A>(train->bn1_mean),
                        data<A>(train->bn1_var),
                        u});
         break;
       case Kernel::kAttention:
-        cuda::attention<A>(stream, step, attention_args(step));
+        cuda::attention<A>(stream, step,
+                           {fc_sizes(w), w.batch, step.blocks, u, parameter(mlp.fc2_weight),
+                            parameter(mlp.fc2_bias), attention});
         break;
       case Kernel::kRecombine:
-        recombine<T>(stream, step, run.form, recombine_args(step));
-        break;
-      case Kernel::kPersistent:
-        if constexpr (sizeof(T) < 8) {
-          const int64_t chunk = plan.batch_chunk;
-          persistent<T>(
-              stream, step, run.form,
-              {pool_args(step), hidden_args(step), attention_args(step), recombine_args(step),
-               w.batch, chunk, plan.batch_chunks(w.batch), map_blocks(tiling, chunk),
-               hidden_blocks(w, chunk), attention_blocks(w, chunk), counters});
-        }
+        recombine<T>(stream, step, run.form,
+                     {run.sizes, plan.recombine_tiling, step.blocks, const_data<T>(map.x), prologue,
+                      attention, data<T>(out)});
         break;
       default:
         refuse(step);
@@ -133,6 +88,7 @@ void backward(const Context& context, const Map& map, const Mlp& mlp, const Tens
   using A = Acc<T>;
   const Tensor& dx = is_needed(grads.dx) ? grads.dx : dout;
   Workload w = workload_of(map, Pass::kBackward, {&map.x, &dout, &dx, &saved.attention});
+  w.bn1_batch_stats = mlp.bn1.batch_stats;
   const bool dx_loses = w.batch_stats && is_needed(grads.dx);
   w.wanted = {
       is_needed(grads.dx), dx_loses || is_needed(grads.dbn0_weight) || is_needed(grads.dbn0_bias),
@@ -192,7 +148,7 @@ void backward(const Context& context, const Map& map, const Mlp& mlp, const Tens
         break;
       case Kernel::kRecombineBackward:
         recombine_backward<T>(stream, step, run.form,
-                              {run.sizes, plan.tiling, step.blocks, const_data<T>(dout),
+                              {run.sizes, plan.recombine_tiling, step.blocks, const_data<T>(dout),
                                const_data<T>(map.x), prologue, const_data<A>(saved.attention), dgap,
                                A(1) / static_cast<A>(w.pixels), data<T>(dx)});
         break;

@@ -21,12 +21,6 @@ constexpr int64_t kColumns = 8;
 constexpr int64_t kTileRows = 32;
 constexpr int64_t kTileColumns = 16;
 constexpr int kTileSize = kTileRows * kTileColumns;
-// The persistent kernel is compiled for radix 2, that of nearly all published models. The other
-// kernels take any.
-constexpr int64_t kPersistentRadix = 2;
-// Batch chunks that the persistent kernel pools between a chunk's pool and its recombine. x of one
-// more than this many must stay in L2.
-constexpr int64_t kBatchChunksBetween = 2;
 // Kernels count the blocks of a map, its channels, and a sample's pixels in 32 bits. Their loops
 // step a little beyond the last pixel.
 constexpr int64_t kMostBlocks = std::numeric_limits<int32_t>::max();
@@ -64,7 +58,6 @@ enum class Kernel : int32_t {
   kBatchNorm,
   kAttention,
   kRecombine,
-  kPersistent,
   kPoolBackward,
   kPoolBackwardFinish,
   kHiddenGradient,
@@ -74,12 +67,10 @@ enum class Kernel : int32_t {
   kRecombineBackward,
 };
 
-// A kernel's launch, for samples [first, first + samples).
+// A kernel's launch.
 struct Launch {
   Kernel kernel;
   const char* name;
-  int64_t first;
-  int64_t samples;
   int64_t blocks;
   int64_t grid;  // at most `blocks`: kernels walk over them
   int64_t threads;

@@ -14,13 +14,10 @@ _EFFECTS = {
     "RESNEST_FUSED_BACKEND": "calls whose backend is auto run on {value}",
     "RESNEST_FUSED_CPU_CAPABILITY": "the CPU kernels use {value} instructions",
     "RESNEST_FUSED_AUTOTUNE": "timing of Triton's block sizes at first calls: 1 is on, 0 off",
-    "RESNEST_FUSED_CUDA_STRATEGY": "the CUDA kernels evaluate by the strategy {value}",
     "RESNEST_FUSED_CUDA": _INSTALLING,
     "RESNEST_FUSED_SKIP_NATIVE": _INSTALLING,
     "TRITON_INTERPRET": "Triton's slow interpreter, on CPU tensors: 1 is on, 0 off",
 }
-# Read by C++ at a call on a GPU, so no backend reports a wrong one.
-_STRATEGIES = ("fastest", "launches", "persistent")
 
 
 class Setting(NamedTuple):
@@ -72,14 +69,12 @@ def _problem(name: str, value: str, statuses: list[BackendStatus]) -> str | None
     for status in statuses:
         if status.reason.startswith(f"{name}: "):
             return status.reason.removeprefix(f"{name}: ")
-    allowed: tuple[str, ...] = ()
-    if name == "RESNEST_FUSED_BACKEND":
-        allowed = ("auto", *(status.name for status in statuses))
-    elif name == "RESNEST_FUSED_CUDA_STRATEGY":
-        allowed = _STRATEGIES
-    if allowed and value not in allowed:
+    if name != "RESNEST_FUSED_BACKEND":
+        return None
+    allowed = ("auto", *(status.name for status in statuses))
+    if value not in allowed:
         return f"expected one of {', '.join(allowed)}, got {value!r}"
     for status in statuses:
-        if name == "RESNEST_FUSED_BACKEND" and status.name == value and not status.available:
+        if status.name == value and not status.available:
             return f"{value} cannot run: {status.reason}"
     return None

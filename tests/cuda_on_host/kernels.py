@@ -26,12 +26,9 @@ DEVICE = {
     "shared_per_block": 48 * 1024,
     "shared_per_multiprocessor": 64 * 1024,
     "grid_blocks": 2**31 - 1,
-    "l2_bytes": 32 * 1024,
-    "bytes_per_microsecond": 100_000,
 }
 # Names the library with a sanitizer, with which tests run once more.
 LIBRARY = "RESNEST_FUSED_ON_HOST_LIBRARY"
-STRATEGIES = {"fastest": 0, "launches": 1, "persistent": 2}
 
 
 def build_kernels(
@@ -73,9 +70,8 @@ class Kernels:
             monkeypatch.setattr(native, name, getattr(self.ops, name).default)
 
     def reset(self) -> None:
-        """The usual device, the fastest strategy, the first schedule, and no mistake."""
+        """The usual device, the first schedule, and no mistake."""
         self.set_device(**DEVICE)
-        self.choose("fastest")
         self.schedule(seed=0, resident_blocks=3)
         self.make_mistake(0)
 
@@ -88,10 +84,6 @@ class Kernels:
     def limit_shared_memory(self, limit: int) -> None:
         """Limit the shared memory of a launch, whatever the device says."""
         assert self._library.cuda_on_host_set(b"shared_memory_limit", limit)
-
-    def choose(self, strategy: str) -> None:
-        """Choose the strategy in evaluation; "persistent" refuses calls without a kernel."""
-        assert self._library.device_on_host_set(b"choice", STRATEGIES[strategy])
 
     def schedule(self, *, seed: int, resident_blocks: int) -> None:
         """Choose the order in which threads run, and how many blocks run at a time."""

@@ -1,4 +1,4 @@
-// The CUDA kernels' ops on the CPU, for a device and a strategy that the tests set.
+// The CUDA kernels' ops on the CPU, for a device that the tests set.
 #include <string_view>
 
 #include "calls.h"
@@ -9,22 +9,18 @@ namespace resnest_fused::cuda {
 namespace {
 
 Device device{};
-int64_t choice = 0;
 
 }  // namespace
 
-Context context_of(const Tensor&) {
-  return {device, static_cast<Choice>(choice), nullptr, nullptr};
-}
+Context context_of(const Tensor&) { return {device, nullptr, nullptr}; }
 
-// Sets the choice or one property of the device; false when there is none of that name.
+// Sets one property of the device; false when there is none of that name.
 extern "C" __attribute__((visibility("default"))) bool device_on_host_set(const char* name,
                                                                           int64_t value) {
   const struct {
     std::string_view name;
     int64_t& property;
   } properties[] = {
-      {"choice", choice},
       {"multiprocessors", device.multiprocessors},
       {"threads_per_block", device.threads_per_block},
       {"threads_per_multiprocessor", device.threads_per_multiprocessor},
@@ -32,8 +28,6 @@ extern "C" __attribute__((visibility("default"))) bool device_on_host_set(const 
       {"shared_per_block", device.shared_per_block},
       {"shared_per_multiprocessor", device.shared_per_multiprocessor},
       {"grid_blocks", device.grid_blocks},
-      {"l2_bytes", device.l2_bytes},
-      {"bytes_per_microsecond", device.bytes_per_microsecond},
   };
   for (const auto& [known, property] : properties) {
     if (known == name) {

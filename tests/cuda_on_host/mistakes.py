@@ -47,31 +47,8 @@ MISTAKES = [
     # Barriers and the order of memory.
     *_no_barriers("prologue.cu", "device.cuh", 2),
     *_no_barriers("prologue.cu", "map.cuh", 2),
-    *_no_barriers("prologue.cu", "prologue.cuh", 1),
     *_no_barriers("attention.cu", "norm.cuh", 2),
     *_no_barriers("attention.cu", "product.cuh", 2),
-    *_no_barriers("persistent.cu", "persistent.cuh", 4),
-    Mistake(
-        "thread",
-        "persistent.cu",
-        "persistent.cuh",
-        "::cuda::memory_order_acquire",
-        "::cuda::memory_order_relaxed",
-    ),
-    Mistake(
-        "thread",
-        "persistent.cu",
-        "persistent.cuh",
-        "::cuda::memory_order_release",
-        "::cuda::memory_order_relaxed",
-    ),
-    Mistake(
-        "thread",
-        "persistent.cu",
-        "persistent.cuh",
-        "static_cast<unsigned>(target)",
-        "static_cast<unsigned>(target - 1)",
-    ),
     # Bounds whose violation only a sanitizer is sure to notice.
     Mistake("address", "prologue.cu", "device.cuh", "warp * kSums + s", "(warp + 1) * kSums + s"),
     Mistake(
@@ -101,23 +78,9 @@ MISTAKES = [
     Mistake(
         "plain", "recombine.cu", "recombine.cuh", "block < args.blocks", "block + 1 < args.blocks"
     ),
-    Mistake("plain", "attention.cu", "norm.cuh", "row < rows", "row + 1 < rows"),
-    # Code that only evaluation runs.
-    Mistake("plain", "attention.cu", "product.cuh", "j < chunks", "j + 1 < chunks"),
-    Mistake(
-        "plain",
-        "persistent.cu",
-        "persistent.cuh",
-        "first * of_chunk.gap.chunks * of_chunk.gap.channels",
-        "first * of_chunk.gap.channels",
-    ),
-    Mistake(
-        "plain",
-        "split_attention.cu",
-        "split_attention.cu",
-        "step.first * w.features()",
-        "0 * w.features()",
-    ),
+    Mistake("plain", "attention.cu", "norm.cuh", "row < rows", "row + 1 < rows", place=1),
+    Mistake("plain", "attention.cu", "product.cuh", "(row + i) * stride", "row * stride"),
+    Mistake("plain", "pool.cu", "pool.cuh", "j < args.chunks", "j + 1 < args.chunks"),
 ]
 
 
@@ -182,26 +145,14 @@ def main() -> None:
             call = draw_any(Case(2, 24, 30, 30, 2, 1, 12, layout=layout, prologue="batch"))
             call.gradients()
         kernels.set_device(**DEVICE)
-        kernels.choose("persistent")
-        call = draw_any(Case(5, 24, 6, 6, 2, 2, 10, norm="running", prologue="running"))
-        for seed in range(8):
-            kernels.schedule(seed=seed, resident_blocks=4)
-            kernels.set_device(l2_bytes=seed % 2 * 30_000)
-            call.forward()
 
     def check_evaluation() -> None:
         options = {"norm": "running", "prologue": "running"}
         for layout in ("nchw", "channels_last"):
             call = draw(Case(5, 24, 12, 11, 2, 2, 10, layout=layout, **options))
             truth = call.evaluate().values["out"]
-            for strategy, device in (
-                ("launches", {"bytes_per_microsecond": 1, "l2_bytes": 120_000}),
-                ("persistent", {"l2_bytes": 0}),
-            ):
-                kernels.choose(strategy)
-                kernels.set_device(**device)
-                error = np.abs(oracle.wide(call.forward()) - truth).max()
-                assert error <= 2e-6 * np.abs(truth).max()
+            error = np.abs(oracle.wide(call.forward()) - truth).max()
+            assert error <= 2e-6 * np.abs(truth).max()
 
     def check_some() -> None:
         for layout in ("nchw", "channels_last"):
