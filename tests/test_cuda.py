@@ -485,9 +485,15 @@ def test_memory(channels: int, side: int, layout: str) -> None:
 
 def test_out_of_memory() -> None:
     """It raises, and the next call works."""
+    drawn = call_of(256, 64, 56)
+    case, params = drawn.case, {name: tensor.cpu() for name, tensor in drawn.params.items()}
+    x, dout = drawn.x.cpu(), drawn.dout.cpu()
+    del drawn
     gc.collect()
-    torch.cuda.empty_cache()  # else the results fit what tests before have left of a segment
-    call = call_of(256, 64, 56)
+    torch.cuda.empty_cache()
+    # In memory of their own size: what they were drawn with leaves room that a result would fit.
+    params = {name: tensor.cuda() for name, tensor in params.items()}
+    call = Call(case, x.cuda(), params, dout.cuda())
     expected = call.forward()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
