@@ -136,14 +136,14 @@ def batch_norm(x: Tensor, args: BatchNormArgs, training: bool) -> Tensor:
     return out
 
 
-def _sync_batch_norm(x: Tensor, args: BatchNormArgs, group: str) -> Tensor:
+def _sync_batch_norm(x: Tensor, args: BatchNormArgs, process_group: str) -> Tensor:
     """Normalise with the statistics of all processes; the gradient flows through them."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     batch, _, height, width = x.shape
     count = batch * height * width
     mean = wide.sum(dim=(0, 2, 3)) / max(count, 1)
     var = (wide - mean.view(-1, 1, 1)).square().sum(dim=(0, 2, 3)) / max(count, 1)
-    mean, var, total = sync.combine_statistics(mean, var, count, group)
+    mean, var, total = sync.combine_statistics(mean, var, count, process_group)
     update_running_statistics(args, mean, var, total)
     scale = (var + args.eps).rsqrt()
     if args.weight is not None:

@@ -107,7 +107,9 @@ __device__ __forceinline__ void sum_over_rows(const Column& column, int64_t rows
     for (int apart = kColumns; apart < kWarp; apart *= 2) {
       sums[s] += __shfl_xor_sync(kWholeWarp, sums[s], apart);
     }
-    buffer[s * warps * kColumns + at] = sums[s];
+    if (threadIdx.x % kWarp < kColumns) {
+      buffer[s * warps * kColumns + at] = sums[s];
+    }
   }
   __syncthreads();
 #pragma unroll
