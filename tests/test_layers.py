@@ -14,7 +14,6 @@ ROOT = Path(rf.__file__).parent
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("training",),
     ("__init__",),
     ("models",),
     ("fusing",),
