@@ -22,7 +22,7 @@ def _kernels() -> set[str]:
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("target", "one_in"), [("cuda:90", 1), ("cuda:80", 6), ("hip:gfx942", 6)])
+@pytest.mark.parametrize(("target", "one_in"), [("cuda:90", 1), ("cuda:80", 3), ("hip:gfx942", 3)])
 def test_every_kernel_compiles(target: str, one_in: int, tmp_path: Path) -> None:
     """In every form for one GPU, and in a part of them with every kernel for the others."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
