@@ -288,15 +288,16 @@ class _Pool(torch.autograd.Function):
         args = _POOL.merge(tensors, ctx.others)
         m, bn0 = _POOL.unpack(args)
         needed = _POOL.needed(ctx.needs_input_grad[len(unused) :])
-        batch, _, height, width = m.x.shape
+        batch, features, height, width = m.x.shape
+        channels = features // m.radix
         if dout is None or attention is None:
             # out has no gradient, so the backward of _Recombine did not run.
             if dgap is None:
                 return (*unused, *_POOL.gradients({}))
-            dout = m.x.new_zeros(batch, m.channels, height, width)
-            attention = dgap.new_zeros(batch, m.radix, m.channels)
+            dout = m.x.new_zeros(batch, channels, height, width)
+            attention = dgap.new_zeros(batch, m.radix, channels)
         if dgap is None:
-            dgap = attention.new_zeros(batch, m.channels)
+            dgap = attention.new_zeros(batch, channels)
         if torch.is_grad_enabled():
             aliases = _aliases(_POOL, args)
             m, bn0 = _POOL.unpack(aliases)

@@ -274,7 +274,8 @@ def _check(
     check_fcs(x, radix, fcs)
     _check_bn0(x, bn0, training)
     if bn1 is not None:
-        _check_norm("bn1", bn1, x.shape[0], fcs.inter, x, training)
+        # Not fcs.inter: Dynamo of torch 2.10 knows no properties of named tuples.
+        _check_norm("bn1", bn1, x.shape[0], fcs.fc1_weight.shape[0], x, training)
 
 
 def _check_norm(
