@@ -37,7 +37,7 @@ one_thread = pytest.mark.usefixtures("one_thread")
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # On a GPU each example takes several hundred launches, most of them plain PyTorch's.
-EXAMPLES = 200 if torch.get_default_device().type == "cpu" else 60
+EXAMPLES = 80 if torch.get_default_device().type == "cpu" else 60
 FORMATS = ("nchw", "channels_last")
 # (prologue, norm): each norm plain, and each prologue once.
 FORMS = [("none", norm) for norm in NORMS] + [
