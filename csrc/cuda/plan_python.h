@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "cuda/planner.h"
-#include "cuda/tuning.h"
 #include "pybind.h"
 
 namespace resnest_fused::cuda {
@@ -177,8 +176,7 @@ inline pybind11::dict plan_limits() {
                         arg("column_threads") = kColumnThreads, arg("columns") = kColumns,
                         arg("blocks_per_multiprocessor") = kBlocksPerMultiprocessor,
                         arg("registers") = kRegisters, arg("tile_rows") = kTileRows,
-                        arg("tile_columns") = kTileColumns, arg("max_chunks") = kMaxChunks,
-                        arg("min_chunk_pixels") = kMinChunkPixels, arg("most_blocks") = kMostBlocks,
+                        arg("tile_columns") = kTileColumns, arg("most_blocks") = kMostBlocks,
                         arg("most_pixels") = kMostPixels, arg("most_channels") = kMostChannels);
 }
 

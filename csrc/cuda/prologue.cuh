@@ -90,8 +90,9 @@ struct StatisticsArgs {
   Acc<T>* squares;  // (samples * chunks, F)
 };
 
+// In NCHW vectors leave registers for a third resident block, which hides more of the waiting.
 template <typename T, bool kNhwc, int kVector>
-__global__ void __launch_bounds__(kMapThreads, kNhwc || kVector == 1 ? 2 : 3)
+__global__ void __launch_bounds__(kMapThreads, kNhwc || kVector == 1 ? kBlocksPerMultiprocessor : 3)
     statistics_kernel(StatisticsArgs<T> args) {
   using A = Acc<T>;
   constexpr int kBatch = kNhwc ? 4 : 3;
