@@ -9,7 +9,7 @@
 //
 //   attention, radix-major (B, R, C).
 //
-// V is a float, a double, or a vector of them (cpu/simd.h); comparisons keep NaN where PyTorch
+// V is a float, a double, or a vector of them (cpu/vector.h); comparisons keep NaN where PyTorch
 // does.
 #pragma once
 

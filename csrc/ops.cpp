@@ -7,7 +7,7 @@
 #include <string>
 
 #include "calls.h"
-#include "cpu/simd.h"
+#include "cpu/instruction_set.h"
 #include "cuda/plan_python.h"
 #include "kernels.h"
 #include "ops_generated.h"

@@ -6,6 +6,7 @@
 
 #include "cpu/dtype.h"
 #include "cpu/gemm.h"
+#include "cpu/memory.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "formulas.h"
@@ -139,9 +140,9 @@ std::unique_ptr<A[]> activated(const Problem& p, const Norm<A>& bn1, int64_t bat
   return result;
 }
 
-template <typename A>
+template <typename V>
 struct ExpOf {
-  RF_INLINE Vec<A> operator()(Vec<A> x) const { return exp_nonpositive(x); }
+  RF_INLINE V operator()(V x) const { return exp_nonpositive(x); }
 };
 
 // Up to kLanes channels of one group at a time, from (K, R, C/K) logits to (R, C) attention, for
@@ -152,23 +153,24 @@ struct RSoftmax {
   static RF_INLINE void run(const Problem* p, const A* logits /* (B, K, R, C/K) */, int64_t begin,
                             int64_t end, A* scratch /* R + 1 vectors */,
                             A* attention /* (B, R, C) */) {
+    using V = Vec<Isa, A>;
     // Vectors in memory must lie on their own size; the scratch need not.
-    constexpr uintptr_t kAlignment = sizeof(Vec<A>);
-    auto* values = reinterpret_cast<Vec<A>*>(
-        (reinterpret_cast<uintptr_t>(scratch) + kAlignment - 1) / kAlignment * kAlignment);
+    constexpr uintptr_t kAlignment = sizeof(V);
+    auto* values = reinterpret_cast<V*>((reinterpret_cast<uintptr_t>(scratch) + kAlignment - 1) /
+                                        kAlignment * kAlignment);
     const int64_t radix = p->radix, group_channels = p->group_channels();
     for (int64_t b = begin; b < end; ++b) {
       const A* sample = logits + b * p->features();
       A* result = attention + b * p->features();
       for (int64_t group = 0; group < p->cardinality; ++group) {
-        for (int64_t j = 0; j < group_channels; j += kLanes<A>) {
-          const int64_t count = std::min<int64_t>(kLanes<A>, group_channels - j);
+        for (int64_t j = 0; j < group_channels; j += kLanes<V>) {
+          const int64_t count = std::min<int64_t>(kLanes<V>, group_channels - j);
           const int64_t c = group * group_channels + j;
           for (int64_t r = 0; r < radix; ++r) {
             const A* from = sample + logit_row(r, c, radix, group_channels);
-            values[r] = load_lanes(from, count);
+            values[r] = load_lanes<V>(from, count);
           }
-          r_softmax(values, 1, radix, ExpOf<A>{});
+          r_softmax(values, 1, radix, ExpOf<V>{});
           for (int64_t r = 0; r < radix; ++r) {
             A* to = result + r * p->channels + c;
             store_lanes(to, values[r], count);
@@ -186,23 +188,25 @@ struct RSoftmaxBackward {
   static RF_INLINE void run(const Problem* p, const A* attention /* (B, R, C) */,
                             const A* dattention /* (B, R, C) */, int64_t begin, int64_t end,
                             A* dlogits /* (B, K, R, C/K) */) {
+    using V = Vec<Isa, A>;
     const int64_t radix = p->radix, group_channels = p->group_channels();
     for (int64_t b = begin; b < end; ++b) {
       for (int64_t group = 0; group < p->cardinality; ++group) {
-        for (int64_t j = 0; j < group_channels; j += kLanes<A>) {
-          const int64_t count = std::min<int64_t>(kLanes<A>, group_channels - j);
+        for (int64_t j = 0; j < group_channels; j += kLanes<V>) {
+          const int64_t count = std::min<int64_t>(kLanes<V>, group_channels - j);
           const int64_t c = group * group_channels + j;
           const A* a = attention + b * p->features() + c;
           const A* da = dattention + b * p->features() + c;
-          Vec<A> sum = {};
+          V sum = {};
           for (int64_t r = 0; r < radix; ++r) {
-            sum += load_lanes(a + r * p->channels, count) * load_lanes(da + r * p->channels, count);
+            sum += load_lanes<V>(a + r * p->channels, count) *
+                   load_lanes<V>(da + r * p->channels, count);
           }
           for (int64_t r = 0; r < radix; ++r) {
             A* to = dlogits + b * p->features() + logit_row(r, c, radix, group_channels);
             store_lanes(to,
-                        r_softmax_backward(load_lanes(a + r * p->channels, count),
-                                           load_lanes(da + r * p->channels, count), sum, radix),
+                        r_softmax_backward(load_lanes<V>(a + r * p->channels, count),
+                                           load_lanes<V>(da + r * p->channels, count), sum, radix),
                         count);
           }
         }
@@ -276,7 +280,7 @@ void attention_from_hidden(const Problem& p, const AttentionParameters<A>& param
   fc2_of(p, params).forward(batch, u.get(), logits.get());
   // An exponential takes about as long as moving 32 bytes.
   parallel_items(batch, 32 * p.features(), [&](int64_t begin, int64_t end) {
-    const auto scratch = uninitialized<A>((p.radix + 1) * kLanes<A>);
+    const auto scratch = uninitialized<A>((p.radix + 1) * (kWidestBytes / sizeof(A)));
     dispatch<RSoftmax<A>>(&p, const_cast<const A*>(logits.get()), begin, end, scratch.get(),
                           attention);
   });

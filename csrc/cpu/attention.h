@@ -5,7 +5,6 @@
 #pragma once
 
 #include "cpu/norm.h"
-#include "cpu/simd.h"
 #include "problem.h"
 
 namespace resnest_fused::cpu {

@@ -4,7 +4,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "cpu/simd.h"
+#include "cpu/half.h"
 
 // The stored types of maps, and those of sums, each handed to a macro.
 #define RF_FOR_EACH_DTYPE(F) F(float) F(double) F(BFloat16) F(Half)

@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/instruction_set.h"
 #include "cpu/parallel.h"
-#include "cpu/simd.h"
 
 namespace resnest_fused::cpu {
 

@@ -17,21 +17,22 @@ struct PoolNchw {
   static RF_INLINE void run(const Problem* p, const Prologue<Acc<T>>* prologue, const T* x,
                             int64_t begin, int64_t end, Acc<T>* partial) {
     using A = Acc<T>;
+    using V = Vec<Isa, A>;
     const int64_t pixels = p->pixels();
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / p->channels, c = item % p->channels;
-      Sums<A, 1, 4> sums{};
+      Sums<V, 1, 4> sums{};
       for (int64_t r = 0; r < p->radix; ++r) {
         const T* row = x + ((b * p->radix + r) * p->channels + c) * pixels;
-        const auto at = affine_of<kPrologue>(*prologue, r * p->channels + c);
+        const auto at = affine_of<kPrologue, V>(*prologue, r * p->channels + c);
         accumulate(pixels, sums,
-                   [&](int64_t i, auto part, Vec<A>(&sum)[1]) __attribute__((always_inline)) {
-                     const Vec<A> z = activation<Isa>(load_part(row + i, part), at);
+                   [&](int64_t i, auto part, V(&sum)[1]) __attribute__((always_inline)) {
+                     const V z = activation(load_part<V>(row + i, part), at);
                      sum[0] += kPrologue ? keep(z, part) : z;
                    });
       }
       A total[1];
-      sums.template totals<Isa>(total);
+      sums.totals(total);
       partial[item] = total[0];
     }
   }
@@ -44,6 +45,7 @@ struct PoolBackwardNchw {
   static RF_INLINE void run(const Problem* p, const T* dout, const T* x, int64_t begin, int64_t end,
                             Acc<T>* partial) {
     using A = Acc<T>;
+    using V = Vec<Isa, A>;
     const int64_t pixels = p->pixels();
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / p->channels, c = item % p->channels;
@@ -51,13 +53,13 @@ struct PoolBackwardNchw {
       for (int64_t r = 0; r < p->radix; ++r) {
         const int64_t feature = (b * p->radix + r) * p->channels + c;
         const T* row = x + feature * pixels;
-        Sums<A, 1, 4> sums{};
+        Sums<V, 1, 4> sums{};
         accumulate(pixels, sums,
-                   [&](int64_t i, auto part, Vec<A>(&sum)[1]) __attribute__((always_inline)) {
-                     sum[0] = fma<Isa, A>(load_part(g + i, part), load_part(row + i, part), sum[0]);
+                   [&](int64_t i, auto part, V(&sum)[1]) __attribute__((always_inline)) {
+                     sum[0] = fma(load_part<V>(g + i, part), load_part<V>(row + i, part), sum[0]);
                    });
         A total[1];
-        sums.template totals<Isa>(total);
+        sums.totals(total);
         partial[feature] = total[0];
       }
     }
@@ -66,14 +68,13 @@ struct PoolBackwardNchw {
 
 // S1 to S4 of some elements, S3 and S4 still of x - mean. What the ReLU stops is taken out of both
 // factors of a product, as 0 times infinity is no 0.
-template <typename Isa, typename A>
-RF_INLINE void add_prologue_sums(Vec<A> g, Vec<A> x, Vec<A> mean, Vec<A> preactivation,
-                                 Vec<A> (&sums)[kPrologueSums]) {
-  const Vec<A> stopped_g = passed_by_relu<Isa, A>(g, preactivation);
-  const Vec<A> stopped_x = passed_by_relu<Isa, A>(x - mean, preactivation);
+template <typename V>
+RF_INLINE void add_prologue_sums(V g, V x, V mean, V preactivation, V (&sums)[kPrologueSums]) {
+  const V stopped_g = relu_backward(g, preactivation);
+  const V stopped_x = relu_backward(x - mean, preactivation);
   sums[0] += stopped_g;
-  sums[1] += passed_by_relu<Isa, A>(broadcast(A(1)), preactivation);
-  sums[2] = fma<Isa, A>(stopped_g, stopped_x, sums[2]);
+  sums[1] += relu_backward(broadcast<V>(1), preactivation);
+  sums[2] = fma(stopped_g, stopped_x, sums[2]);
   sums[3] += stopped_x;
 }
 
@@ -84,6 +85,7 @@ struct PoolBackwardPrologueNchw {
   static RF_INLINE void run(const Problem* p, const Prologue<Acc<T>>* prologue, const T* dout,
                             const T* x, int64_t begin, int64_t end, Acc<T>* partial) {
     using A = Acc<T>;
+    using V = Vec<Isa, A>;
     const int64_t pixels = p->pixels(), features = p->features();
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / p->channels, c = item % p->channels;
@@ -91,19 +93,19 @@ struct PoolBackwardPrologueNchw {
       for (int64_t r = 0; r < p->radix; ++r) {
         const int64_t feature = r * p->channels + c;
         const T* row = x + (b * features + feature) * pixels;
-        const auto at = affine_of<true>(*prologue, feature);
-        const Vec<A> mean = broadcast(prologue->bn0.mean[feature]);
-        Sums<A, kPrologueSums, 2> sums{};
+        const auto at = affine_of<true, V>(*prologue, feature);
+        const V mean = broadcast<V>(prologue->bn0.mean[feature]);
+        Sums<V, kPrologueSums, 2> sums{};
         accumulate(pixels, sums,
-                   [&](int64_t i, auto part, Vec<A>(&sum)[kPrologueSums])
+                   [&](int64_t i, auto part, V(&sum)[kPrologueSums])
                        __attribute__((always_inline)) {
-                         const Vec<A> value = load_part(row + i, part);
+                         const V value = load_part<V>(row + i, part);
                          // Lanes outside of the row count as stopped.
-                         add_prologue_sums<Isa, A>(load_part(g + i, part), value, mean,
-                                                   keep(preactivation<Isa>(value, at), part), sum);
+                         add_prologue_sums(load_part<V>(g + i, part), value, mean,
+                                           keep(preactivation(value, at), part), sum);
                        });
         A totals[kPrologueSums];
-        sums.template totals<Isa>(totals);
+        sums.totals(totals);
         for (int k = 0; k < kPrologueSums; ++k) {
           partial[(b * kPrologueSums + k) * features + feature] = totals[k];
         }
@@ -134,6 +136,7 @@ struct PoolNhwc {
   static RF_INLINE void run(const Problem* p, const Prologue<Acc<T>>* prologue, const T* x,
                             int64_t begin, int64_t end, Acc<T>* partial) {
     using A = Acc<T>;
+    using V = Vec<Isa, A>;
     const int64_t channels = p->channels, features = p->features();
     for (int64_t item = begin; item < end; ++item) {
       const PixelItem pixels(*p, item);
@@ -142,17 +145,17 @@ struct PoolNhwc {
       std::fill_n(sums, channels, A{});
       for_tiles(pixels.count, [&]<int kPixels>(int64_t first) __attribute__((always_inline)) {
         const T* tile = rows + first * features;
-        for_vectors<A>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
-          Vec<A> sum = {};
+        for_vectors<V>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+          V sum = {};
           for (int64_t r = 0; r < p->radix; ++r) {
             const int64_t f = r * channels + c;
-            const auto at = affine_from<kPrologue>(*prologue, f, lanes);
+            const auto at = affine_from<kPrologue, V>(*prologue, f, lanes);
 #pragma GCC unroll 4
             for (int i = 0; i < kPixels; ++i) {
-              sum += activation<Isa>(load(tile + i * features + f, lanes), at);
+              sum += activation(load<V>(tile + i * features + f, lanes), at);
             }
           }
-          store(sums + c, load(sums + c, lanes) + sum, lanes);
+          store(sums + c, load<V>(sums + c, lanes) + sum, lanes);
         });
       });
     }
@@ -166,6 +169,7 @@ struct PoolBackwardNhwc {
   static RF_INLINE void run(const Problem* p, const T* dout, const T* x, int64_t begin, int64_t end,
                             Acc<T>* partial) {
     using A = Acc<T>;
+    using V = Vec<Isa, A>;
     const int64_t channels = p->channels, features = p->features();
     for (int64_t item = begin; item < end; ++item) {
       const PixelItem pixels(*p, item);
@@ -176,14 +180,14 @@ struct PoolBackwardNhwc {
         for (int64_t r = 0; r < p->radix; ++r) {
           const T* tile = x + (pixels.first + first) * features + r * channels;
           A* split_sums = sums + r * channels;
-          for_vectors<A>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
-            Vec<A> sum = {};
+          for_vectors<V>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+            V sum = {};
 #pragma GCC unroll 4
             for (int i = 0; i < kPixels; ++i) {
-              sum = fma<Isa, A>(load(g + i * channels + c, lanes),
-                                load(tile + i * features + c, lanes), sum);
+              sum = fma(load<V>(g + i * channels + c, lanes),
+                        load<V>(tile + i * features + c, lanes), sum);
             }
-            store(split_sums + c, load(split_sums + c, lanes) + sum, lanes);
+            store(split_sums + c, load<V>(split_sums + c, lanes) + sum, lanes);
           });
         }
       });
@@ -198,6 +202,7 @@ struct PoolBackwardPrologueNhwc {
   static RF_INLINE void run(const Problem* p, const Prologue<Acc<T>>* prologue, const T* dout,
                             const T* x, int64_t begin, int64_t end, Acc<T>* partial) {
     using A = Acc<T>;
+    using V = Vec<Isa, A>;
     const int64_t channels = p->channels, features = p->features();
     const A* mean = prologue->bn0.mean.data();
     for (int64_t item = begin; item < end; ++item) {
@@ -208,21 +213,21 @@ struct PoolBackwardPrologueNhwc {
         const T* g = dout + (pixels.first + first) * channels;
         const T* tile = x + (pixels.first + first) * features;
         for (int64_t r = 0; r < p->radix; ++r) {
-          for_vectors<A>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+          for_vectors<V>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
             const int64_t f = r * channels + c;
-            const auto at = affine_from<true>(*prologue, f, lanes);
-            const Vec<A> mean_f = load(mean + f, lanes);
-            Vec<A> sum[kPrologueSums] = {};
+            const auto at = affine_from<true, V>(*prologue, f, lanes);
+            const V mean_f = load<V>(mean + f, lanes);
+            V sum[kPrologueSums] = {};
 #pragma GCC unroll 4
             for (int i = 0; i < kPixels; ++i) {
-              const Vec<A> value = load(tile + i * features + f, lanes);
-              add_prologue_sums<Isa, A>(load(g + i * channels + c, lanes), value, mean_f,
-                                        preactivation<Isa>(value, at), sum);
+              const V value = load<V>(tile + i * features + f, lanes);
+              add_prologue_sums(load<V>(g + i * channels + c, lanes), value, mean_f,
+                                preactivation(value, at), sum);
             }
 #pragma GCC unroll 4
             for (int k = 0; k < kPrologueSums; ++k) {
               A* to = sums + k * features + f;
-              store(to, load(to, lanes) + sum[k], lanes);
+              store(to, load<V>(to, lanes) + sum[k], lanes);
             }
           });
         }

@@ -19,6 +19,7 @@ struct StatisticsNchw {
   static RF_INLINE void run(const Problem* p, const T* x, int64_t begin, int64_t end,
                             Acc<T>* mean /* (B, R, C) */, Acc<T>* squares /* (B, R, C) */) {
     using A = Acc<T>;
+    using V = Vec<Isa, A>;
     const int64_t pixels = p->pixels();
     const auto count = static_cast<double>(pixels);
     // Descending: the pool then reads in ascending order, and finds the last rows still in cache.
@@ -27,16 +28,16 @@ struct StatisticsNchw {
       for (int64_t r = 0; r < p->radix; ++r) {
         const int64_t feature = (b * p->radix + r) * p->channels + c;
         const T* row = x + feature * pixels;
-        const A middle = load_one(row + pixels / 2);
-        Sums<A, 2, 4> sums{};
+        const A middle = load_one<V>(row + pixels / 2);
+        Sums<V, 2, 4> sums{};
         accumulate(pixels, sums,
-                   [&](int64_t i, auto part, Vec<A>(&sum)[2]) __attribute__((always_inline)) {
-                     const Vec<A> apart = keep(load_part(row + i, part) - middle, part);
+                   [&](int64_t i, auto part, V(&sum)[2]) __attribute__((always_inline)) {
+                     const V apart = keep(load_part<V>(row + i, part) - middle, part);
                      sum[0] += apart;
-                     sum[1] = fma<Isa, A>(apart, apart, sum[1]);
+                     sum[1] = fma(apart, apart, sum[1]);
                    });
         A totals[2];
-        sums.template totals<Isa>(totals);
+        sums.totals(totals);
         const double mean_apart = totals[0] / count;
         const double from_mean = totals[1] - totals[0] * mean_apart;
         mean[feature] = static_cast<A>(middle + mean_apart);
@@ -77,27 +78,28 @@ struct StatisticsNhwc {
   static RF_INLINE void join(int64_t features, int64_t before, const T* rows, Acc<T>* mean,
                              Acc<T>* squares) {
     using A = Acc<T>;
+    using V = Vec<Isa, A>;
     const A total = static_cast<A>(before + kPixels);
-    const Vec<A> share = broadcast(static_cast<A>(kPixels) / total);
-    const Vec<A> weight = share * static_cast<A>(before);
-    for_vectors<A>(features, [&](int64_t f, auto lanes) __attribute__((always_inline)) {
-      Vec<A> values[kPixels], tile_mean = {}, tile_squares = {};
+    const V share = broadcast<V>(static_cast<A>(kPixels) / total);
+    const V weight = share * static_cast<A>(before);
+    for_vectors<V>(features, [&](int64_t f, auto lanes) __attribute__((always_inline)) {
+      V values[kPixels], tile_mean = {}, tile_squares = {};
 #pragma GCC unroll 8
       for (int i = 0; i < kPixels; ++i) {
-        values[i] = load(rows + i * features + f, lanes);
+        values[i] = load<V>(rows + i * features + f, lanes);
         tile_mean += values[i];
       }
       tile_mean *= A(1) / A(kPixels);
 #pragma GCC unroll 8
       for (int i = 0; i < kPixels; ++i) {
-        const Vec<A> centered = values[i] - tile_mean;
-        tile_squares = fma<Isa, A>(centered, centered, tile_squares);
+        const V centered = values[i] - tile_mean;
+        tile_squares = fma(centered, centered, tile_squares);
       }
-      const Vec<A> known = load(mean + f, lanes);
-      const Vec<A> apart = tile_mean - known;
-      store(mean + f, fma<Isa, A>(apart, share, known), lanes);
-      store(squares + f,
-            fma<Isa, A>(apart * apart, weight, load(squares + f, lanes) + tile_squares), lanes);
+      const V known = load<V>(mean + f, lanes);
+      const V apart = tile_mean - known;
+      store(mean + f, fma(apart, share, known), lanes);
+      store(squares + f, fma(apart * apart, weight, load<V>(squares + f, lanes) + tile_squares),
+            lanes);
     });
   }
 };

@@ -8,8 +8,10 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/memory.h"
 #include "cpu/norm.h"
-#include "cpu/simd.h"
+#include "cpu/vector.h"
+#include "formulas.h"
 #include "problem.h"
 #include "prologue_sums.h"
 
@@ -27,50 +29,49 @@ struct Prologue {
 };
 
 // scale and shift of the features in some lanes; the plain form has none.
-template <typename A>
+template <typename V>
 struct Affine {
-  Vec<A> scale, shift;
+  V scale, shift;
 };
 struct NoAffine {};
-template <bool kPrologue, typename A>
-using AffineIf = std::conditional_t<kPrologue, Affine<A>, NoAffine>;
+template <bool kPrologue, typename V>
+using AffineIf = std::conditional_t<kPrologue, Affine<V>, NoAffine>;
 
 // Of one feature in all lanes, and of a feature in each lane.
-template <bool kPrologue, typename A>
-RF_INLINE AffineIf<kPrologue, A> affine_of(const Prologue<A>& prologue, int64_t feature) {
+template <bool kPrologue, typename V>
+RF_INLINE AffineIf<kPrologue, V> affine_of(const Prologue<Element<V>>& prologue, int64_t feature) {
   if constexpr (kPrologue) {
-    return {broadcast(prologue.scale[static_cast<size_t>(feature)]),
-            broadcast(prologue.shift[static_cast<size_t>(feature)])};
+    return {broadcast<V>(prologue.scale[static_cast<size_t>(feature)]),
+            broadcast<V>(prologue.shift[static_cast<size_t>(feature)])};
   } else {
     return {};
   }
 }
-template <bool kPrologue, typename A, typename Lanes>
-RF_INLINE AffineIf<kPrologue, A> affine_from(const Prologue<A>& prologue, int64_t feature,
-                                             Lanes lanes) {
+template <bool kPrologue, typename V, typename Which>
+RF_INLINE AffineIf<kPrologue, V> affine_from(const Prologue<Element<V>>& prologue, int64_t feature,
+                                             Which lanes) {
   if constexpr (kPrologue) {
-    return {load(prologue.scale.data() + feature, lanes),
-            load(prologue.shift.data() + feature, lanes)};
+    return {load<V>(prologue.scale.data() + feature, lanes),
+            load<V>(prologue.shift.data() + feature, lanes)};
   } else {
     return {};
   }
 }
 
 // bn0(x)
-template <typename Isa, typename A>
-RF_INLINE Vec<A> preactivation(Vec<A> x, const Affine<A>& at) {
-  return scale_shift<Isa, A>(x, at.scale, at.shift);
+template <typename V>
+RF_INLINE V preactivation(V x, const Affine<V>& at) {
+  return scale_shift(x, at.scale, at.shift);
 }
 
 // z
-template <typename Isa, typename V>
+template <typename V>
 RF_INLINE V activation(V x, const NoAffine&) {
   return x;
 }
-template <typename Isa, typename A>
-RF_INLINE Vec<A> activation(Vec<A> x, const Affine<A>& at) {
-  const Vec<A> n = preactivation<Isa, A>(x, at);
-  return passed_by_relu<Isa, A>(n, n);
+template <typename V>
+RF_INLINE V activation(V x, const Affine<V>& at) {
+  return relu(preactivation(x, at));
 }
 
 // Mean and biased variance of x by feature over batch and pixels. Reads R units. Each work item's

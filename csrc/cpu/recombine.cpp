@@ -23,10 +23,10 @@ bool streams(const Problem& p, int64_t features) {
 // rows) prepares what the rows share at element i and calls rows(value), value(row) being a row's
 // vector. The last vector of a row overlaps the one before it and writes the same values again. So
 // does the first, if streaming starts at an aligned element.
-template <typename Isa, typename T, typename Column>
+template <typename V, typename T, typename Column>
 RF_INLINE void write_rows(bool streamed, int64_t row_count, int64_t count, T* out, int64_t stride,
                           Column column) {
-  constexpr int64_t kStep = kLanes<Acc<T>>;
+  constexpr int64_t kStep = kLanes<V>;
   const auto write = [&](int64_t i, auto lanes, auto put) __attribute__((always_inline)) {
     column(i, lanes, [&](auto value) __attribute__((always_inline)) {
       for (int64_t row = 0; row < row_count; ++row) {
@@ -34,12 +34,10 @@ RF_INLINE void write_rows(bool streamed, int64_t row_count, int64_t count, T* ou
       }
     });
   };
-  const auto put_whole = [](T* to, Vec<Acc<T>> value)
-                             __attribute__((always_inline)) { store(to, value); };
+  const auto put_whole = [](T* to, V value) __attribute__((always_inline)) { store(to, value); };
   if (count < kStep) {
-    write(0, First{count}, [&](T* to, Vec<Acc<T>> value) __attribute__((always_inline)) {
-      store_first(to, value, count);
-    });
+    write(0, First{count},
+          [&](T* to, V value) __attribute__((always_inline)) { store(to, value, First{count}); });
     return;
   }
   constexpr uintptr_t kBytes = kStep * sizeof(T);
@@ -54,9 +52,7 @@ RF_INLINE void write_rows(bool streamed, int64_t row_count, int64_t count, T* ou
   }
   if (streams_rows) {
     for (int64_t i = begin; i < end; i += kStep) {
-      write(i, Whole{}, [](T* to, Vec<Acc<T>> value) __attribute__((always_inline)) {
-        stream<Isa>(to, value);
-      });
+      write(i, Whole{}, [](T* to, V value) __attribute__((always_inline)) { stream(to, value); });
     }
   } else {
     for (int64_t i = begin; i < end; i += kStep) {
@@ -79,10 +75,10 @@ RF_INLINE void for_tiles_descending(int64_t count, Tile tile) {
 }
 
 // What the weighted sum needs of a split at some lanes.
-template <typename A, bool kPrologue>
+template <typename V, bool kPrologue>
 struct Split {
-  Vec<A> attention;
-  AffineIf<kPrologue, A> at;
+  V attention;
+  AffineIf<kPrologue, V> at;
 };
 
 // kCount splits as members, which the compiler keeps in registers as it would not an array's.
@@ -106,27 +102,27 @@ RF_INLINE auto hold(int64_t r, Make make) {
 }
 
 // sum + sum_r a_r z_r over held splits, r being the first of them.
-template <typename Isa, typename A, typename S, int kCount, typename X>
-RF_INLINE Vec<A> add_held(const Held<S, kCount>& splits, int64_t r, Vec<A> sum, X x_of) {
-  sum = fma<Isa, A>(splits.first.attention, activation<Isa>(x_of(r), splits.first.at), sum);
+template <typename V, typename S, int kCount, typename X>
+RF_INLINE V add_held(const Held<S, kCount>& splits, int64_t r, V sum, X x_of) {
+  sum = fma(splits.first.attention, activation(x_of(r), splits.first.at), sum);
   if constexpr (kCount == 1) {
     return sum;
   } else {
-    return add_held<Isa, A>(splits.rest, r + 1, sum, x_of);
+    return add_held(splits.rest, r + 1, sum, x_of);
   }
 }
 
 // sum_r a_r z_r; x_of(r) loads a split's elements. With kRadix 0, for any radix, make(r) describes
 // a split; else `held` has them all.
-template <typename Isa, typename A, int kRadix, typename H, typename Make, typename X>
-RF_INLINE Vec<A> weighted_sum(int64_t radix, const H& held, Make make, X x_of) {
+template <typename V, int kRadix, typename H, typename Make, typename X>
+RF_INLINE V weighted_sum(int64_t radix, const H& held, Make make, X x_of) {
   if constexpr (kRadix != 0) {
-    return add_held<Isa, A>(held, 0, Vec<A>{}, x_of);
+    return add_held(held, 0, V{}, x_of);
   } else {
-    Vec<A> sum = {};
+    V sum = {};
     for (int64_t r = 0; r < radix; ++r) {
       const auto split = make(r);
-      sum = fma<Isa, A>(split.attention, activation<Isa>(x_of(r), split.at), sum);
+      sum = fma(split.attention, activation(x_of(r), split.at), sum);
     }
     return sum;
   }
@@ -139,6 +135,7 @@ struct RecombineNchw {
   static RF_INLINE void run(const Problem* p, const Prologue<Acc<T>>* prologue, const T* x,
                             const Acc<T>* attention, int64_t begin, int64_t end, T* out) {
     using A = Acc<T>;
+    using V = Vec<Isa, A>;
     const bool streamed = streams<T>(*p, p->channels);
     const int64_t pixels = p->pixels(), channels = p->channels;
     const int64_t radix = kRadix ? kRadix : p->radix;
@@ -148,18 +145,18 @@ struct RecombineNchw {
       const A* a = attention + b * radix * channels + c;
       const auto make = [&](int64_t r) __attribute__((always_inline)) {
         const int64_t f = r * channels;
-        return Split<A, kPrologue>{broadcast(a[f]), affine_of<kPrologue>(*prologue, f + c)};
+        return Split<V, kPrologue>{broadcast<V>(a[f]), affine_of<kPrologue, V>(*prologue, f + c)};
       };
       const auto held = hold<kRadix ? kRadix : 1>(0, make);
-      write_rows<Isa>(streamed, 1, pixels, out + item * pixels, 0,
-                      [&](int64_t i, auto lanes, auto rows) __attribute__((always_inline)) {
-                        const auto x_of = [&](int64_t r) __attribute__((always_inline)) {
-                          return load(row + r * channels * pixels + i, lanes);
-                        };
-                        rows([&](int64_t) __attribute__((always_inline)) {
-                          return weighted_sum<Isa, A, kRadix>(radix, held, make, x_of);
-                        });
+      write_rows<V>(streamed, 1, pixels, out + item * pixels, 0,
+                    [&](int64_t i, auto lanes, auto rows) __attribute__((always_inline)) {
+                      const auto x_of = [&](int64_t r) __attribute__((always_inline)) {
+                        return load<V>(row + r * channels * pixels + i, lanes);
+                      };
+                      rows([&](int64_t) __attribute__((always_inline)) {
+                        return weighted_sum<V, kRadix>(radix, held, make, x_of);
                       });
+                    });
     }
     stream_fence();
   }
@@ -172,6 +169,7 @@ struct RecombineNhwc {
   static RF_INLINE void run(const Problem* p, const Prologue<Acc<T>>* prologue, const T* x,
                             const Acc<T>* attention, int64_t begin, int64_t end, T* out) {
     using A = Acc<T>;
+    using V = Vec<Isa, A>;
     const bool streamed = streams<T>(*p, p->channels);
     const int64_t channels = p->channels;
     const int64_t radix = kRadix ? kRadix : p->radix;
@@ -179,26 +177,27 @@ struct RecombineNhwc {
     for (int64_t item = end; item-- > begin;) {
       const PixelItem pixels(*p, item);
       const A* a = attention + pixels.sample * features;
-      for_tiles_descending(pixels.count, [&](int64_t first,
-                                             int64_t tile) __attribute__((always_inline)) {
-        const int64_t pixel = pixels.first + first;
-        const T* of_pixels = x + pixel * features;
-        write_rows<Isa>(streamed, tile, channels, out + pixel * channels, channels,
-                        [&](int64_t c, auto lanes, auto rows) __attribute__((always_inline)) {
-                          const auto make = [&](int64_t r) __attribute__((always_inline)) {
-                            const int64_t f = r * channels + c;
-                            return Split<A, kPrologue>{load(a + f, lanes),
-                                                       affine_from<kPrologue>(*prologue, f, lanes)};
-                          };
-                          const auto held = hold<kRadix ? kRadix : 1>(0, make);
-                          rows([&](int64_t i) __attribute__((always_inline)) {
-                            const auto x_of = [&](int64_t r) __attribute__((always_inline)) {
-                              return load(of_pixels + i * features + r * channels + c, lanes);
+      for_tiles_descending(
+          pixels.count, [&](int64_t first, int64_t tile) __attribute__((always_inline)) {
+            const int64_t pixel = pixels.first + first;
+            const T* of_pixels = x + pixel * features;
+            write_rows<V>(streamed, tile, channels, out + pixel * channels, channels,
+                          [&](int64_t c, auto lanes, auto rows) __attribute__((always_inline)) {
+                            const auto make = [&](int64_t r) __attribute__((always_inline)) {
+                              const int64_t f = r * channels + c;
+                              return Split<V, kPrologue>{
+                                  load<V>(a + f, lanes),
+                                  affine_from<kPrologue, V>(*prologue, f, lanes)};
                             };
-                            return weighted_sum<Isa, A, kRadix>(radix, held, make, x_of);
+                            const auto held = hold<kRadix ? kRadix : 1>(0, make);
+                            rows([&](int64_t i) __attribute__((always_inline)) {
+                              const auto x_of = [&](int64_t r) __attribute__((always_inline)) {
+                                return load<V>(of_pixels + i * features + r * channels + c, lanes);
+                              };
+                              return weighted_sum<V, kRadix>(radix, held, make, x_of);
+                            });
                           });
-                        });
-      });
+          });
     }
     stream_fence();
   }
@@ -208,31 +207,30 @@ struct RecombineNhwc {
 // of batch statistics.
 enum class Form { kPlain, kFrozen, kBatch };
 
-template <typename A>
+template <typename V>
 struct StatisticsAt {
-  Vec<A> mean, slope, offset;
+  V mean, slope, offset;
 };
 struct NoStatistics {};
 
-template <typename A, Form kForm>
+template <typename V, Form kForm>
 struct SplitBackward {
-  Vec<A> p, q;
-  AffineIf<kForm != Form::kPlain, A> at;
-  std::conditional_t<kForm == Form::kBatch, StatisticsAt<A>, NoStatistics> statistics;
+  V p, q;
+  AffineIf<kForm != Form::kPlain, V> at;
+  std::conditional_t<kForm == Form::kBatch, StatisticsAt<V>, NoStatistics> statistics;
 
-  template <typename Isa, typename X>
-  RF_INLINE Vec<A> dx(Vec<A> g, X x_of) const {
-    const Vec<A> dz = scale_shift<Isa, A>(g, p, q);
+  template <typename X>
+  RF_INLINE V dx(V g, X x_of) const {
+    const V dz = scale_shift(g, p, q);
     if constexpr (kForm == Form::kPlain) {
       return dz;
     } else {
-      const Vec<A> x = x_of();
-      const Vec<A> passed = passed_by_relu<Isa, A>(dz, preactivation<Isa, A>(x, at));
+      const V x = x_of();
+      const V passed = relu_backward(dz, preactivation(x, at));
       if constexpr (kForm == Form::kFrozen) {
         return passed;
       } else {
-        return passed -
-               scale_shift<Isa, A>(x - statistics.mean, statistics.slope, statistics.offset);
+        return passed - scale_shift(x - statistics.mean, statistics.slope, statistics.offset);
       }
     }
   }
@@ -247,6 +245,7 @@ struct RecombineBackwardNchw {
                             const Acc<T>* attention, const Acc<T>* dgap, int64_t begin, int64_t end,
                             T* dx) {
     using A = Acc<T>;
+    using V = Vec<Isa, A>;
     constexpr bool kPrologue = kForm != Form::kPlain;
     const bool streamed = streams<T>(*p, p->features());
     const int64_t pixels = p->pixels(), channels = p->channels, radix = p->radix;
@@ -259,23 +258,24 @@ struct RecombineBackwardNchw {
         const int64_t feature = b * radix * channels + f;
         const T* row = x + feature * pixels;
         const A scale = kPrologue ? prologue->scale[f] : A(1);
-        SplitBackward<A, kForm> split;
-        split.p = broadcast(scale * attention[feature]);
-        split.q = broadcast(scale * mean_dgap);
-        split.at = affine_of<kPrologue>(*prologue, f);
+        SplitBackward<V, kForm> split;
+        split.p = broadcast<V>(scale * attention[feature]);
+        split.q = broadcast<V>(scale * mean_dgap);
+        split.at = affine_of<kPrologue, V>(*prologue, f);
         if constexpr (kForm == Form::kBatch) {
-          split.statistics = {broadcast(prologue->bn0.mean[f]), broadcast(statistics->slope[f]),
-                              broadcast(statistics->offset[f])};
+          split.statistics = {broadcast<V>(prologue->bn0.mean[f]),
+                              broadcast<V>(statistics->slope[f]),
+                              broadcast<V>(statistics->offset[f])};
         }
-        write_rows<Isa>(streamed, 1, pixels, dx + feature * pixels, 0,
-                        [&](int64_t i, auto lanes, auto rows) __attribute__((always_inline)) {
-                          const auto x_of = [&]() __attribute__((always_inline)) {
-                            return load(row + i, lanes);
-                          };
-                          rows([&](int64_t) __attribute__((always_inline)) {
-                            return split.template dx<Isa>(load(g + i, lanes), x_of);
-                          });
+        write_rows<V>(streamed, 1, pixels, dx + feature * pixels, 0,
+                      [&](int64_t i, auto lanes, auto rows) __attribute__((always_inline)) {
+                        const auto x_of = [&]() __attribute__((always_inline)) {
+                          return load<V>(row + i, lanes);
+                        };
+                        rows([&](int64_t) __attribute__((always_inline)) {
+                          return split.dx(load<V>(g + i, lanes), x_of);
                         });
+                      });
       }
     }
     stream_fence();
@@ -291,6 +291,7 @@ struct RecombineBackwardNhwc {
                             const Acc<T>* attention, const Acc<T>* dgap, int64_t begin, int64_t end,
                             Acc<T>* scratch /* (2, R, C) */, T* dx) {
     using A = Acc<T>;
+    using V = Vec<Isa, A>;
     constexpr bool kPrologue = kForm != Form::kPlain;
     const bool streamed = streams<T>(*p, p->features());
     const int64_t channels = p->channels, radix = p->radix, features = p->features();
@@ -311,34 +312,33 @@ struct RecombineBackwardNhwc {
           }
         }
       }
-      for_tiles_descending(
-          pixels.count, [&](int64_t first, int64_t tile) __attribute__((always_inline)) {
-            const int64_t pixel = pixels.first + first;
-            const T* g = dout + pixel * channels;
-            const T* of_pixels = x + pixel * features;
-            for (int64_t r = 0; r < radix; ++r) {
-              write_rows<Isa>(
-                  streamed, tile, channels, dx + pixel * features + r * channels, features,
-                  [&](int64_t c, auto lanes, auto rows) __attribute__((always_inline)) {
-                    const int64_t f = r * channels + c;
-                    SplitBackward<A, kForm> split;
-                    split.p = load(p_of + f, lanes);
-                    split.q = load(q_of + f, lanes);
-                    split.at = affine_from<kPrologue>(*prologue, f, lanes);
-                    if constexpr (kForm == Form::kBatch) {
-                      split.statistics = {load(prologue->bn0.mean.data() + f, lanes),
-                                          load(statistics->slope.data() + f, lanes),
-                                          load(statistics->offset.data() + f, lanes)};
-                    }
-                    rows([&](int64_t i) __attribute__((always_inline)) {
-                      const auto x_of = [&]() __attribute__((always_inline)) {
-                        return load(of_pixels + i * features + f, lanes);
-                      };
-                      return split.template dx<Isa>(load(g + i * channels + c, lanes), x_of);
-                    });
-                  });
-            }
-          });
+      for_tiles_descending(pixels.count, [&](int64_t first,
+                                             int64_t tile) __attribute__((always_inline)) {
+        const int64_t pixel = pixels.first + first;
+        const T* g = dout + pixel * channels;
+        const T* of_pixels = x + pixel * features;
+        for (int64_t r = 0; r < radix; ++r) {
+          write_rows<V>(streamed, tile, channels, dx + pixel * features + r * channels, features,
+                        [&](int64_t c, auto lanes, auto rows) __attribute__((always_inline)) {
+                          const int64_t f = r * channels + c;
+                          SplitBackward<V, kForm> split;
+                          split.p = load<V>(p_of + f, lanes);
+                          split.q = load<V>(q_of + f, lanes);
+                          split.at = affine_from<kPrologue, V>(*prologue, f, lanes);
+                          if constexpr (kForm == Form::kBatch) {
+                            split.statistics = {load<V>(prologue->bn0.mean.data() + f, lanes),
+                                                load<V>(statistics->slope.data() + f, lanes),
+                                                load<V>(statistics->offset.data() + f, lanes)};
+                          }
+                          rows([&](int64_t i) __attribute__((always_inline)) {
+                            const auto x_of = [&]() __attribute__((always_inline)) {
+                              return load<V>(of_pixels + i * features + f, lanes);
+                            };
+                            return split.dx(load<V>(g + i * channels + c, lanes), x_of);
+                          });
+                        });
+        }
+      });
     }
     stream_fence();
   }

@@ -5,7 +5,6 @@
 #pragma once
 
 #include "cpu/prologue.h"
-#include "cpu/simd.h"
 #include "problem.h"
 
 namespace resnest_fused::cpu {

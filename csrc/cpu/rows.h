@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "cpu/lanes.h"
-#include "cpu/simd.h"
+#include "cpu/memory.h"
+#include "cpu/vector.h"
 
 namespace resnest_fused::cpu {
 
@@ -15,18 +15,17 @@ struct Rest {
   bool behind_a_vector;  // at least a vector of the row lies before its end
 };
 
-template <typename T>
-RF_INLINE Vec<Acc<T>> load_part(const T* p, Whole) {
-  return load(p);
+template <typename V, typename T>
+RF_INLINE V load_part(const T* p, Whole) {
+  return load<V>(p);
 }
 
 // The elements with zeros around them. Behind a vector they are the last lanes of the vector that
-// ends with the row: that is far cheaper than load_first, which goes through memory.
-template <typename T>
-RF_INLINE Vec<Acc<T>> load_part(const T* p, Rest rest) {
-  using A = Acc<T>;
-  return rest.behind_a_vector ? masked<A>(load(p + rest.n - kLanes<A>), last_lanes<A>(rest.n))
-                              : load_first(p, rest.n);
+// ends with the row: that is far cheaper than a load of the first, which goes through memory.
+template <typename V, typename T>
+RF_INLINE V load_part(const T* p, Rest rest) {
+  return rest.behind_a_vector ? masked(load<V>(p + rest.n - kLanes<V>), last_lanes<V>(rest.n))
+                              : load<V>(p, First{rest.n});
 }
 
 // Zeros again where load_part put them.
@@ -36,19 +35,17 @@ RF_INLINE V keep(V value, Whole) {
 }
 template <typename V>
 RF_INLINE V keep(V value, Rest rest) {
-  using A = std::remove_reference_t<decltype(value[0])>;
-  const auto lanes = last_lanes<A>(rest.behind_a_vector ? rest.n : kLanes<A> - rest.n);
-  return masked<A>(value, rest.behind_a_vector ? lanes : ~lanes);
+  const auto lanes = last_lanes<V>(rest.behind_a_vector ? rest.n : kLanes<V> - rest.n);
+  return masked(value, rest.behind_a_vector ? lanes : ~lanes);
 }
 
 // kSums sums at once, each in kChains independent vectors, which hide the latency of the adder.
-template <typename A, int kSums, int kChains>
+template <typename V, int kSums, int kChains>
 struct Sums {
-  Vec<A> chains[kChains][kSums];
+  V chains[kChains][kSums];
 
-  template <typename Isa>
-  RF_INLINE void totals(A (&result)[kSums]) const {
-    Vec<A> sums[kSums];
+  RF_INLINE void totals(Element<V> (&result)[kSums]) const {
+    V sums[kSums];
 #pragma GCC unroll 4
     for (int k = 0; k < kSums; ++k) {
       sums[k] = chains[0][k] + chains[1][k];
@@ -58,17 +55,17 @@ struct Sums {
       }
     }
     if constexpr (kSums == 1) {
-      result[0] = static_cast<A>(sum_lanes<A>(sums[0]));
+      result[0] = static_cast<Element<V>>(sum_lanes(sums[0]));
     } else {
-      sum_lanes_of<Isa, kSums, A>(sums, result);
+      sum_lanes_of<kSums>(sums, result);
     }
   }
 };
 
 // Over the row's [0, count), add(i, part, sums), which loads elements from i on with load_part.
-template <typename A, int kSums, int kChains, typename Add>
-RF_INLINE void accumulate(int64_t count, Sums<A, kSums, kChains>& sums, Add add) {
-  constexpr int64_t kStep = kLanes<A>;
+template <typename V, int kSums, int kChains, typename Add>
+RF_INLINE void accumulate(int64_t count, Sums<V, kSums, kChains>& sums, Add add) {
+  constexpr int64_t kStep = kLanes<V>;
   int64_t i = 0;
   for (; i + kChains * kStep <= count; i += kChains * kStep) {
 #pragma GCC unroll 4

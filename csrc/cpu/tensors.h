@@ -8,11 +8,11 @@
 
 #include "cpu/attention.h"
 #include "cpu/dtype.h"
+#include "cpu/memory.h"
 #include "cpu/norm.h"
 #include "cpu/parallel.h"
 #include "cpu/prologue.h"
 #include "cpu/scratch.h"
-#include "cpu/simd.h"
 #include "problem.h"
 
 namespace resnest_fused::cpu {
@@ -28,9 +28,9 @@ struct Convert {
     if constexpr (sizeof(To) + sizeof(From) >= 12) {
       std::copy_n(from, count, to);
     } else {
-      for (int64_t i = 0; i < count; i += kLanes<float>) {
-        const int64_t n = std::min<int64_t>(kLanes<float>, count - i);
-        store_lanes(to + i, load_lanes(from + i, n), n);
+      using V = Vec<Isa, float>;
+      for (int64_t i = 0; i < count; i += kLanes<V>) {
+        store_lanes(to + i, load_lanes<V>(from + i, count - i), count - i);
       }
     }
   }

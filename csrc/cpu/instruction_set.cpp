@@ -1,9 +1,9 @@
 // The instruction set that `dispatch` uses on this machine.
+#include "cpu/instruction_set.h"
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
-
-#include "cpu/simd.h"
 
 namespace resnest_fused::cpu {
 namespace {

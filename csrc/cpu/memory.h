@@ -1,0 +1,157 @@
+// Loads and stores of vectors, for every stored dtype and any alignment: whole, in part, and past
+// the caches.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/half.h"
+#include "cpu/vector.h"
+
+namespace resnest_fused::cpu {
+
+// kLanes elements, widened.
+template <typename V, typename T>
+RF_INLINE V load(const T* p) {
+  if constexpr (std::is_same_v<T, Element<V>>) {
+    V value;
+    std::memcpy(&value, p, sizeof value);
+    return value;
+  } else {
+    HalfBits<V> bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return widen<V>(bits, T{});
+  }
+}
+
+template <typename T, typename V>
+RF_INLINE void store(T* p, V value) {
+  if constexpr (std::is_same_v<T, Element<V>>) {
+    std::memcpy(p, &value, sizeof value);
+  } else {
+    const HalfBits<V> bits = narrow(value, T{});
+    std::memcpy(p, &bits, sizeof bits);
+  }
+}
+
+// One element, widened.
+template <typename V, typename T>
+RF_INLINE Element<V> load_one(const T* p) {
+  if constexpr (std::is_same_v<T, Element<V>>) {
+    return *p;
+  } else {
+    return widen<V>(HalfBits<V>{} + p->bits, T{})[0];
+  }
+}
+
+// Which lanes of a vector at some place of a row the row has: all of them, or the first n. Code for
+// both is written once, with the kind as a template argument.
+struct Whole {};
+struct First {
+  int64_t n;
+};
+
+template <typename V, typename T>
+RF_INLINE V load(const T* p, Whole) {
+  return load<V>(p);
+}
+// Zeros in the other lanes.
+template <typename V, typename T>
+RF_INLINE V load(const T* p, First lanes) {
+  T elements[kLanes<V>] = {};
+  for (int64_t i = 0; i < lanes.n; ++i) {
+    elements[i] = p[i];
+  }
+  return load<V>(elements);
+}
+
+template <typename T, typename V>
+RF_INLINE void store(T* p, V value, Whole) {
+  store(p, value);
+}
+template <typename T, typename V>
+RF_INLINE void store(T* p, V value, First lanes) {
+  T elements[kLanes<V>];
+  store(elements, value);
+  for (int64_t i = 0; i < lanes.n; ++i) {
+    p[i] = elements[i];
+  }
+}
+
+// All lanes where the row has them, else the first `count`.
+template <typename V, typename T>
+RF_INLINE V load_lanes(const T* p, int64_t count) {
+  return count >= kLanes<V> ? load<V>(p) : load<V>(p, First{count});
+}
+
+template <typename T, typename V>
+RF_INLINE void store_lanes(T* p, V value, int64_t count) {
+  if (count >= kLanes<V>) {
+    store(p, value);
+  } else {
+    store(p, value, First{count});
+  }
+}
+
+// Call f(i, lanes) for each vector of a row of `count` elements, i being where it starts.
+template <typename V, typename F>
+RF_INLINE void for_vectors(int64_t count, F f) {
+  int64_t i = 0;
+  for (; i + kLanes<V> <= count; i += kLanes<V>) {
+    f(i, Whole{});
+  }
+  if (i < count) {
+    f(i, First{count - i});
+  }
+}
+
+// Ones in the last `count` lanes, zeros in the others.
+template <typename V>
+RF_INLINE Bits<V> last_lanes(int64_t count) {
+  using Word = Element<Bits<V>>;
+  static constexpr auto kMask = [] {
+    std::array<Word, 2 * kLanes<V>> mask{};
+    std::fill(mask.begin() + kLanes<V>, mask.end(), ~Word{0});
+    return mask;
+  }();
+  Bits<V> mask;
+  std::memcpy(&mask, kMask.data() + count, sizeof mask);
+  return mask;
+}
+
+template <typename V>
+RF_INLINE V masked(V value, Bits<V> mask) {
+  return reinterpret<V>(reinterpret<Bits<V>>(value) & mask);
+}
+
+// Store past the caches, which saves reading the line first; p is aligned to the bytes stored. Call
+// stream_fence() before other threads may read.
+template <typename T, typename V>
+RF_INLINE void stream(T* p, V value) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(V) > Baseline::kBytes) {
+    if constexpr (std::is_same_v<T, Element<V>>) {
+      asm("vmovntps %1, %0" : "=m"(*reinterpret_cast<V*>(p)) : "v"(value));
+    } else {
+      const HalfBits<V> bits = narrow(value, T{});
+      asm("vmovntps %1, %0" : "=m"(*reinterpret_cast<HalfBits<V>*>(p)) : "v"(bits));
+    }
+    return;
+  } else if constexpr (std::is_same_v<T, Element<V>>) {
+    asm("movntps %1, %0" : "=m"(*reinterpret_cast<V*>(p)) : "x"(value));
+    return;
+  }
+#endif
+  store(p, value);
+}
+
+RF_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
+}  // namespace resnest_fused::cpu

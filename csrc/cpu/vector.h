@@ -1,0 +1,203 @@
+// Vectors of accumulators that fill a register of their instruction set, and arithmetic on them.
+//
+// They are vector extensions of GCC and Clang, whose size tells the instruction set: a function of
+// a vector type V needs no other argument for it. What the compiler has no operator for is named in
+// assembly, as an intrinsic could not be inlined here: the function that it is called from is only
+// compiled for the instruction set once it is part of a kernel.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "cpu/instruction_set.h"
+
+namespace resnest_fused::cpu {
+
+// kCount elements of type E.
+template <typename E, int kCount>
+struct LanesOf {
+  typedef E type __attribute__((vector_size(kCount * sizeof(E))));
+};
+template <typename E, int kCount>
+using Lanes = typename LanesOf<E, kCount>::type;
+
+template <typename Isa, typename A>
+using Vec = Lanes<A, Isa::kBytes / static_cast<int>(sizeof(A))>;
+
+template <typename V>
+using Element = std::remove_cvref_t<decltype(std::declval<V>()[0])>;
+
+template <typename V>
+inline constexpr int kLanes = sizeof(V) / sizeof(Element<V>);
+
+// Unsigned integers of the lanes' size.
+template <typename V>
+using Bits = Lanes<std::conditional_t<sizeof(Element<V>) == 4, uint32_t, uint64_t>, kLanes<V>>;
+
+// The same bits as another type; std::bit_cast need not be inlined.
+template <typename To, typename From>
+RF_INLINE To reinterpret(From value) {
+  return __builtin_bit_cast(To, value);
+}
+
+// A vector's lower and upper half.
+template <typename V>
+struct Halves {
+  Lanes<Element<V>, kLanes<V> / 2> low, high;
+
+  RF_INLINE static Halves of(V v) { return reinterpret<Halves>(v); }
+};
+
+template <typename V>
+RF_INLINE V broadcast(Element<V> value) {
+  return value - V{};  // of all operations with zero the one that keeps a zero's sign
+}
+
+// Operands of assembly: a register or memory for GCC. Clang would always take memory.
+#if defined(__clang__)
+#define RF_OPERAND "v"
+#else
+#define RF_OPERAND "vm"
+#endif
+
+// a * b + c, rounded once where the instruction set has that. Asked for by name, and the build
+// turns contraction off, as the compiler contracts some copies of an expression and not others: an
+// element would depend on the tile or the batch that it is in. The result takes c's register.
+template <typename V>
+RF_INLINE V fma(V a, V b, V c) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(V) > Baseline::kBytes) {
+    if constexpr (sizeof(Element<V>) == sizeof(float)) {
+      asm("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), RF_OPERAND(b));
+    } else {
+      asm("vfmadd231pd %2, %1, %0" : "+v"(c) : "v"(a), RF_OPERAND(b));
+    }
+    return c;
+  }
+#elif defined(__aarch64__)
+  if constexpr (sizeof(Element<V>) == sizeof(float)) {
+    asm("fmla %0.4s, %1.4s, %2.4s" : "+w"(c) : "w"(a), "w"(b));
+  } else {
+    asm("fmla %0.2d, %1.2d, %2.2d" : "+w"(c) : "w"(a), "w"(b));
+  }
+  return c;
+#endif
+  return a * b + c;
+}
+
+// The same, where b and c are wanted again: the result takes a's register.
+template <typename V>
+RF_INLINE V scale_shift(V a, V b, V c) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(V) > Baseline::kBytes) {
+    if constexpr (sizeof(Element<V>) == sizeof(float)) {
+      asm("vfmadd213ps %2, %1, %0" : "+v"(a) : "v"(b), RF_OPERAND(c));
+    } else {
+      asm("vfmadd213pd %2, %1, %0" : "+v"(a) : "v"(b), RF_OPERAND(c));
+    }
+    return a;
+  }
+#endif
+  return fma(a, b, c);
+}
+
+// Lanes `index` of the two vectors laid end to end.
+template <typename V, size_t... index>
+RF_INLINE V shuffle(V a, V b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, static_cast<int>(index)...);
+#else
+  using Index = Bits<V>;
+  return __builtin_shuffle(a, b, Index{index...});
+#endif
+}
+
+// Sum of all lanes in float64: halving the vector, a fixed order.
+template <typename V>
+RF_INLINE double sum_lanes(V v) {
+  const auto halves = Halves<V>::of(v);
+  if constexpr (sizeof(Element<V>) == sizeof(float)) {
+    using Wide = Lanes<double, kLanes<V> / 2>;
+    return sum_lanes(__builtin_convertvector(halves.low, Wide) +
+                     __builtin_convertvector(halves.high, Wide));
+  } else if constexpr (kLanes<V> > 2) {
+    return sum_lanes(halves.low + halves.high);
+  } else {
+    return v[0] + v[1];
+  }
+}
+
+// Add the upper half of each block of 2 * kHalf lanes to its lower half; the sums of a's blocks
+// come first, then those of b's.
+template <int kHalf, typename V, size_t... lane>
+RF_INLINE V fold(V a, V b, std::index_sequence<lane...>) {
+  return shuffle<V, (lane / kHalf * 2 * kHalf + lane % kHalf)...>(a, b) +
+         shuffle<V, (lane / kHalf * 2 * kHalf + lane % kHalf + kHalf)...>(a, b);
+}
+
+// In lane i < kCount the sum of the lanes of sums[i], by halving: the vectors fold into each other
+// until one is left, which then folds into itself. kCount is a power of two, at most kLanes.
+template <int kCount, int kHalf, typename V>
+RF_INLINE V fold_lanes(V* sums) {
+  constexpr auto kAll = std::make_index_sequence<kLanes<V>>{};
+  if constexpr (kCount > 1) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount / 2; ++i) {
+      sums[i] = fold<kHalf>(sums[2 * i], sums[2 * i + 1], kAll);
+    }
+  } else {
+    sums[0] = fold<kHalf>(sums[0], sums[0], kAll);
+  }
+  if constexpr (kHalf > 1) {
+    return fold_lanes<(kCount > 1 ? kCount / 2 : 1), kHalf / 2>(sums);
+  } else {
+    return sums[0];
+  }
+}
+
+// totals[i] = sum of the lanes of sums[i], which are used up. Costs far less than one sum after the
+// other.
+template <int kCount, typename V>
+RF_INLINE void sum_lanes_of(V* sums, Element<V>* totals) {
+  constexpr int kAtOnce = std::min(kCount, kLanes<V>);
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; i += kAtOnce) {
+    const V folded = fold_lanes<kAtOnce, kLanes<V> / 2>(sums + i);
+    std::memcpy(totals + i, &folded, kAtOnce * sizeof(Element<V>));
+  }
+}
+
+// exp(x) for x <= 0; 0 below the smallest normal number, NaN for NaN.
+template <typename V>
+RF_INLINE V exp_nonpositive(V x) {
+  if constexpr (sizeof(Element<V>) == sizeof(double)) {
+    for (int i = 0; i < kLanes<V>; ++i) {
+      x[i] = std::exp(x[i]);
+    }
+    return x;
+  } else {
+    using Integers = Lanes<int32_t, kLanes<V>>;
+    const V clamped = x < -87.0f ? broadcast<V>(-87.0f) : x;
+    // x = n ln2 + r with |r| <= ln2/2; adding 1.5 * 2^23 rounds to an integer held in the low bits.
+    const V shifted = clamped * 1.44269504f + 12582912.0f;
+    const V n = shifted - 12582912.0f;
+    const V r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+    // Minimax polynomial of degree 5 for (exp(r) - 1 - r) / r^2 (Cephes expf), error below 1 ulp.
+    V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    const V y = (p * r) * r + r + 1.0f;
+    const Integers exponent = (reinterpret<Integers>(shifted) - 0x4b400000 + 127) << 23;
+    const V result = y * reinterpret<V>(exponent);
+    return x < -87.0f ? V{} : result;
+  }
+}
+
+}  // namespace resnest_fused::cpu
