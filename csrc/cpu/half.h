@@ -41,7 +41,7 @@ RF_INLINE V widen(HalfBits<V> half, Half) {
 #if defined(__x86_64__)
   if constexpr (sizeof(V) > Baseline::kBytes) {
     V value;
-    asm("vcvtph2ps %1, %0" : "=v"(value) : RF_OPERAND(half));
+    asm("vcvtph2ps %1, %0" : "=v"(value) : "v"(half));
     return value;
   }
 #elif defined(__aarch64__)

@@ -150,10 +150,9 @@ struct PoolNhwc {
           for (int64_t r = 0; r < p->radix; ++r) {
             const int64_t f = r * channels + c;
             const auto at = affine_from<kPrologue, V>(*prologue, f, lanes);
-#pragma GCC unroll 4
-            for (int i = 0; i < kPixels; ++i) {
+            unroll<kPixels>([&](auto i) __attribute__((always_inline)) {
               sum += activation(load<V>(tile + i * features + f, lanes), at);
-            }
+            });
           }
           store(sums + c, load<V>(sums + c, lanes) + sum, lanes);
         });
@@ -182,11 +181,10 @@ struct PoolBackwardNhwc {
           A* split_sums = sums + r * channels;
           for_vectors<V>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
             V sum = {};
-#pragma GCC unroll 4
-            for (int i = 0; i < kPixels; ++i) {
+            unroll<kPixels>([&](auto i) __attribute__((always_inline)) {
               sum = fma(load<V>(g + i * channels + c, lanes),
                         load<V>(tile + i * features + c, lanes), sum);
-            }
+            });
             store(split_sums + c, load<V>(split_sums + c, lanes) + sum, lanes);
           });
         }
@@ -218,17 +216,15 @@ struct PoolBackwardPrologueNhwc {
             const auto at = affine_from<true, V>(*prologue, f, lanes);
             const V mean_f = load<V>(mean + f, lanes);
             V sum[kPrologueSums] = {};
-#pragma GCC unroll 4
-            for (int i = 0; i < kPixels; ++i) {
+            unroll<kPixels>([&](auto i) __attribute__((always_inline)) {
               const V value = load<V>(tile + i * features + f, lanes);
               add_prologue_sums(load<V>(g + i * channels + c, lanes), value, mean_f,
                                 preactivation(value, at), sum);
-            }
-#pragma GCC unroll 4
-            for (int k = 0; k < kPrologueSums; ++k) {
+            });
+            unroll<kPrologueSums>([&](auto k) __attribute__((always_inline)) {
               A* to = sums + k * features + f;
               store(to, load<V>(to, lanes) + sum[k], lanes);
-            }
+            });
           });
         }
       });
@@ -275,7 +271,7 @@ struct ScaleByInvstd {
 template <typename T, bool kPrologue>
 void pool_form(const Problem& problem, const Prologue<Acc<T>>& prologue, const T* x, int64_t begin,
                int64_t end, Acc<T>* partial) {
-  if (problem.layout == Layout::kNchw) {
+  if (is_nchw(problem)) {
     dispatch<PoolNchw<T, kPrologue>>(&problem, &prologue, x, begin, end, partial);
   } else {
     dispatch<PoolNhwc<T, kPrologue>>(&problem, &prologue, x, begin, end, partial);
@@ -304,7 +300,7 @@ void pool_finish(const Problem& problem, const A* partial, int64_t begin, int64_
 template <typename T>
 void pool_backward_items(const Problem& problem, const Prologue<Acc<T>>& prologue, const T* dout,
                          const T* x, int64_t begin, int64_t end, Acc<T>* partial) {
-  const bool nchw = problem.layout == Layout::kNchw;
+  const bool nchw = is_nchw(problem);
   if (prologue.active && nchw) {
     dispatch<PoolBackwardPrologueNchw<T>>(&problem, &prologue, dout, x, begin, end, partial);
   } else if (prologue.active) {

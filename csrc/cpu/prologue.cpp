@@ -84,17 +84,15 @@ struct StatisticsNhwc {
     const V weight = share * static_cast<A>(before);
     for_vectors<V>(features, [&](int64_t f, auto lanes) __attribute__((always_inline)) {
       V values[kPixels], tile_mean = {}, tile_squares = {};
-#pragma GCC unroll 8
-      for (int i = 0; i < kPixels; ++i) {
+      unroll<kPixels>([&](auto i) __attribute__((always_inline)) {
         values[i] = load<V>(rows + i * features + f, lanes);
         tile_mean += values[i];
-      }
+      });
       tile_mean *= A(1) / A(kPixels);
-#pragma GCC unroll 8
-      for (int i = 0; i < kPixels; ++i) {
+      unroll<kPixels>([&](auto i) __attribute__((always_inline)) {
         const V centered = values[i] - tile_mean;
         tile_squares = fma(centered, centered, tile_squares);
-      }
+      });
       const V known = load<V>(mean + f, lanes);
       const V apart = tile_mean - known;
       store(mean + f, fma(apart, share, known), lanes);
@@ -173,13 +171,13 @@ void batch_statistics(const Problem& p, const T* x, Acc<T>* mean, Acc<T>* var) {
   A* const squares = means + rows * p.features();
   parallel_items(p.batch * items_per_sample(p), item_bytes(p, sizeof(T)),
                  [&](int64_t begin, int64_t end) {
-                   if (p.layout == Layout::kNchw) {
+                   if (is_nchw(p)) {
                      dispatch<StatisticsNchw<T>>(&p, x, begin, end, means, squares);
                    } else {
                      dispatch<StatisticsNhwc<T>>(&p, x, begin, end, means, squares);
                    }
                  });
-  const int64_t full = p.layout == Layout::kNchw ? p.pixels() : kPixelsPerItem;
+  const int64_t full = is_nchw(p) ? p.pixels() : kPixelsPerItem;
   const int64_t last = p.pixels() - (partials_per_sample(p) - 1) * full;
   combine_statistics<A>({means, squares, rows, partials_per_sample(p), static_cast<double>(full),
                          static_cast<double>(last)},

@@ -347,7 +347,7 @@ struct RecombineBackwardNhwc {
 template <typename T, int kRadix, bool kPrologue>
 void recombine_form(const Problem& problem, const Prologue<Acc<T>>& prologue, const T* x,
                     const Acc<T>* attention, int64_t begin, int64_t end, T* out) {
-  if (problem.layout == Layout::kNchw) {
+  if (is_nchw(problem)) {
     dispatch<RecombineNchw<T, kRadix, kPrologue>>(&problem, &prologue, x, attention, begin, end,
                                                   out);
   } else {
@@ -371,7 +371,7 @@ void recombine_backward_form(const Problem& problem, const Prologue<Acc<T>>& pro
                              const StatisticsGradient<Acc<T>>& statistics, const T* dout,
                              const T* x, const Acc<T>* attention, const Acc<T>* dgap, int64_t begin,
                              int64_t end, T* dx) {
-  if (problem.layout == Layout::kNchw) {
+  if (is_nchw(problem)) {
     dispatch<RecombineBackwardNchw<T, kForm>>(&problem, &prologue, &statistics, dout, x, attention,
                                               dgap, begin, end, dx);
   } else {

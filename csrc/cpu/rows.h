@@ -46,14 +46,12 @@ struct Sums {
 
   RF_INLINE void totals(Element<V> (&result)[kSums]) const {
     V sums[kSums];
-#pragma GCC unroll 4
-    for (int k = 0; k < kSums; ++k) {
+    unroll<kSums>([&](auto k) __attribute__((always_inline)) {
       sums[k] = chains[0][k] + chains[1][k];
-#pragma GCC unroll 2
-      for (int chain = 2; chain < kChains; chain += 2) {
-        sums[k] += chains[chain][k] + chains[chain + 1][k];
-      }
-    }
+      unroll<kChains / 2 - 1>([&](auto pair) __attribute__((always_inline)) {
+        sums[k] += chains[2 * pair + 2][k] + chains[2 * pair + 3][k];
+      });
+    });
     if constexpr (kSums == 1) {
       result[0] = static_cast<Element<V>>(sum_lanes(sums[0]));
     } else {
@@ -68,10 +66,9 @@ RF_INLINE void accumulate(int64_t count, Sums<V, kSums, kChains>& sums, Add add)
   constexpr int64_t kStep = kLanes<V>;
   int64_t i = 0;
   for (; i + kChains * kStep <= count; i += kChains * kStep) {
-#pragma GCC unroll 4
-    for (int chain = 0; chain < kChains; ++chain) {
+    unroll<kChains>([&](auto chain) __attribute__((always_inline)) {
       add(i + chain * kStep, Whole{}, sums.chains[chain]);
-    }
+    });
   }
   for (; i + kStep <= count; i += kStep) {
     add(i, Whole{}, sums.chains[0]);

@@ -53,29 +53,44 @@ struct Halves {
   RF_INLINE static Halves of(V v) { return reinterpret<Halves>(v); }
 };
 
+// The value in all lanes.
 template <typename V>
 RF_INLINE V broadcast(Element<V> value) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(V) > Baseline::kBytes) {
+    V result;  // by name, as the compiler would insert lane by lane
+    if constexpr (sizeof(Element<V>) == sizeof(float)) {
+      asm("vbroadcastss %1, %0" : "=v"(result) : "vm"(value));
+    } else {
+      asm("vbroadcastsd %1, %0" : "=v"(result) : "vm"(value));
+    }
+    return result;
+  }
+#endif
   return value - V{};  // of all operations with zero the one that keeps a zero's sign
 }
 
-// Operands of assembly: a register or memory for GCC. Clang would always take memory.
-#if defined(__clang__)
-#define RF_OPERAND "v"
-#else
-#define RF_OPERAND "vm"
-#endif
+// f(0), ..., f(kCount - 1) of constants. An array that only constants index is kept in registers;
+// in a loop that the compiler unrolls it is not, as it unrolls too late.
+template <int kCount, typename F>
+RF_INLINE void unroll(F f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, i>{}), ...);
+  }(std::make_integer_sequence<int, kCount>{});
+}
 
 // a * b + c, rounded once where the instruction set has that. Asked for by name, and the build
 // turns contraction off, as the compiler contracts some copies of an expression and not others: an
-// element would depend on the tile or the batch that it is in. The result takes c's register.
+// element would depend on the tile or the batch that it is in. The result takes c's register. An
+// operand in memory would be read again for each use.
 template <typename V>
 RF_INLINE V fma(V a, V b, V c) {
 #if defined(__x86_64__)
   if constexpr (sizeof(V) > Baseline::kBytes) {
     if constexpr (sizeof(Element<V>) == sizeof(float)) {
-      asm("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), RF_OPERAND(b));
+      asm("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
     } else {
-      asm("vfmadd231pd %2, %1, %0" : "+v"(c) : "v"(a), RF_OPERAND(b));
+      asm("vfmadd231pd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
     }
     return c;
   }
@@ -96,9 +111,9 @@ RF_INLINE V scale_shift(V a, V b, V c) {
 #if defined(__x86_64__)
   if constexpr (sizeof(V) > Baseline::kBytes) {
     if constexpr (sizeof(Element<V>) == sizeof(float)) {
-      asm("vfmadd213ps %2, %1, %0" : "+v"(a) : "v"(b), RF_OPERAND(c));
+      asm("vfmadd213ps %2, %1, %0" : "+v"(a) : "v"(b), "v"(c));
     } else {
-      asm("vfmadd213pd %2, %1, %0" : "+v"(a) : "v"(b), RF_OPERAND(c));
+      asm("vfmadd213pd %2, %1, %0" : "+v"(a) : "v"(b), "v"(c));
     }
     return a;
   }
@@ -146,10 +161,9 @@ template <int kCount, int kHalf, typename V>
 RF_INLINE V fold_lanes(V* sums) {
   constexpr auto kAll = std::make_index_sequence<kLanes<V>>{};
   if constexpr (kCount > 1) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kCount / 2; ++i) {
+    unroll<kCount / 2>([&](auto i) __attribute__((always_inline)) {
       sums[i] = fold<kHalf>(sums[2 * i], sums[2 * i + 1], kAll);
-    }
+    });
   } else {
     sums[0] = fold<kHalf>(sums[0], sums[0], kAll);
   }
@@ -165,11 +179,10 @@ RF_INLINE V fold_lanes(V* sums) {
 template <int kCount, typename V>
 RF_INLINE void sum_lanes_of(V* sums, Element<V>* totals) {
   constexpr int kAtOnce = std::min(kCount, kLanes<V>);
-#pragma GCC unroll 8
-  for (int i = 0; i < kCount; i += kAtOnce) {
-    const V folded = fold_lanes<kAtOnce, kLanes<V> / 2>(sums + i);
-    std::memcpy(totals + i, &folded, kAtOnce * sizeof(Element<V>));
-  }
+  unroll<kCount / kAtOnce>([&](auto i) __attribute__((always_inline)) {
+    const V folded = fold_lanes<kAtOnce, kLanes<V> / 2>(sums + i * kAtOnce);
+    std::memcpy(totals + i * kAtOnce, &folded, kAtOnce * sizeof(Element<V>));
+  });
 }
 
 // exp(x) for x <= 0; 0 below the smallest normal number, NaN for NaN.

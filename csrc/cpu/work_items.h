@@ -17,18 +17,21 @@ namespace resnest_fused::cpu {
 
 inline constexpr int64_t kPixelsPerItem = 128;
 
+// Whether a row is a feature's pixels, and not a pixel's features. A map of one pixel is the same
+// in both layouts.
+inline bool is_nchw(const Problem& p) { return p.layout == Layout::kNchw && p.pixels() > 1; }
+
 inline int64_t partials_per_sample(const Problem& p) {
-  return p.layout == Layout::kNchw ? 1 : (p.pixels() + kPixelsPerItem - 1) / kPixelsPerItem;
+  return is_nchw(p) ? 1 : (p.pixels() + kPixelsPerItem - 1) / kPixelsPerItem;
 }
 
 inline int64_t items_per_sample(const Problem& p) {
-  return p.layout == Layout::kNchw ? p.channels : partials_per_sample(p);
+  return is_nchw(p) ? p.channels : partials_per_sample(p);
 }
 
 // Bytes of x in a work item.
 inline int64_t item_bytes(const Problem& p, int64_t element_size) {
-  const int64_t elements =
-      p.layout == Layout::kNchw ? p.radix * p.pixels() : kPixelsPerItem * p.features();
+  const int64_t elements = is_nchw(p) ? p.radix * p.pixels() : kPixelsPerItem * p.features();
   return elements * element_size;
 }
 
