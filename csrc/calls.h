@@ -74,7 +74,7 @@ struct Calls {
     const Mlp mlp = take_mlp(map, std::move(fcs), std::move(bn1));
     STD_TORCH_CHECK(needed.size() == 9, "needed: expected 9 flags, got ", needed.size());
     STD_TORCH_CHECK(map.relu || !(needed[1] || needed[2]),
-                    "needed: bn0 has no gradients where it is not given");
+                    "needed: bn0 has gradients only where a ReLU follows");
     const Problem& p = map.problem;
     take_dout(map, dout);
     take_sums("gap", saved.gap, {p.batch, p.channels}, p, map.x);

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from resnest_fused import reference, sync
 from resnest_fused.backends import FusedBackend, kernels
-from resnest_fused.ops import TABLE, MapArguments, NormArguments, Op
+from resnest_fused.ops import NO_NORM, TABLE, MapArguments, NormArguments, Op
 from resnest_fused.reference import BatchNormArgs
 
 _TRAIN, _POOL, _RECOMBINE = (TABLE[n] for n in ("split_attention_train", "pool", "recombine"))
-_ABSENT = (None, None, None, None, 0.0, False)
 
 
 class Statistics(NamedTuple):
@@ -34,7 +33,7 @@ class Statistics(NamedTuple):
 def _norm(bn: BatchNormArgs | None, batch_stats: bool) -> tuple[Any, ...]:
     """The norm's fields as in ``NormArguments``; the batch's statistics come later."""
     if bn is None:
-        return _ABSENT
+        return NO_NORM
     if batch_stats:
         return bn.weight, bn.bias, None, None, bn.eps, True
     return bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, False

@@ -49,6 +49,9 @@ class NormArguments(NamedTuple):
     batch_stats: bool
 
 
+NO_NORM = NormArguments(weight=None, bias=None, mean=None, var=None, eps=0.0, batch_stats=False)
+
+
 class FcArguments(NamedTuple):
     """The two FCs between the pool and recombine, in `cardinality` groups."""
 

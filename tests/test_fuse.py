@@ -6,6 +6,7 @@ import copy
 import io
 from collections import Counter
 from collections.abc import Callable
+from types import MethodType
 
 import pytest
 import torch
@@ -603,6 +604,42 @@ def test_folding_leaves_what_is_no_chain():
     mismatched = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(5)).eval()
     for model in (replaced, mismatched):
         assert fuse(model, fold=True).folded_norms == 0
+
+
+@pytest.mark.parametrize("where", ["object", "class"])
+@pytest.mark.parametrize("kind", ["Bottleneck", "ResNeSt"])
+def test_folding_leaves_blocks_whose_forward_was_replaced(kind, where, monkeypatch):
+    """Such a forward may put something between a convolution and the norm after it."""
+    model = randomise(resnest50(num_classes=5, fused=False)).double()
+    changed = [module for module in model.modules() if type(module).__name__ == kind]
+    original = type(changed[0]).forward
+
+    def forward(self, x):
+        norm, self.bn1 = self.bn1, nn.Sequential(nn.Tanh(), self.bn1)
+        try:
+            return original(self, x)
+        finally:
+            self.bn1 = norm
+
+    if where == "class":
+        monkeypatch.setattr(type(changed[0]), "forward", forward)
+    else:
+        for module in changed:
+            module.forward = MethodType(forward, module)
+    assert_folds(model, torch.randn(2, 3, 40, 40).double(), norms=71 - NORMS_OF[kind])
+
+
+# Norms behind convolutions in the forward of all blocks, and of the network.
+NORMS_OF = {"Bottleneck": 32, "ResNeSt": 1}
+
+
+def test_folding_leaves_a_stem_that_is_shared():
+    stem = nn.Sequential(nn.Identity(), nn.Conv2d(8, 16, 3, padding=1, groups=2, bias=False))
+    model = nn.Sequential(SplitAttentionConv2d(8, 8, 3), SplitAttentionConv2d(8, 8, 3))
+    model[0].conv = model[1].conv = stem
+    assert_folds(randomise(model).double(), torch.randn(2, 8, 6, 5).double(), norms=2)
+    reasons = {entry.reason for entry in fuse(model, fold=True).entries}
+    assert reasons == {"bn0 not folded: 1: its Sequential is used elsewhere too"}
 
 
 class FrozenBatchNorm2d(nn.Module):

@@ -198,13 +198,14 @@ def test_a_checkpoint_with_another_number_of_classes(name: str, tmp_path: Path) 
         models.create(name, path, num_classes=10)
 
 
-@pytest.mark.parametrize("form", ["plain", "nested", "data parallel"])
-def test_weights(form: str, checkpoint: Path, reference: nn.Module, tmp_path: Path) -> None:
-    state = reference.state_dict()
-    if form == "data parallel":
-        state = {f"module.{key}": value for key, value in state.items()}
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("entry", [None, "state_dict", "model"])
+def test_weights(
+    entry: str | None, prefix: str, checkpoint: Path, reference: nn.Module, tmp_path: Path
+) -> None:
+    state = {f"{prefix}{key}": value for key, value in reference.state_dict().items()}
     path = tmp_path / "weights.pth"
-    torch.save(state if form == "plain" else {"state_dict": state, "epoch": 270}, path)
+    torch.save(state if entry is None else {entry: state, "epoch": 270}, path)
     assert_same_state(models.create("resnest50", path, fused=False), reference)
     assert_same_state(models.create("resnest50", str(path)), reference)
 
@@ -257,6 +258,10 @@ class Opaque:
             "expected dense real tensors by name, got int under 'epoch'",
         ),
         (None, "expected a state_dict, got NoneType"),
+        (
+            nn.Linear(2, 2),
+            r"holds torch.nn.modules.linear.Linear, which .* trust the file, load it",
+        ),
     ],
 )
 def test_files_that_are_no_checkpoints(
@@ -275,18 +280,29 @@ def test_files_that_are_no_checkpoints(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore:.*quantize:UserWarning", "ignore:TypedStorage:UserWarning")
+def test_quantized_weights_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "quantized.pth"
+    weight = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+    torch.save({"fc.weight": weight}, path)
+    with pytest.raises(CheckpointError, match=r"expected dense real tensors .* a torch.qint8"):
+        models.create("resnest50", path)
+
+
+@pytest.mark.parametrize("entry", ["state_dict", "model"])
 def test_a_training_script_s_objects_are_named_and_what_helps_works(
-    reference: models.ResNeSt, tmp_path: Path
+    entry: str, reference: models.ResNeSt, tmp_path: Path
 ) -> None:
-    """The official scripts save their arguments, and mmengine its history."""
+    """The official and torchvision's scripts save their arguments, and mmengine its history."""
     state, path = reference.state_dict(), tmp_path / "trained.pth"
     arguments, history = argparse.Namespace(lr=0.1, arch="resnest50"), Opaque()
-    torch.save({"state_dict": state, "args": arguments, "history": history}, path)
+    torch.save({entry: state, "args": arguments, "history": [history]}, path)
     with pytest.raises(CheckpointError) as caught:
         models.create("resnest50", path)
     names = f"argparse.Namespace, {Opaque.__module__}.Opaque"
     message = str(caught.value)
-    assert message.startswith(f"{path}: holds {names}, which torch.load(weights_only=True) refuses")
+    held = f"holds {names} under 'args', 'history'"
+    assert message.startswith(f"{path}: {held}, which torch.load(weights_only=True) refuses")
     assert message.endswith(f" within torch.serialization.safe_globals([{names}])")
     assert "damaged" not in message and "\n" not in message
 
@@ -295,7 +311,7 @@ def test_a_training_script_s_objects_are_named_and_what_helps_works(
     assert_same_state(model, reference)
     stripped = tmp_path / "stripped.pth"
     (advice,) = re.findall(r"keep its weights alone with (torch\.save\(.*\)), or load", message)
-    exec(advice, {"torch": torch, "FILE": path, "NEW_FILE": stripped})
+    exec(advice, {"torch": torch, "NEW_FILE": stripped})
     assert_same_state(models.create("resnest50", stripped), reference)
 
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

@@ -50,8 +50,8 @@ from triton.runtime import interpreter
 import resnest_fused as rf
 from resnest_fused.backends.triton import launch, pool
 from resnest_fused.backends.triton.compat import INTERPRETED
-from resnest_fused.backends.triton.problem import ABSENT, Map, make_map
-from resnest_fused.ops import MapArguments
+from resnest_fused.backends.triton.problem import Map, make_map
+from resnest_fused.ops import NO_NORM, MapArguments
 
 pytestmark = pytest.mark.one_in(7)
 
@@ -258,7 +258,7 @@ def tuning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[flo
 
 
 def _map(batch: int = 2) -> Map:
-    return Map(torch.empty(batch, 128, 56, 56, device="meta"), False, ABSENT, 2)
+    return Map(torch.empty(batch, 128, 56, 56, device="meta"), False, NO_NORM, 2)
 
 
 def test_tuning_keeps_the_fastest(tuning: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,6 +312,6 @@ def test_unaligned_maps_are_copied() -> None:
     x = torch.randn(3, 3, 15, 15)
     for part in (x[1:], x.contiguous(memory_format=torch.channels_last)[1:]):
         assert part.data_ptr() % 16 != 0
-        m = make_map(MapArguments(part, False, 1), ABSENT)
+        m = make_map(MapArguments(part, False, 1), NO_NORM)
         assert m.x.data_ptr() % 16 == 0 and m.x.stride() == part.stride()
         assert torch.equal(m.x, part)

@@ -45,6 +45,8 @@ def failed(report: rf.VerifyReport) -> set[tuple[str, str, str]]:
 def assert_passes(report: rf.VerifyReport, modules: int = 3) -> None:
     assert report.passed and report, str(report)
     assert len(report.entries) == modules
+    total = f"{modules} of {modules} fused modules agree with their unfused selves"
+    assert repr(report) == f"VerifyReport({total})" and str(report).startswith(f"{total}\n")
 
 
 # --- what is compared

@@ -36,7 +36,8 @@ class _Commands(_PlainFlags, TyperGroup):
         try:
             code = super().main(*args, **options)
         except _UsageError as error:
-            print("resnest-fused:", *error.format_message().split(), file=sys.stderr)
+            message = error.format_message().replace("Value error, ", "")  # pydantic's words
+            print("resnest-fused:", *message.split(), file=sys.stderr)
             code = 2
         except typer.Abort:
             code = 130

@@ -8,7 +8,8 @@ In eval mode ``bn(conv(x))`` is a convolution itself. With scale = gamma / sqrt(
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Set
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -22,6 +23,7 @@ from resnest_fused.children import (
     computes_as_conv,
     intercepted,
     is_sequence,
+    own_method,
 )
 from resnest_fused.fusing import registry
 
@@ -46,17 +48,27 @@ class _Pair(NamedTuple):
         return self.norm_parent._modules[self.norm_name]
 
 
-def fold_attention(module: nn.Module) -> list[str]:
+def shared_modules(model: nn.Module) -> set[nn.Module]:
+    """The modules that are children in several places of ``model``."""
+    places = Counter(child for module in model.modules() for child in module._modules.values())
+    return {module for module, count in places.items() if module is not None and count > 1}
+
+
+def fold_attention(module: nn.Module, shared: Set[nn.Module]) -> list[str]:
     """Fold a split-attention module's ``bn0`` into ``conv`` and ``bn1`` into ``fc1``.
 
     Both children are replaced; :func:`unfold` puts them back.
+
+    Args:
+        module: the split-attention module.
+        shared: the :func:`shared_modules` of the model that it is in.
 
     Returns:
         The reasons of those that could not be folded; empty when all are folded.
     """
     reasons = []
     for pair in _named_pairs(module, _ATTENTION):
-        reason = _fold(pair)
+        reason = _fold(pair, shared)
         if reason is not None:
             reasons.append(f"{pair.norm_name} not folded: {reason}")
     return reasons
@@ -65,12 +77,13 @@ def fold_attention(module: nn.Module) -> list[str]:
 def fold_network(model: nn.Module) -> None:
     """Fold the other norms of ``model``, where possible.
 
-    These are the norms behind convolutions in ResNeSt's blocks and stem and in every
-    ``nn.Sequential``, which runs its children in order.
+    These are the norms behind convolutions in ResNeSt's blocks and stem, where nobody replaced
+    their forward, and in every ``nn.Sequential``, which runs its children in order.
     """
+    shared = shared_modules(model)
     for module in list(model.modules()):
         for pair in _pairs_of_network(module):
-            _fold(pair)
+            _fold(pair, shared)
 
 
 def unfold(model: nn.Module) -> None:
@@ -110,15 +123,26 @@ def _pairs_of_network(module: nn.Module) -> list[_Pair]:
     if is_sequence(module):
         names = list(module._modules)
         return [_Pair(module, a, module, b) for a, b in itertools.pairwise(names)]
-    return _named_pairs(module, registry.fold_pairs(type(module)))
+    pairs = registry.fold_pairs(type(module))
+    return _named_pairs(module, pairs) if pairs and _runs_as_written(module) else []
 
 
-def _fold(pair: _Pair) -> str | None:
+def _runs_as_written(module: nn.Module) -> bool:
+    """Whether nobody replaced the methods that say in which order the children run."""
+    kind = type(module)
+    return all(
+        name not in vars(module) and own_method(kind, name) is not None
+        for name in ("forward", "forward_features")
+        if hasattr(kind, name)
+    )
+
+
+def _fold(pair: _Pair, shared: Set[nn.Module]) -> str | None:
     """Fold one pair, or return why not; None also without a norm."""
     conv, norm = pair.conv, pair.norm
     if norm is None or isinstance(norm, Identity):  # which a folded norm is too
         return None
-    reason = _obstacle(pair)
+    reason = _obstacle(pair, shared)
     if reason is None:
         folded = _folded_conv(conv, norm)
         placeholder = FoldedNorm(conv, norm, pair.conv_parent, pair.conv_name)
@@ -127,7 +151,7 @@ def _fold(pair: _Pair) -> str | None:
     return reason
 
 
-def _obstacle(pair: _Pair) -> str | None:
+def _obstacle(pair: _Pair, shared: Set[nn.Module]) -> str | None:
     conv, norm = pair.conv, pair.norm
     args = batch_norm_args(norm)
     if args is None:
@@ -140,6 +164,8 @@ def _obstacle(pair: _Pair) -> str | None:
         return f"{pair.conv_name}: {intercepted(conv)}"
     if args.running_mean is None or args.running_mean.shape[0] != conv.out_channels:
         return f"it does not have the {conv.out_channels} features of {pair.conv_name}"
+    if pair.conv_parent is not pair.norm_parent and pair.conv_parent in shared:
+        return f"{pair.conv_name}: its Sequential is used elsewhere too"
     return None
 
 

@@ -37,8 +37,9 @@ def fuse(
     Everything after the convolution becomes one op if ``bn0`` is a batch normalisation and the
     activations are ReLU. Other norms, activations and softmaxes and an active DropBlock are called
     as before, and the op does the rest. The same holds for children that are hooked or patched,
-    now or later. While hooks for all modules are registered, every child is called. Functions of
-    ``torch.nn.functional`` that somebody replaced are not noticed.
+    now or later. While hooks for all modules are registered, every child is called. What is
+    replaced elsewhere is not noticed, such as a function of ``torch.nn.functional``, by name or by
+    a ``TorchFunctionMode``, how a module looks an attribute up, or a method other than a forward.
 
     Two things differ in a fused module. The output keeps the feature map's memory format, while
     peers force NCHW. It keeps its dtype too, while peers give float32 under CUDA's autocast.
@@ -52,14 +53,16 @@ def fuse(
             fuses now or fused before. Modules that were built fused keep their own.
         fold: fold batch normalisations into the convolutions in front of them. This is for
             inference with a model in eval mode. It takes ``bn0`` and ``bn1`` of each fused module,
-            and the norms behind convolutions in ResNeSt's blocks and in every ``nn.Sequential``.
+            and the norms behind convolutions in ResNeSt's blocks and stem, unless their forward was
+            replaced, and in every ``nn.Sequential``.
             Folded weights have no gradients. A call in training mode raises, and so do
             ``state_dict()`` and ``load_state_dict()``: :func:`unfuse` first, which restores the
             original layers.
         verify: try every module first, as it is and fused, in float64 on synthetic inputs. This
             takes some time and memory. A module that would compute something else is left alone,
-            and the report says by how much it differs. The trial comes before folding;
-            :func:`resnest_fused.verify` checks both, on real inputs.
+            and the report says by how much it differs. The trial comes before folding.
+            :func:`resnest_fused.verify` checks fused modules with their folded norms on real
+            inputs. It does not check the norms that are folded elsewhere in the network.
 
     Returns:
         The report, one entry for each module; a module used in several places is reported once.
@@ -75,6 +78,7 @@ def fuse(
         found = [(module, _tried(module, entry, backend)) for module, entry in found]
     if fold and any(module.training for module in model.modules()):
         raise ValueError("fold: expected a model in eval mode throughout; call model.eval() first")
+    shared = folding.shared_modules(model)
     entries = []
     for module, entry in found:
         if entry is None:
@@ -86,7 +90,7 @@ def fuse(
         if _is_swapped(module):
             vars(module)["backend"] = backend
         if entry.fused:
-            notes = folding.fold_attention(module) if fold else []
+            notes = folding.fold_attention(module, shared) if fold else []
             reason = "; ".join([*([entry.reason] if entry.reason else []), *notes]) or None
             entry = entry._replace(reason=reason, folded=folding.count_folded(module) > 0)
         entries.append(entry)

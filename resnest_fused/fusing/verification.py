@@ -64,7 +64,7 @@ class VerifyEntry(NamedTuple):
         return "\n".join([text, *(f"    {check}" for check in self.failed)])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class VerifyReport:
     """Every fused module of a model beside its unfused self, in the model's order.
 
@@ -85,12 +85,17 @@ class VerifyReport:
     def __bool__(self) -> bool:
         return self.passed
 
+    def _summary(self) -> str:
+        agreeing = sum(entry.passed for entry in self.entries)
+        return f"{agreeing} of {len(self.entries)} fused modules agree with their unfused selves"
+
+    def __repr__(self) -> str:
+        return f"VerifyReport({self._summary()})"
+
     def __str__(self) -> str:
         if not self.entries:
             return "no fused module found: fuse the model first, with resnest_fused.fuse"
-        agreeing = sum(entry.passed for entry in self.entries)
-        title = f"{agreeing} of {len(self.entries)} fused modules agree with their unfused selves"
-        return "\n".join([title, *map(str, self.entries)])
+        return "\n".join([self._summary(), *map(str, self.entries)])
 
 
 def verify(model: nn.Module, /, *inputs: Any, **options: Any) -> VerifyReport:

@@ -20,7 +20,6 @@ from resnest_fused.backends.triton import prologue as prologue_phase
 from resnest_fused.backends.triton import recombine as recombine_phase
 from resnest_fused.backends.triton.compat import INTERPRETED
 from resnest_fused.backends.triton.problem import (
-    ABSENT,
     check,
     check_no_batch_stats,
     make_map,
@@ -30,6 +29,7 @@ from resnest_fused.backends.triton.problem import (
     take_sums,
 )
 from resnest_fused.ops import (
+    NO_NORM,
     FcArguments,
     GradientResults,
     MapArguments,
@@ -92,7 +92,7 @@ def split_attention_backward(
     check(len(needed) == 9, f"needed: expected 9 flags, got {len(needed)}")
     check(
         m.relu or not (needed[1] or needed[2]),
-        "needed: bn0 has no gradients where it is not given",
+        "needed: bn0 has gradients only where a ReLU follows",
     )
     # The fake kernel makes empty tensors of the right shapes, here for all but dx.
     grads = ops.split_attention_backward(dout, map, bn0, fcs, bn1, saved, [False, *needed[1:]])
@@ -130,7 +130,7 @@ def split_attention_backward(
 
 
 def batch_statistics(x: Tensor) -> StatisticsResults:
-    m = make_map(MapArguments(x, False, 1), ABSENT)
+    m = make_map(MapArguments(x=x, relu=False, radix=1), NO_NORM)
     return StatisticsResults(*prologue_phase.batch_statistics(m))
 
 

@@ -10,8 +10,6 @@ from torch import Tensor
 from resnest_fused.checks import check_dout, check_fcs, check_map, check_norm, check_sums
 from resnest_fused.ops import FcArguments, MapArguments, NormArguments, empty_sums
 
-ABSENT = NormArguments(None, None, None, None, 0.0, False)
-
 
 class Map(NamedTuple):
     """A feature map in a layout that the kernels walk, and the prologue it goes through."""

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Iterable, Mapping
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _NAMED = 3  # how many keys an error names
+# Where training scripts put the weights, and what wrappers put in front of each name.
+_ENTRIES = ("state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")
 
 
 class CheckpointError(ValueError):
@@ -18,9 +24,9 @@ class CheckpointError(ValueError):
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The state_dict in a file that ``torch.save`` wrote.
 
-    The file holds the state_dict itself or a dictionary with one under "state_dict". The prefix
-    "module." of ``DataParallel`` is taken off. It is read with ``weights_only=True``, so no code
-    in it runs.
+    The file holds the state_dict itself or a dictionary with one under "state_dict" or "model". The
+    prefixes "module." of ``DataParallel`` and "_orig_mod." of ``torch.compile`` are taken off. It
+    is read with ``weights_only=True``, so no code in it runs.
 
     Example::
 
@@ -37,7 +43,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     # A damaged file can make the unpickler raise almost anything.
     except Exception as error:
         raise CheckpointError(f"{os.fspath(path)}: {_why_unreadable(path)}") from error
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else content
+    state = content
+    if isinstance(content, Mapping):
+        state = next((content[key] for key in _ENTRIES if key in content), content)
     if not isinstance(state, Mapping) or not state:
         raise CheckpointError(
             f"{os.fspath(path)}: expected a state_dict, got {type(state).__name__}"
@@ -50,14 +58,16 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             or value.layout != torch.strided
             or value.is_meta
             or value.is_complex()
+            or value.is_quantized
         ):
             raise CheckpointError(
                 f"{os.fspath(path)}: expected dense real tensors by name, got "
                 f"{_describe(value)} "
                 f"under {key!r}"
             )
-    prefix = "module." if all(key.startswith("module.") for key in state) else ""
-    return {key.removeprefix(prefix): value for key, value in state.items()}
+    while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return dict(state)
 
 
 def _why_unreadable(path: str | os.PathLike[str]) -> str:
@@ -67,12 +77,61 @@ def _why_unreadable(path: str | os.PathLike[str]) -> str:
         refused = []
     if not refused:
         return "truncated, damaged, or not a checkpoint that torch.load(weights_only=True) accepts"
-    return (
-        f"holds {', '.join(refused)}, which torch.load(weights_only=True) refuses, as loading "
-        "could run code. If you trust the file, keep its weights alone with "
-        "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE), or load it "
-        f"within torch.serialization.safe_globals([{', '.join(refused)}])"
+    content = _outline(path)
+    entries = content if isinstance(content, Mapping) else {}
+    places = [repr(key) for key, value in entries.items() if _has_placeholder(value)]
+    weights = next((key for key in _ENTRIES if isinstance(entries.get(key), Mapping)), None)
+    loaded = f"torch.load({os.fspath(path)!r}, weights_only=False)"
+    advice = (
+        f"keep its weights alone with torch.save({loaded}[{weights!r}], NEW_FILE), or "
+        if weights is not None
+        else ""
     )
+    return (
+        f"holds {', '.join(refused)}"
+        + (f" under {', '.join(places)}" if places else "")
+        + ", which torch.load(weights_only=True) refuses, as loading could run code. If you trust "
+        f"the file, {advice}load it within torch.serialization.safe_globals([{', '.join(refused)}])"
+    )
+
+
+class _Placeholder:
+    """Stands for an object that is not loaded."""
+
+    def __init__(self, *args: object, **options: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+class _OutlineUnpickler(pickle.Unpickler):
+    """Makes tensors and containers, and runs no other code that a file names."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        harmless = (
+            (module == "torch._utils" and name.startswith("_rebuild_"))
+            or (module == "torch" and name.endswith("Storage"))
+            or (module == "collections" and name == "OrderedDict")
+        )
+        return super().find_class(module, name) if harmless else _Placeholder
+
+
+def _outline(path: str | os.PathLike[str]) -> Any:
+    """What a file holds, placeholders in it; None if that cannot be found out."""
+    reader = SimpleNamespace(Unpickler=_OutlineUnpickler, __name__="pickle")
+    try:
+        return torch.load(path, map_location="meta", weights_only=False, pickle_module=reader)
+    except Exception:  # of the older format, or with objects that are filled in other ways
+        return None
+
+
+def _has_placeholder(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_has_placeholder, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_placeholder, value))
+    return isinstance(value, _Placeholder)
 
 
 def _describe(value: object) -> str:
