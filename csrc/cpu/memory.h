@@ -127,6 +127,16 @@ RF_INLINE V masked(V value, Bits<V> mask) {
   return reinterpret<V>(reinterpret<Bits<V>>(value) & mask);
 }
 
+// Ask for memory ahead of its use, where it is read as several streams that are too short for the
+// processor to notice.
+template <typename T>
+RF_INLINE void prefetch(const T* begin, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += kLine) {
+    __builtin_prefetch(begin + i, 0, 2);
+  }
+}
+
 // Store past the caches, which saves reading the line first; p is aligned to the bytes stored. Call
 // stream_fence() before other threads may read.
 template <typename T, typename V>

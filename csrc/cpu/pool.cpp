@@ -145,6 +145,7 @@ struct PoolNhwc {
       std::fill_n(sums, channels, A{});
       for_tiles(pixels.count, [&]<int kPixels>(int64_t first) __attribute__((always_inline)) {
         const T* tile = rows + first * features;
+        prefetch(tile + kPixels * features, kPixels * features);
         for_vectors<V>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
           V sum = {};
           for (int64_t r = 0; r < p->radix; ++r) {
@@ -210,6 +211,8 @@ struct PoolBackwardPrologueNhwc {
       for_tiles(pixels.count, [&]<int kPixels>(int64_t first) __attribute__((always_inline)) {
         const T* g = dout + (pixels.first + first) * channels;
         const T* tile = x + (pixels.first + first) * features;
+        prefetch(g + kPixels * channels, kPixels * channels);
+        prefetch(tile + kPixels * features, kPixels * features);
         for (int64_t r = 0; r < p->radix; ++r) {
           for_vectors<V>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
             const int64_t f = r * channels + c;

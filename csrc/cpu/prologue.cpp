@@ -66,6 +66,7 @@ struct StatisticsNhwc {
       std::fill_n(item_squares, features, Acc<T>{});
       int64_t i = 0;
       for (; i + kTile <= pixels.count; i += kTile) {
+        prefetch(rows + (i + kTile) * features, kTile * features);
         join<Isa, kTile>(features, i, rows + i * features, item_mean, item_squares);
       }
       for (; i < pixels.count; ++i) {

@@ -181,6 +181,7 @@ struct RecombineNhwc {
           pixels.count, [&](int64_t first, int64_t tile) __attribute__((always_inline)) {
             const int64_t pixel = pixels.first + first;
             const T* of_pixels = x + pixel * features;
+            prefetch(of_pixels - kPixelTile * features, kPixelTile * features);
             write_rows<V>(streamed, tile, channels, out + pixel * channels, channels,
                           [&](int64_t c, auto lanes, auto rows) __attribute__((always_inline)) {
                             const auto make = [&](int64_t r) __attribute__((always_inline)) {
@@ -317,6 +318,8 @@ struct RecombineBackwardNhwc {
         const int64_t pixel = pixels.first + first;
         const T* g = dout + pixel * channels;
         const T* of_pixels = x + pixel * features;
+        prefetch(g - kPixelTile * channels, kPixelTile * channels);
+        prefetch(of_pixels - kPixelTile * features, kPixelTile * features);
         for (int64_t r = 0; r < radix; ++r) {
           write_rows<V>(streamed, tile, channels, dx + pixel * features + r * channels, features,
                         [&](int64_t c, auto lanes, auto rows) __attribute__((always_inline)) {
