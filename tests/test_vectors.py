@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 from collections.abc import Callable
 from fractions import Fraction
@@ -20,7 +21,7 @@ BYTES = {"baseline": 16, "avx2": 32, "avx512": 64}
 BEST = str(native.build_info()["cpu_capability"])
 SETS = list(BYTES)[: list(BYTES).index(BEST) + 1]
 # Whether a * b + c is rounded once.
-FUSES = {"baseline": False, "avx2": True, "avx512": True}
+FUSES = {"baseline": platform.machine() == "aarch64", "avx2": True, "avx512": True}
 FLOATS = (np.float32, np.float64)
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 1e-39, 3e38, -3e38, 1.0, -1.0]
