@@ -248,6 +248,9 @@ def batch_norm_args(bn: Any) -> BatchNormArgs | None:
     var = tensor_of(bn, "running_var") if running else None
     if not (is_plain(weight) and is_plain(bias) and is_plain(mean) and is_plain(var)):
         return None
+    # PyTorch takes these as tensors too, which an op of ours does not.
+    if isinstance(bn.eps, Tensor) or isinstance(getattr(bn, "momentum", None), Tensor):
+        return None
     if kind == "frozen":
         return BatchNormArgs(weight, bias, mean, var, eps=bn.eps, batch_stats=False)
     if bn.momentum is not None:

@@ -338,6 +338,15 @@ def test_tracking_switched_off_later(training: bool, name: str) -> None:
 
 
 @NORM_NAMES
+@pytest.mark.parametrize("number", ["eps", "momentum"])
+def test_numbers_that_are_tensors(number: str, name: str) -> None:
+    eager, fused = _pair(conv=True)
+    for module in (eager, fused):
+        setattr(module.get_submodule(name), number, torch.tensor(0.25))
+    _assert_same_step(fused, eager, _input(eager))
+
+
+@NORM_NAMES
 def test_without_a_count_of_batches(name: str) -> None:
     """As in checkpoints from before PyTorch counted them."""
     eager, fused = _pair(_bn(momentum=None), conv=True)

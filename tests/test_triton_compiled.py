@@ -22,9 +22,9 @@ def _kernels() -> set[str]:
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("target", "one_in"), [("cuda:90", 1), ("cuda:80", 3), ("hip:gfx942", 3)])
+@pytest.mark.parametrize(("target", "one_in"), [("cuda:90", 3), ("cuda:80", 5), ("hip:gfx942", 5)])
 def test_every_kernel_compiles(target: str, one_in: int, tmp_path: Path) -> None:
-    """In every form for one GPU, and in a part of them with every kernel for the others."""
+    """In a part of all forms, and with every kernel."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     run = subprocess.run(
         [sys.executable, "compile_triton.py", target, "--one-in", str(one_in)],

@@ -273,7 +273,7 @@ void gemm_nt(int64_t groups, int64_t m, int64_t n, int64_t k, Matrices<const A> 
 template <typename A, typename B>
 void gemm_nn(int64_t groups, int64_t m, int64_t n, int64_t k, Matrices<const A> a,
              bool a_transposed, Matrices<const B> b, Matrices<A> c) {
-  const Size size{groups, m, n, k, 512};
+  const Size size{groups, m, n, k, 128};
   parallel_items(size.items(), item_bytes<A>(size), [&](int64_t begin, int64_t end) {
     dispatch<GemmNn<A, B>>(&size, const_cast<const Matrices<const A>*>(&a), a_transposed,
                            const_cast<const Matrices<const B>*>(&b),

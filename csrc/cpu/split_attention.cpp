@@ -28,7 +28,8 @@ int64_t weight_elements(const Problem& p) {
 // of samples: they must be few beside its samples and beside a block.
 bool by_sample(const Problem& p, int64_t weight_bytes) {
   const int64_t threads = torch::stable::get_num_threads();
-  const bool balanced = p.batch >= 4 * threads || p.batch % threads == 0;
+  // No thread gets more than 1.2 times the mean.
+  const bool balanced = p.batch >= 5 * threads || p.batch % threads == 0;
   return threads == 1 || (balanced && 2 * weight_bytes <= kBlockBytes &&
                           p.batch * sample_elements(p) >= threads * weight_elements(p));
 }
