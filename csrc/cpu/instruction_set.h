@@ -14,7 +14,7 @@ namespace resnest_fused::cpu {
 struct Baseline {  // SSE2
   static constexpr int kBytes = 16;
 };
-struct Avx2 {  // with FMA and F16C, which every CPU with AVX2 has
+struct Avx2 {  // with FMA and F16C
   static constexpr int kBytes = 32;
 };
 struct Avx512 {  // F, BW, DQ and VL
@@ -26,6 +26,7 @@ struct Baseline {  // NEON on aarch64, and what the compiler makes of 16 bytes e
 };
 #endif
 
+// The most of all sets, for buffers that fit any.
 inline constexpr int kWidestBytes = 64;
 
 enum class Capability { kBaseline, kAvx2, kAvx512 };
