@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import cpuinfo
+import instructions  # sets the environment, before the modules below read it
 import network
 import pytest
 import summary
@@ -17,6 +18,7 @@ from grid import GRIDS, Case
 from network import Workload
 
 import resnest_fused as rf
+from resnest_fused.backends import native
 
 Samples = dict[str, list[float]]
 RESULTS = pytest.StashKey[dict[Case, Samples]]()
@@ -54,6 +56,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=DEFAULTS["model"],
         help="whose ResNeSt-50 to measure as a whole (default: %(default)s)",
     )
+    group.addoption(
+        instructions.OPTION,
+        choices=instructions.VALUES,
+        help="instructions of the CPU that all contenders are held to (default: each the best)",
+    )
 
 
 def get_option(config: pytest.Config, name: str) -> Any:
@@ -63,6 +70,12 @@ def get_option(config: pytest.Config, name: str) -> Any:
 
 def is_disabled(config: pytest.Config) -> bool:
     return config.option.benchmark_disable and not config.option.benchmark_enable
+
+
+def cpu_capabilities() -> tuple[str, str]:
+    """The instruction sets of resnest_fused's kernels, if they were built, and of PyTorch's."""
+    kernels = "none" if native.unavailable() else native.build_info()["cpu_capability"]
+    return kernels, torch.backends.cpu.get_cpu_capability()
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest-benchmark reads its options in its own pytest_configure
@@ -77,6 +90,10 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--backend: expected one of {', '.join(known)}, got {backend}")
     if not known[backend].available:
         raise pytest.UsageError(f"--backend={backend}: {known[backend].reason}")
+    wanted = config.getoption(instructions.OPTION, None)
+    missed = wanted and instructions.missed(wanted, *cpu_capabilities())
+    if missed:
+        raise pytest.UsageError(missed)
     if get_option(config, "model") == "official" and importlib.util.find_spec("resnest") is None:
         raise pytest.UsageError("--model=official: the package resnest is not installed")
 
@@ -166,6 +183,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         "version": rf.__version__,
         "backend": get_option(config, "backend"),
         "backends": {status.name: status.reason for status in rf.backends()},
+        "cpu_capability": cpu_capabilities()[0],
     }
     machine_info["torch"] = {
         "version": torch.__version__,
@@ -182,9 +200,11 @@ def pytest_terminal_summary(
     if is_disabled(config) or not (cases or workloads):
         return
     backend = get_option(config, "backend")
+    kernels, aten = cpu_capabilities()
     machine = (
         f"{cpuinfo.get_cpu_info().get('brand_raw', 'unknown CPU')}, {torch.get_num_threads()} "
-        f"threads, torch {torch.__version__}, {datetime.date.today()}"
+        f"threads, torch {torch.__version__}, {datetime.date.today()}; "
+        f"instructions: fused {kernels}, PyTorch {aten.lower()}"
     )
     sections = {}
     if cases:

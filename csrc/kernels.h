@@ -1,4 +1,5 @@
-// The kernels that calls.h asks of a device, declared once for all devices.
+// The kernels that calls.h asks of a device, declared once for all devices, and for all instruction
+// sets of the CPU.
 #pragma once
 
 #include <optional>
@@ -30,4 +31,3 @@
   }
 RF_KERNELS(cpu)
 RF_KERNELS(cuda)
-#undef RF_KERNELS

@@ -345,11 +345,19 @@ def check(case: Case, wanted: Collection[str] = DIFFERENTIABLE) -> None:
     check_calls([draw(case) for _ in range(5 if elements > 50_000 else 9)], wanted)
 
 
-def check_calls(calls: list[Call], wanted: Collection[str] = DIFFERENTIABLE) -> None:
-    """:func:`check` for calls of one case."""
+def _by_backend(call: Call, names: Iterable[str]) -> Results:
+    return call.gradients(names=names)
+
+
+def check_calls(
+    calls: list[Call],
+    wanted: Collection[str] = DIFFERENTIABLE,
+    evaluate: Callable[[Call, Iterable[str]], Results] = _by_backend,
+) -> None:
+    """:func:`check` for calls of one case; ``evaluate`` gives the results that are checked."""
     case = calls[0].case
     names = [name for name in calls[0].differentiable() if name in wanted]
-    ours = [errors_in_ulps(call, *call.gradients(names=names)) for call in calls]
+    ours = [errors_in_ulps(call, *evaluate(call, names)) for call in calls]
     usual_errors = [_usual_errors(call, names) for call in calls]
     for name in ("out", *names):
         found = sorted(errors[name] for errors in ours)

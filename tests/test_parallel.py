@@ -1,9 +1,12 @@
-"""An exception in any thread reaches the caller unchanged."""
+"""How threads share the work, and that an exception in any of them reaches the caller unchanged."""
 
 from __future__ import annotations
 
 import ctypes
+import json
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,3 +51,67 @@ def test_the_first_exception_arrives_with_its_type_and_message(
     for first in (0, 1, 300, 999):
         assert {run(bytes_per_item, first) for _ in range(20)} == {f"Refusal: item {first}"}
     assert run(bytes_per_item, ITEMS) == "nothing thrown"
+
+
+# Notes for each call how many items the op shares, among how many threads, and a thread's most.
+COUNT_SHARES = """
+import ctypes, json, sys
+import torch
+import resnest_fused as rf
+
+class Shared(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("items", "threads", "largest")]
+
+counter = ctypes.CDLL(sys.argv[1])
+counter.noted_begin.restype = ctypes.POINTER(Shared)
+
+def noted():
+    shared = counter.noted_begin()[: counter.noted_count()]
+    return sorted({(s.items, s.threads, s.largest) for s in shared})
+
+shapes = [(b, 64 << s, 56 >> s, 56 >> s) for s in range(4) for b in (1, 2, 3, 8, 32, 100, 256)]
+shapes += [(b, 64, 200, 334) for b in (1, 2)]
+found = []
+for batch, channels, height, width in shapes:
+    module = rf.FusedSplitAttentionConv2d(channels, channels, 1)
+    module.conv = torch.nn.Identity()
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        size = (batch, 2 * channels, height, width)
+        x = torch.empty(size, memory_format=memory_format).requires_grad_()
+        for threads in range(1, 65):
+            for backward in (False, True):
+                counter.set_threads(threads)
+                with torch.set_grad_enabled(backward):
+                    out = module.train(backward and batch > 1)(x)
+                if backward:
+                    out.backward(torch.empty_like(out))
+                    x.grad = None
+                found.append((size, str(memory_format), backward, threads, noted()))
+print(json.dumps(found))
+"""
+
+
+def test_threads_have_equal_shares(tmp_path: Path) -> None:
+    """Counted for up to 64 threads: where pieces suffice, no share is above 1.2 times the mean."""
+    counter = tmp_path / "work_shares.so"
+    source = Path(__file__).with_name("work_shares.cpp")
+    flags = ["-std=c++20", "-fPIC", "-shared"]
+    subprocess.run([*COMPILER, *flags, str(source), "-o", str(counter)], check=True)
+    program = [sys.executable, "-c", COUNT_SHARES, str(counter)]
+    environment = {**os.environ, "LD_PRELOAD": str(counter)}
+    run = subprocess.run(program, env=environment, stdout=subprocess.PIPE, check=True)
+    found = json.loads(run.stdout)
+    assert len(found) == 30 * 2 * 64 * 2
+    for call in found:
+        *_, threads, shared = call
+        for items, used, largest in shared:
+            assert used <= threads
+            if items >= 5 * used:
+                assert largest <= 1.2 * items / used, call
+            else:
+                # Pieces are few, and one more is all that a thread can have before another.
+                assert largest - 1 < items / used, call
+    # A large batch has work for all threads.
+    for size, layout, backward, threads, shared in found:
+        if size[0] == 256:
+            assert max(used for _, used, _ in shared) >= 0.8 * threads, (size, layout, backward)

@@ -1,5 +1,6 @@
 // Runs one function of the CPU's vectors on data from the standard input and writes the results to
-// the standard output. RESNEST_FUSED_CPU_CAPABILITY chooses the instruction set.
+// the standard output. It is compiled for one instruction set, of which RF_SET is the name and
+// RF_REGISTER_BYTES the size of a register.
 //
 // It needs no torch, so it also runs where there is none. test_vectors.py says what must come out.
 #include <cstdint>
@@ -10,11 +11,11 @@
 #include <string>
 #include <vector>
 
-#include "cpu/memory.h"
-#include "cpu/rows.h"
+#include "cpu/kernels/memory.h"
+#include "cpu/kernels/rows.h"
 #include "formulas.h"
 
-namespace resnest_fused::cpu {
+namespace resnest_fused::cpu::RF_SET {
 namespace {
 
 using Bytes = std::vector<char>;
@@ -29,9 +30,8 @@ std::vector<T> elements(const Bytes& bytes) {
 // To(from), a vector at a time; both are as long, in multiples of the widest vector.
 template <typename To, typename From>
 struct Convert {
-  template <typename Isa>
-  static RF_INLINE void run(const From* from, int64_t count, To* to) {
-    using V = Vec<Isa, float>;
+  static void run(const From* from, int64_t count, To* to) {
+    using V = Vec<float>;
     for (int64_t i = 0; i < count; i += kLanes<V>) {
       store(to + i, load<V>(from + i));
     }
@@ -42,18 +42,17 @@ template <typename To, typename From>
 Bytes convert(const Bytes& input) {
   const auto from = elements<From>(input);
   Bytes result(from.size() * sizeof(To));
-  dispatch<Convert<To, From>>(from.data(), static_cast<int64_t>(from.size()),
-                              reinterpret_cast<To*>(result.data()));
+  Convert<To, From>::run(from.data(), static_cast<int64_t>(from.size()),
+                         reinterpret_cast<To*>(result.data()));
   return result;
 }
 
 // The first element alone, from each place.
 template <typename T>
 struct LoadOne {
-  template <typename Isa>
-  static RF_INLINE void run(const T* from, int64_t count, float* to) {
+  static void run(const T* from, int64_t count, float* to) {
     for (int64_t i = 0; i < count; ++i) {
-      to[i] = load_one<Vec<Isa, float>>(from + i);
+      to[i] = load_one<Vec<float>>(from + i);
     }
   }
 };
@@ -62,17 +61,16 @@ template <typename T>
 Bytes load_ones(const Bytes& input) {
   const auto from = elements<T>(input);
   Bytes result(from.size() * sizeof(float));
-  dispatch<LoadOne<T>>(from.data(), static_cast<int64_t>(from.size()),
-                       reinterpret_cast<float*>(result.data()));
+  LoadOne<T>::run(from.data(), static_cast<int64_t>(from.size()),
+                  reinterpret_cast<float*>(result.data()));
   return result;
 }
 
 // f(a, b, c) for three rows of `count` elements.
 template <typename A, typename F>
 struct Map3 {
-  template <typename Isa>
-  static RF_INLINE void run(const A* rows, int64_t count, A* to) {
-    using V = Vec<Isa, A>;
+  static void run(const A* rows, int64_t count, A* to) {
+    using V = Vec<A>;
     for (int64_t i = 0; i < count; i += kLanes<V>) {
       store(to + i,
             F::of(load<V>(rows + i), load<V>(rows + count + i), load<V>(rows + 2 * count + i)));
@@ -84,8 +82,8 @@ template <typename A, typename F>
 Bytes map3(const Bytes& input) {
   const auto rows = elements<A>(input);
   Bytes result(input.size() / 3);
-  dispatch<Map3<A, F>>(rows.data(), static_cast<int64_t>(rows.size() / 3),
-                       reinterpret_cast<A*>(result.data()));
+  Map3<A, F>::run(rows.data(), static_cast<int64_t>(rows.size() / 3),
+                  reinterpret_cast<A*>(result.data()));
   return result;
 }
 
@@ -98,7 +96,6 @@ Bytes map3(const Bytes& input) {
     }                                      \
   };
 RF_FUNCTION(Fma, fma(a, b, c))
-RF_FUNCTION(ScaleShift, scale_shift(a, b, c))
 RF_FUNCTION(Relu, relu(a))
 RF_FUNCTION(ReluBackward, relu_backward(a, b))
 RF_FUNCTION(Exp, exp_nonpositive(a))
@@ -107,9 +104,8 @@ RF_FUNCTION(Broadcast, broadcast<V>(a[0]))
 // For each eight vectors: sum_lanes of each, and sum_lanes_of 1, 2, 4 and 8 of them.
 template <typename A>
 struct SumLanes {
-  template <typename Isa>
-  static RF_INLINE void run(const A* from, int64_t count, std::vector<double>* to) {
-    using V = Vec<Isa, A>;
+  static void run(const A* from, int64_t count, std::vector<double>* to) {
+    using V = Vec<A>;
     for (int64_t i = 0; i + 8 * kLanes<V> <= count; i += 8 * kLanes<V>) {
       for (int k = 0; k < 8; ++k) {
         to->push_back(sum_lanes(load<V>(from + i + k * kLanes<V>)));
@@ -137,7 +133,7 @@ template <typename A>
 Bytes sum_lanes_bytes(const Bytes& input) {
   const auto from = elements<A>(input);
   std::vector<double> sums;
-  dispatch<SumLanes<A>>(from.data(), static_cast<int64_t>(from.size()), &sums);
+  SumLanes<A>::run(from.data(), static_cast<int64_t>(from.size()), &sums);
   const char* begin = reinterpret_cast<const char*>(sums.data());
   return {begin, begin + sums.size() * sizeof(double)};
 }
@@ -148,9 +144,8 @@ Bytes sum_lanes_bytes(const Bytes& input) {
 // Then the first vector streamed.
 template <typename T>
 struct Parts {
-  template <typename Isa>
-  static RF_INLINE void run(const T* from, std::vector<T>* to) {
-    using V = Vec<Isa, Acc<T>>;
+  static void run(const T* from, std::vector<T>* to) {
+    using V = Vec<Acc<T>>;
     const V whole = load<V>(from);
     for (int64_t n = 1; n <= kLanes<V>; ++n) {
       append(load<V>(from, First{n}), to);
@@ -162,7 +157,7 @@ struct Parts {
       store(stored, whole, First{n});
       to->insert(to->end(), stored, stored + kLanes<V>);
     }
-    alignas(kWidestBytes) T streamed[kLanes<V>];
+    alignas(V) T streamed[kLanes<V>];
     stream(streamed, whole);
     stream_fence();
     to->insert(to->end(), streamed, streamed + kLanes<V>);
@@ -180,21 +175,18 @@ template <typename T>
 Bytes parts(const Bytes& input) {
   const auto from = elements<T>(input);
   std::vector<T> rows;
-  dispatch<Parts<T>>(from.data(), &rows);
+  Parts<T>::run(from.data(), &rows);
   const char* begin = reinterpret_cast<const char*>(rows.data());
   return {begin, begin + rows.size() * sizeof(T)};
 }
 
 struct Width {
-  template <typename Isa>
-  static RF_INLINE void run(int64_t* bytes) {
-    *bytes = Isa::kBytes;
-  }
+  static void run(int64_t* bytes) { *bytes = kRegisterBytes; }
 };
 
 Bytes width(const Bytes&) {
   int64_t bytes = 0;
-  dispatch<Width>(&bytes);
+  Width::run(&bytes);
   const char* begin = reinterpret_cast<const char*>(&bytes);
   return {begin, begin + sizeof bytes};
 }
@@ -209,8 +201,6 @@ const std::map<std::string, std::function<Bytes(const Bytes&)>> kFunctions{
     {"load_one bfloat16", load_ones<BFloat16>},
     {"fma float32", map3<float, Fma>},
     {"fma float64", map3<double, Fma>},
-    {"scale_shift float32", map3<float, ScaleShift>},
-    {"scale_shift float64", map3<double, ScaleShift>},
     {"relu float32", map3<float, Relu>},
     {"relu float64", map3<double, Relu>},
     {"relu_backward float32", map3<float, ReluBackward>},
@@ -228,13 +218,14 @@ const std::map<std::string, std::function<Bytes(const Bytes&)>> kFunctions{
 };
 
 }  // namespace
-}  // namespace resnest_fused::cpu
+}  // namespace resnest_fused::cpu::RF_SET
 
 int main(int, char** arguments) {
-  resnest_fused::cpu::Bytes input;
+  using namespace resnest_fused::cpu::RF_SET;
+  Bytes input;
   for (int c = std::getchar(); c != EOF; c = std::getchar()) {
     input.push_back(static_cast<char>(c));
   }
-  const auto result = resnest_fused::cpu::kFunctions.at(arguments[1])(input);
+  const auto result = kFunctions.at(arguments[1])(input);
   return std::fwrite(result.data(), 1, result.size(), stdout) == result.size() ? 0 : 1;
 }

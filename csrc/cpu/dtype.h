@@ -4,11 +4,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "cpu/half.h"
+#include <type_traits>
 
-// The stored types of maps, and those of sums, each handed to a macro.
-#define RF_FOR_EACH_DTYPE(F) F(float) F(double) F(BFloat16) F(Half)
-#define RF_FOR_EACH_ACC(F) F(float) F(double)
+#include "cpu/elements.h"
 
 namespace resnest_fused::cpu {
 

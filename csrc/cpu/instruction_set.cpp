@@ -5,15 +5,25 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace resnest_fused::cpu {
 namespace {
+
+#if defined(__x86_64__)
+// Every CPU with AVX2 has F16C, but a virtual machine may hide it. Clang has no name for it.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
 
 Capability best_capability() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  // Every CPU with AVX2 has F16C, but a virtual machine may hide it.
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     return avx512 ? Capability::kAvx512 : Capability::kAvx2;

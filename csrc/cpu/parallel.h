@@ -14,6 +14,12 @@ namespace resnest_fused::cpu {
 // core moves about 64 KB from L2.
 inline constexpr int64_t kBytesPerThread = 64 * 1024;
 
+// The threads that share the work: torch.get_num_threads().
+inline int64_t thread_count() { return torch::stable::get_num_threads(); }
+
+// From so many items per thread on no thread has more than 1.2 times the mean.
+inline constexpr int64_t kItemsPerThread = 5;
+
 // Call f(begin, end) on pieces of [0, items) that cover it once. The pieces depend on the number of
 // threads, so a work item's result must not depend on its piece. An exception from f is thrown
 // here, of several that from the first piece.

@@ -1,7 +1,7 @@
 // How the work on a map is cut into work items, the smallest pieces that threads share.
 //
 //   NCHW: a work item is one (b, c), all its splits.
-//   NHWC: a work item is kPixelsPerItem pixels of one sample, all features.
+//   NHWC: a work item is pixels_per_item() pixels of one sample, all features; the last has fewer.
 //
 // Sums over pixels take two steps of fixed order, so that neither threads nor the batch change a
 // bit. A work item yields partial sums; then a sample's partial sums are added in ascending order.
@@ -15,14 +15,22 @@
 
 namespace resnest_fused::cpu {
 
-inline constexpr int64_t kPixelsPerItem = 128;
+inline constexpr int64_t kMostPixelsPerItem = 128;
+// A work item's pixels are a multiple of every kernel's tile of pixels.
+inline constexpr int64_t kLargestPixelTile = 8;
 
 // Whether a row is a feature's pixels, and not a pixel's features. A map of one pixel is the same
 // in both layouts.
 inline bool is_nchw(const Problem& p) { return p.layout == Layout::kNchw && p.pixels() > 1; }
 
 inline int64_t partials_per_sample(const Problem& p) {
-  return is_nchw(p) ? 1 : (p.pixels() + kPixelsPerItem - 1) / kPixelsPerItem;
+  return is_nchw(p) ? 1 : (p.pixels() + kMostPixelsPerItem - 1) / kMostPixelsPerItem;
+}
+
+// In NHWC: as few work items as can be, about equally large.
+inline int64_t pixels_per_item(const Problem& p) {
+  const int64_t equal = (p.pixels() + partials_per_sample(p) - 1) / partials_per_sample(p);
+  return (equal + kLargestPixelTile - 1) / kLargestPixelTile * kLargestPixelTile;
 }
 
 inline int64_t items_per_sample(const Problem& p) {
@@ -31,7 +39,7 @@ inline int64_t items_per_sample(const Problem& p) {
 
 // Bytes of x in a work item.
 inline int64_t item_bytes(const Problem& p, int64_t element_size) {
-  const int64_t elements = is_nchw(p) ? p.radix * p.pixels() : kPixelsPerItem * p.features();
+  const int64_t elements = is_nchw(p) ? p.radix * p.pixels() : pixels_per_item(p) * p.features();
   return elements * element_size;
 }
 
@@ -43,11 +51,24 @@ struct PixelItem {
 
   PixelItem(const Problem& p, int64_t item) {
     const int64_t per_sample = partials_per_sample(p);
-    const int64_t in_sample = item % per_sample * kPixelsPerItem;
+    const int64_t most = pixels_per_item(p);
+    const int64_t in_sample = item % per_sample * most;
     sample = item / per_sample;
     first = sample * p.pixels() + in_sample;
-    count = std::min(kPixelsPerItem, p.pixels() - in_sample);
+    count = std::min(most, p.pixels() - in_sample);
   }
 };
+
+// Call f(row, first, last) for the parts of rows of `count` elements that make up the elements
+// [begin, end) of all rows.
+template <typename F>
+void for_row_parts(int64_t begin, int64_t end, int64_t count, const F& f) {
+  for (int64_t e = begin; e < end;) {
+    const int64_t row = e / count, first = e % count;
+    const int64_t last = std::min(count, first + end - e);
+    f(row, first, last);
+    e += last - first;
+  }
+}
 
 }  // namespace resnest_fused::cpu

@@ -1,35 +1,35 @@
 // All phases on the CPU: their order, and how threads share them.
+#pragma once
+
 #include <algorithm>
 #include <memory>
 #include <vector>
 
-#include "cpu/attention.h"
-#include "cpu/pool.h"
-#include "cpu/recombine.h"
-#include "cpu/tensors.h"
+#include "cpu/huge_pages.h"
+#include "cpu/kernels/attention.h"
+#include "cpu/kernels/pool.h"
+#include "cpu/kernels/recombine.h"
+#include "cpu/kernels/tensors.h"
 #include "cpu/work_items.h"
 #include "kernels.h"
 
-namespace resnest_fused::cpu {
-namespace {
-
+namespace resnest_fused::cpu::RF_SET {
 // Bytes of x that one thread takes through all three phases at a time. Recombine then finds them in
 // L2: 2 MB was 20% slower at 128@28x28, B=32, on a Xeon with 1.25 MB of it.
 constexpr int64_t kBlockBytes = 1024 * 1024;
 
-int64_t sample_elements(const Problem& p) { return p.features() * p.pixels(); }
+inline int64_t sample_elements(const Problem& p) { return p.features() * p.pixels(); }
 
-int64_t weight_elements(const Problem& p) {
+inline int64_t weight_elements(const Problem& p) {
   return p.inter * p.group_channels() + p.features() * p.group_inter();
 }
 
 // Whether each thread takes samples of its own through all phases; else threads share each phase,
 // and each reads a share of the FCs' weights. A thread on its own reads all weights for every block
 // of samples: they must be few beside its samples and beside a block.
-bool by_sample(const Problem& p, int64_t weight_bytes) {
-  const int64_t threads = torch::stable::get_num_threads();
-  // No thread gets more than 1.2 times the mean.
-  const bool balanced = p.batch >= 5 * threads || p.batch % threads == 0;
+inline bool by_sample(const Problem& p, int64_t weight_bytes) {
+  const int64_t threads = thread_count();
+  const bool balanced = p.batch >= kItemsPerThread * threads || p.batch % threads == 0;
   return threads == 1 || (balanced && 2 * weight_bytes <= kBlockBytes &&
                           p.batch * sample_elements(p) >= threads * weight_elements(p));
 }
@@ -75,7 +75,7 @@ void forward(const Map& map, const Mlp& mlp, const SavedPointers<Acc<T>>& saved,
       for (int64_t b = begin; b < end; b += block) {
         const int64_t last = std::min(b + block, end);
         pool_items(p, prologue, x, b * items, last * items, partial);
-        pool_finish<A>(p, partial, b, last, saved.gap);
+        pool_finish<A>(p, partial, b * p.channels, last * p.channels, saved.gap);
         A* const hidden = saved.hidden + b * p.inter;
         A* const attention = saved.attention + b * p.features();
         attention_hidden<A>(p, params, last - b, saved.gap + b * p.channels, hidden);
@@ -90,7 +90,7 @@ void forward(const Map& map, const Mlp& mlp, const SavedPointers<Acc<T>>& saved,
   parallel_items(p.batch * items, bytes, [&](int64_t begin, int64_t end) {
     pool_items(p, prologue, x, begin, end, partial);
   });
-  pool_finish<A>(p, partial, 0, p.batch, saved.gap);
+  pool_finish<A>(p, partial, saved.gap);
   attention_hidden<A>(p, params, p.batch, saved.gap, saved.hidden);
   if (bn1.batch_stats) {
     attention_batch_stats<A>(p, saved.hidden, saved.bn1_mean, saved.bn1_var);
@@ -132,7 +132,7 @@ void backward(const Map& map, const Mlp& mlp, const Tensor& dout_tensor,
     pool_backward_items(p, prologue, dout, x, begin, end, partial.get());
   });
   const auto sums = uninitialized<A>(p.batch * sample_sums);
-  pool_backward_finish<A>(p, prologue, partial.get(), 0, p.batch, sums.get());
+  pool_backward_finish<A>(p, prologue, partial.get(), sums.get());
   const A* dattention = sums.get();
   std::unique_ptr<A[]> dattention_buffer;
   if (prologue.active) {
@@ -178,8 +178,6 @@ void backward(const Map& map, const Mlp& mlp, const Tensor& dout_tensor,
   }
 }
 
-}  // namespace
-
 void Kernels::forward(const Map& map, const Mlp& mlp, const Tensor& out,
                       const TrainResults* train) {
   const Problem& p = map.problem;
@@ -188,26 +186,26 @@ void Kernels::forward(const Map& map, const Mlp& mlp, const Tensor& out,
     using T = decltype(tag);
     using A = Acc<T>;
     if (train) {
-      cpu::forward<T>(map, mlp,
-                      {data<A>(train->gap), data<A>(train->hidden), data<A>(train->attention),
-                       data<A>(train->bn0_mean), data<A>(train->bn0_var), data<A>(train->bn1_mean),
-                       data<A>(train->bn1_var)},
-                      data<T>(out));
+      RF_SET::forward<T>(map, mlp,
+                         {data<A>(train->gap), data<A>(train->hidden), data<A>(train->attention),
+                          data<A>(train->bn0_mean), data<A>(train->bn0_var),
+                          data<A>(train->bn1_mean), data<A>(train->bn1_var)},
+                         data<T>(out));
       return;
     }
     const auto scratch = uninitialized<A>(p.batch * (p.channels + p.inter + p.features()));
     A* const gap = scratch.get();
     A* const hidden = gap + p.batch * p.channels;
     A* const attention = hidden + p.batch * p.inter;
-    cpu::forward<T>(map, mlp, {gap, hidden, attention, nullptr, nullptr, nullptr, nullptr},
-                    data<T>(out));
+    RF_SET::forward<T>(map, mlp, {gap, hidden, attention, nullptr, nullptr, nullptr, nullptr},
+                       data<T>(out));
   });
 }
 
 void Kernels::backward(const Map& map, const Mlp& mlp, const Tensor& dout,
                        const SavedArguments& saved, const GradientResults& grads) {
   for_dtype(map.problem.dtype,
-            [&](auto tag) { cpu::backward<decltype(tag)>(map, mlp, dout, saved, grads); });
+            [&](auto tag) { RF_SET::backward<decltype(tag)>(map, mlp, dout, saved, grads); });
 }
 
-}  // namespace resnest_fused::cpu
+}  // namespace resnest_fused::cpu::RF_SET

@@ -4,10 +4,10 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "cpu/memory.h"
-#include "cpu/vector.h"
+#include "cpu/kernels/memory.h"
+#include "cpu/kernels/vector.h"
 
-namespace resnest_fused::cpu {
+namespace resnest_fused::cpu::RF_SET {
 
 // The elements of the last vector of a row, n of them, for `load_part` and `keep`.
 struct Rest {
@@ -78,4 +78,4 @@ RF_INLINE void accumulate(int64_t count, Sums<V, kSums, kChains>& sums, Add add)
   }
 }
 
-}  // namespace resnest_fused::cpu
+}  // namespace resnest_fused::cpu::RF_SET

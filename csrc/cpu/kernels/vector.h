@@ -1,9 +1,6 @@
-// Vectors of accumulators that fill a register of their instruction set, and arithmetic on them.
+// Vectors of accumulators that fill a register, and arithmetic on them.
 //
-// They are vector extensions of GCC and Clang, whose size tells the instruction set: a function of
-// a vector type V needs no other argument for it. What the compiler has no operator for is named in
-// assembly, as an intrinsic could not be inlined here: the function that it is called from is only
-// compiled for the instruction set once it is part of a kernel.
+// They are vector extensions of GCC and Clang. What those have no operator for is an intrinsic.
 #pragma once
 
 #include <algorithm>
@@ -14,9 +11,19 @@
 #include <type_traits>
 #include <utility>
 
-#include "cpu/instruction_set.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
-namespace resnest_fused::cpu {
+#define RF_INLINE inline __attribute__((always_inline))
+// Of functions with loops over maps and weights: one copy, however many call it.
+#define RF_KERNEL __attribute__((noinline))
+
+namespace resnest_fused::cpu::RF_SET {
+
+inline constexpr int kRegisterBytes = RF_REGISTER_BYTES;
 
 // kCount elements of type E.
 template <typename E, int kCount>
@@ -26,8 +33,8 @@ struct LanesOf {
 template <typename E, int kCount>
 using Lanes = typename LanesOf<E, kCount>::type;
 
-template <typename Isa, typename A>
-using Vec = Lanes<A, Isa::kBytes / static_cast<int>(sizeof(A))>;
+template <typename A>
+using Vec = Lanes<A, kRegisterBytes / static_cast<int>(sizeof(A))>;
 
 template <typename V>
 using Element = std::remove_cvref_t<decltype(std::declval<V>()[0])>;
@@ -56,17 +63,6 @@ struct Halves {
 // The value in all lanes.
 template <typename V>
 RF_INLINE V broadcast(Element<V> value) {
-#if defined(__x86_64__)
-  if constexpr (sizeof(V) > Baseline::kBytes) {
-    V result;  // by name, as the compiler would insert lane by lane
-    if constexpr (sizeof(Element<V>) == sizeof(float)) {
-      asm("vbroadcastss %1, %0" : "=v"(result) : "vm"(value));
-    } else {
-      asm("vbroadcastsd %1, %0" : "=v"(result) : "vm"(value));
-    }
-    return result;
-  }
-#endif
   return value - V{};  // of all operations with zero the one that keeps a zero's sign
 }
 
@@ -81,44 +77,31 @@ RF_INLINE void unroll(F f) {
 
 // a * b + c, rounded once where the instruction set has that. Asked for by name, and the build
 // turns contraction off, as the compiler contracts some copies of an expression and not others: an
-// element would depend on the tile or the batch that it is in. The result takes c's register. An
-// operand in memory would be read again for each use.
+// element would depend on the tile or the batch that it is in.
 template <typename V>
 RF_INLINE V fma(V a, V b, V c) {
-#if defined(__x86_64__)
-  if constexpr (sizeof(V) > Baseline::kBytes) {
-    if constexpr (sizeof(Element<V>) == sizeof(float)) {
-      asm("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
-    } else {
-      asm("vfmadd231pd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
-    }
-    return c;
+  [[maybe_unused]] constexpr bool kFloat = std::is_same_v<Element<V>, float>;
+#if RF_REGISTER_BYTES == 64
+  if constexpr (kFloat) {
+    return reinterpret<V>(_mm512_fmadd_ps(a, b, c));
+  } else {
+    return reinterpret<V>(_mm512_fmadd_pd(a, b, c));
+  }
+#elif RF_REGISTER_BYTES == 32
+  if constexpr (kFloat) {
+    return reinterpret<V>(_mm256_fmadd_ps(a, b, c));
+  } else {
+    return reinterpret<V>(_mm256_fmadd_pd(a, b, c));
   }
 #elif defined(__aarch64__)
-  if constexpr (sizeof(Element<V>) == sizeof(float)) {
-    asm("fmla %0.4s, %1.4s, %2.4s" : "+w"(c) : "w"(a), "w"(b));
+  if constexpr (kFloat) {
+    return reinterpret<V>(vfmaq_f32(c, a, b));
   } else {
-    asm("fmla %0.2d, %1.2d, %2.2d" : "+w"(c) : "w"(a), "w"(b));
+    return reinterpret<V>(vfmaq_f64(c, a, b));
   }
-  return c;
-#endif
+#else
   return a * b + c;
-}
-
-// The same, where b and c are wanted again: the result takes a's register.
-template <typename V>
-RF_INLINE V scale_shift(V a, V b, V c) {
-#if defined(__x86_64__)
-  if constexpr (sizeof(V) > Baseline::kBytes) {
-    if constexpr (sizeof(Element<V>) == sizeof(float)) {
-      asm("vfmadd213ps %2, %1, %0" : "+v"(a) : "v"(b), "v"(c));
-    } else {
-      asm("vfmadd213pd %2, %1, %0" : "+v"(a) : "v"(b), "v"(c));
-    }
-    return a;
-  }
 #endif
-  return fma(a, b, c);
 }
 
 // Lanes `index` of the two vectors laid end to end.
@@ -213,4 +196,4 @@ RF_INLINE V exp_nonpositive(V x) {
   }
 }
 
-}  // namespace resnest_fused::cpu
+}  // namespace resnest_fused::cpu::RF_SET

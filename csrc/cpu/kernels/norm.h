@@ -7,10 +7,10 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/instruction_set.h"
+#include "cpu/kernels/vector.h"
 #include "cpu/parallel.h"
 
-namespace resnest_fused::cpu {
+namespace resnest_fused::cpu::RF_SET {
 
 // Filled in for every case: the identity without a norm, gamma 1 and beta 0 where not affine.
 template <typename A>
@@ -68,43 +68,41 @@ struct PartialStatistics {
 // Mean and biased variance of features [begin, end) over all elements, in two passes over the rows;
 // zeros over no elements.
 template <typename A>
-struct CombineStatistics {
-  template <typename Isa>
-  static RF_INLINE void run(const PartialStatistics<A>* partial, int64_t features, int64_t begin,
-                            int64_t end, A* mean /* (F) */, A* var /* (F) */) {
-    const double scale = 1.0 / std::max(partial->total(), 1.0);
-    for (int64_t first = begin; first < end; first += kFeatureBlock) {
-      const int64_t last = std::min(first + kFeatureBlock, end);
-      double sums[1][kFeatureBlock], means[kFeatureBlock];
-      sum_block(partial->rows, first, last, sums,
-                [&](int64_t row, int64_t f, int64_t at) __attribute__((always_inline)) {
-                  sums[0][at] += partial->row_count(row) * partial->mean[row * features + f];
-                });
-      for (int64_t at = 0; at < last - first; ++at) {
-        means[at] = sums[0][at] * scale;
-        mean[first + at] = static_cast<A>(means[at]);
-      }
-      sum_block(partial->rows, first, last, sums,
-                [&](int64_t row, int64_t f, int64_t at) __attribute__((always_inline)) {
-                  const int64_t e = row * features + f;
-                  const double centered = partial->mean[e] - means[at];
-                  sums[0][at] += partial->row_count(row) * (centered * centered);
-                  sums[0][at] += partial->squares ? partial->squares[e] : A{};
-                });
-      for (int64_t at = 0; at < last - first; ++at) {
-        var[first + at] = static_cast<A>(sums[0][at] * scale);
-      }
+void combine_statistics(const PartialStatistics<A>& partial, int64_t features, int64_t begin,
+                        int64_t end, A* mean /* (F) */, A* var /* (F) */) {
+  const double scale = 1.0 / std::max(partial.total(), 1.0);
+  for (int64_t first = begin; first < end; first += kFeatureBlock) {
+    const int64_t last = std::min(first + kFeatureBlock, end);
+    double sums[1][kFeatureBlock], means[kFeatureBlock];
+    sum_block(partial.rows, first, last, sums,
+              [&](int64_t row, int64_t f, int64_t at) __attribute__((always_inline)) {
+                sums[0][at] += partial.row_count(row) * partial.mean[row * features + f];
+              });
+    for (int64_t at = 0; at < last - first; ++at) {
+      means[at] = sums[0][at] * scale;
+      mean[first + at] = static_cast<A>(means[at]);
+    }
+    sum_block(partial.rows, first, last, sums,
+              [&](int64_t row, int64_t f, int64_t at) __attribute__((always_inline)) {
+                const int64_t e = row * features + f;
+                const double centered = partial.mean[e] - means[at];
+                sums[0][at] += partial.row_count(row) * (centered * centered);
+                sums[0][at] += partial.squares ? partial.squares[e] : A{};
+              });
+    for (int64_t at = 0; at < last - first; ++at) {
+      var[first + at] = static_cast<A>(sums[0][at] * scale);
     }
   }
-};
+}
 
+// The same for all features, shared among the threads.
 template <typename A>
 void combine_statistics(const PartialStatistics<A>& partial, int64_t features, A* mean /* (F) */,
                         A* var /* (F) */) {
   parallel_items(features, 4 * partial.rows * static_cast<int64_t>(sizeof(A)),
                  [&](int64_t begin, int64_t end) {
-                   dispatch<CombineStatistics<A>>(&partial, features, begin, end, mean, var);
+                   combine_statistics(partial, features, begin, end, mean, var);
                  });
 }
 
-}  // namespace resnest_fused::cpu
+}  // namespace resnest_fused::cpu::RF_SET

@@ -1,15 +1,16 @@
 // Single phases on the CPU: how threads share each.
+#pragma once
+
 #include <memory>
 
-#include "cpu/pool.h"
-#include "cpu/recombine.h"
-#include "cpu/tensors.h"
+#include "cpu/huge_pages.h"
+#include "cpu/kernels/pool.h"
+#include "cpu/kernels/recombine.h"
+#include "cpu/kernels/tensors.h"
 #include "cpu/work_items.h"
 #include "kernels.h"
 
-namespace resnest_fused::cpu {
-namespace {
-
+namespace resnest_fused::cpu::RF_SET {
 // Call f(T{}, prologue) in the map's dtype T.
 template <typename F>
 void with_prologue(const Map& map, const F& f) {
@@ -22,13 +23,11 @@ void for_items(const Problem& p, const F& f) {
   parallel_items(p.batch * items_per_sample(p), item_bytes(p, sizeof(T)), f);
 }
 
-}  // namespace
-
 void Kernels::batch_statistics(const Map& map, const Tensor& mean, const Tensor& var) {
   for_dtype(map.problem.dtype, [&](auto tag) {
     using T = decltype(tag);
     using A = Acc<T>;
-    cpu::batch_statistics<T>(map.problem, const_data<T>(map.x), data<A>(mean), data<A>(var));
+    RF_SET::batch_statistics<T>(map.problem, const_data<T>(map.x), data<A>(mean), data<A>(var));
   });
 }
 
@@ -41,7 +40,7 @@ void Kernels::pool(const Map& map, const Tensor& gap) {
     for_items<T>(p, [&](int64_t begin, int64_t end) {
       pool_items<T>(p, prologue, const_data<T>(map.x), begin, end, partial.get());
     });
-    pool_finish<A>(p, partial.get(), 0, p.batch, data<A>(gap));
+    pool_finish<A>(p, partial.get(), data<A>(gap));
   });
 }
 
@@ -69,7 +68,7 @@ void Kernels::pool_backward(const Map& map, const Tensor& dout, const Tensor& da
       pool_backward_items<T>(p, prologue, const_data<T>(dout), const_data<T>(map.x), begin, end,
                              partial.get());
     });
-    pool_backward_finish<A>(p, prologue, partial.get(), 0, p.batch,
+    pool_backward_finish<A>(p, prologue, partial.get(),
                             data<A>(prologue.active ? sums : dattention));
     if (prologue.active) {
       prologue_dattention<A>(p, prologue, data<A>(sums), data<A>(dattention));
@@ -81,8 +80,8 @@ void Kernels::prologue_backward(const Problem& p, const Tensor& sums, const Tens
                                 const Tensor& dgap, const Tensor& dweight, const Tensor& dbias) {
   for_dtype(p.dtype, [&](auto tag) {
     using A = Acc<decltype(tag)>;
-    cpu::prologue_backward<A>(p, const_data<A>(sums), const_data<A>(attention), const_data<A>(dgap),
-                              data<A>(dweight), data<A>(dbias));
+    RF_SET::prologue_backward<A>(p, const_data<A>(sums), const_data<A>(attention),
+                                 const_data<A>(dgap), data<A>(dweight), data<A>(dbias));
   });
 }
 
@@ -107,4 +106,4 @@ void Kernels::recombine_backward(const Map& map, const Tensor& dout, const Tenso
   });
 }
 
-}  // namespace resnest_fused::cpu
+}  // namespace resnest_fused::cpu::RF_SET

@@ -1,5 +1,5 @@
-// Memory of fresh results.
-#include "cpu/tensors.h"
+// Huge pages behind fresh results.
+#include "cpu/huge_pages.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>

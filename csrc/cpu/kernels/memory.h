@@ -8,10 +8,10 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cpu/half.h"
-#include "cpu/vector.h"
+#include "cpu/kernels/half.h"
+#include "cpu/kernels/vector.h"
 
-namespace resnest_fused::cpu {
+namespace resnest_fused::cpu::RF_SET {
 
 // kLanes elements, widened.
 template <typename V, typename T>
@@ -137,31 +137,44 @@ RF_INLINE void prefetch(const T* begin, int64_t count) {
   }
 }
 
+#if defined(__x86_64__)
+template <typename V>
+RF_INLINE void stream_register(void* p, V value) {
+  if constexpr (sizeof value == 16) {
+    _mm_stream_si128(static_cast<__m128i*>(p), reinterpret<__m128i>(value));
+#if RF_REGISTER_BYTES >= 32
+  } else if constexpr (sizeof value == 32) {
+    _mm256_stream_si256(static_cast<__m256i*>(p), reinterpret<__m256i>(value));
+#endif
+#if RF_REGISTER_BYTES == 64
+  } else if constexpr (sizeof value == 64) {
+    _mm512_stream_si512(static_cast<__m512i*>(p), reinterpret<__m512i>(value));
+#endif
+  } else {
+    std::memcpy(p, &value, sizeof value);
+  }
+}
+#endif
+
 // Store past the caches, which saves reading the line first; p is aligned to the bytes stored. Call
 // stream_fence() before other threads may read.
 template <typename T, typename V>
 RF_INLINE void stream(T* p, V value) {
 #if defined(__x86_64__)
-  if constexpr (sizeof(V) > Baseline::kBytes) {
-    if constexpr (std::is_same_v<T, Element<V>>) {
-      asm("vmovntps %1, %0" : "=m"(*reinterpret_cast<V*>(p)) : "v"(value));
-    } else {
-      const HalfBits<V> bits = narrow(value, T{});
-      asm("vmovntps %1, %0" : "=m"(*reinterpret_cast<HalfBits<V>*>(p)) : "v"(bits));
-    }
-    return;
-  } else if constexpr (std::is_same_v<T, Element<V>>) {
-    asm("movntps %1, %0" : "=m"(*reinterpret_cast<V*>(p)) : "x"(value));
-    return;
+  if constexpr (std::is_same_v<T, Element<V>>) {
+    stream_register(p, value);
+  } else {
+    stream_register(p, narrow(value, T{}));
   }
-#endif
+#else
   store(p, value);
+#endif
 }
 
 RF_INLINE void stream_fence() {
 #if defined(__x86_64__)
-  __builtin_ia32_sfence();
+  _mm_sfence();
 #endif
 }
 
-}  // namespace resnest_fused::cpu
+}  // namespace resnest_fused::cpu::RF_SET

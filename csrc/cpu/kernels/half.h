@@ -1,23 +1,12 @@
-// float16 and bfloat16 as stored, and a vector of them to float32 and back.
+// A vector of float16 or bfloat16 to float32 and back.
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
-#include "cpu/vector.h"
+#include "cpu/elements.h"
+#include "cpu/kernels/vector.h"
 
-namespace resnest_fused::cpu {
-
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
-
-// What a dtype is accumulated in.
-template <typename T>
-using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+namespace resnest_fused::cpu::RF_SET {
 
 // The stored bits of a vector V of float32.
 template <typename V>
@@ -38,39 +27,34 @@ RF_INLINE HalfBits<V> narrow(V value, BFloat16) {
 
 template <typename V>
 RF_INLINE V widen(HalfBits<V> half, Half) {
-#if defined(__x86_64__)
-  if constexpr (sizeof(V) > Baseline::kBytes) {
-    V value;
-    asm("vcvtph2ps %1, %0" : "=v"(value) : "v"(half));
-    return value;
-  }
+#if RF_REGISTER_BYTES == 64
+  return reinterpret<V>(_mm512_cvtph_ps(reinterpret<__m256i>(half)));
+#elif RF_REGISTER_BYTES == 32
+  return reinterpret<V>(_mm256_cvtph_ps(reinterpret<__m128i>(half)));
 #elif defined(__aarch64__)
-  V value;
-  asm("fcvtl %0.4s, %1.4h" : "=w"(value) : "w"(half));
-  return value;
-#endif
+  return reinterpret<V>(vcvt_f32_f16(reinterpret<float16x4_t>(half)));
+#else
   const Bits<V> bits = __builtin_convertvector(half, Bits<V>);
   const Bits<V> magnitude = (bits & 0x7fff) << 13;
   // The exponent's bias differs by 112; multiplying also normalises subnormal numbers.
   const auto finite = reinterpret<Bits<V>>(reinterpret<V>(magnitude) * 0x1p112f);
   const Bits<V> widened = magnitude >= (0x7c00u << 13) ? finite | 0x7f800000 : finite;
   return reinterpret<V>(widened | ((bits & 0x8000) << 16));
+#endif
 }
 
 // To nearest, ties to even.
 template <typename V>
 RF_INLINE HalfBits<V> narrow(V value, Half) {
-#if defined(__x86_64__)
-  if constexpr (sizeof(V) > Baseline::kBytes) {
-    HalfBits<V> half;
-    asm("vcvtps2ph $0, %1, %0" : "=v"(half) : "v"(value));
-    return half;
-  }
+#if RF_REGISTER_BYTES == 64
+  return reinterpret<HalfBits<V>>(
+      _mm512_cvtps_ph(reinterpret<__m512>(value), _MM_FROUND_TO_NEAREST_INT));
+#elif RF_REGISTER_BYTES == 32
+  return reinterpret<HalfBits<V>>(
+      _mm256_cvtps_ph(reinterpret<__m256>(value), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__aarch64__)
-  HalfBits<V> half;
-  asm("fcvtn %0.4h, %1.4s" : "=w"(half) : "w"(value));
-  return half;
-#endif
+  return reinterpret<HalfBits<V>>(vcvt_f16_f32(reinterpret<float32x4_t>(value)));
+#else
   const auto bits = reinterpret<Bits<V>>(value);
   const Bits<V> magnitude = bits & 0x7fffffff;
   // Normal numbers: change the exponent's bias and round in integers; a carry moves to the next
@@ -82,6 +66,7 @@ RF_INLINE HalfBits<V> narrow(V value, Half) {
   result = magnitude >= 0x477ff000u ? Bits<V>{} + 0x7c00 : result;  // 65520
   result = magnitude > 0x7f800000u ? Bits<V>{} + 0x7e00 : result;   // NaN
   return __builtin_convertvector(result | ((bits >> 16) & 0x8000), HalfBits<V>);
+#endif
 }
 
-}  // namespace resnest_fused::cpu
+}  // namespace resnest_fused::cpu::RF_SET

@@ -1,4 +1,4 @@
-// From the ops' tensors to what the kernels take, and back: dtypes, fresh memory, norms.
+// From the ops' tensors to what the kernels take, and back: dtypes and norms.
 #pragma once
 
 #include <algorithm>
@@ -6,44 +6,32 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/attention.h"
 #include "cpu/dtype.h"
-#include "cpu/memory.h"
-#include "cpu/norm.h"
+#include "cpu/kernels/attention.h"
+#include "cpu/kernels/memory.h"
+#include "cpu/kernels/norm.h"
+#include "cpu/kernels/prologue.h"
 #include "cpu/parallel.h"
-#include "cpu/prologue.h"
 #include "cpu/scratch.h"
 #include "problem.h"
 
-namespace resnest_fused::cpu {
-
-// Ask for huge pages behind a large tensor that nothing has been written to yet.
-void advise_huge_pages(const Tensor& fresh);
+namespace resnest_fused::cpu::RF_SET {
 
 // to[i] = from[i] in another dtype, rounding once; float64 meets only float32.
 template <typename To, typename From>
-struct Convert {
-  template <typename Isa>
-  static RF_INLINE void run(const From* from, int64_t count, To* to) {
-    if constexpr (sizeof(To) + sizeof(From) >= 12) {
-      std::copy_n(from, count, to);
-    } else {
-      using V = Vec<Isa, float>;
-      for (int64_t i = 0; i < count; i += kLanes<V>) {
-        store_lanes(to + i, load_lanes<V>(from + i, count - i), count - i);
-      }
-    }
-  }
-};
-
-template <typename To, typename From>
 void convert(const From* from, int64_t count, To* to) {
+  using V = Vec<float>;
   constexpr int64_t kChunk = 4096;
   parallel_items((count + kChunk - 1) / kChunk, kChunk * (sizeof(To) + sizeof(From)),
                  [&](int64_t begin, int64_t end) {
-                   const int64_t first = begin * kChunk;
-                   const int64_t n = std::min(end * kChunk, count) - first;
-                   dispatch<Convert<To, From>>(from + first, n, to + first);
+                   const int64_t first = begin * kChunk, last = std::min(end * kChunk, count);
+                   if constexpr (sizeof(To) + sizeof(From) >= 12) {
+                     std::copy(from + first, from + last, to + first);
+                   } else {
+                     for (int64_t i = first; i < last; i += kLanes<V>) {
+                       store_lanes(to + i, load_lanes<V>(from + i, last - i), last - i);
+                     }
+                   }
                  });
 }
 
@@ -163,7 +151,7 @@ class Gradient {
     for_dtype(tensor_.scalar_type(), [&](auto tag) {
       using P = decltype(tag);
       if constexpr (kMeets<A, P> && !std::is_same_v<A, P>) {
-        convert(const_cast<const A*>(buffer_.get()), tensor_.numel(), data<P>(tensor_));
+        convert(buffer_.get(), tensor_.numel(), data<P>(tensor_));
       }
     });
   }
@@ -173,4 +161,4 @@ class Gradient {
   std::unique_ptr<A[]> buffer_;
 };
 
-}  // namespace resnest_fused::cpu
+}  // namespace resnest_fused::cpu::RF_SET

@@ -1,0 +1,29 @@
+// The CPU kernels for AVX-512: F, BW, DQ and VL.
+#if defined(__x86_64__)
+
+#include "cpu/kernels/includes.h"
+
+#define RF_SET avx512
+#define RF_REGISTER_BYTES 64
+
+#if defined(__clang__)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+
+RF_KERNELS(cpu::avx512)
+
+#include "cpu/kernels/phases.h"
+#include "cpu/kernels/split_attention.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif
