@@ -1,10 +1,15 @@
-"""The benchmarks' arithmetic: the copy floor, the ratios and the summary tables."""
+"""The benchmarks' arithmetic: the copy floor, the ratios and the summary tables; their options."""
 
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import gpu_summary
+import instructions
 import pytest
 from contenders import interleave
 from grid import DTYPES, FORMS, GRIDS, LAYOUTS, STAGES, Case
@@ -209,3 +214,23 @@ def test_gpu_summary_says_what_failed_and_what_was_skipped() -> None:
     triton = text.partition("Triton over native")[2].splitlines()[1]
     assert triton.split() == ["a", "graph", "1.10", "1.10", "-"]
     assert "eval, us" in text and "train step, us: not measured" in text
+
+
+BENCHMARKS = Path(instructions.__file__).parent
+
+
+def _collect(*options: str) -> subprocess.CompletedProcess[str]:
+    """A run of the benchmarks with these options that stops before the first measurement."""
+    command = [sys.executable, "-P", "-m", "pytest", str(BENCHMARKS), "--collect-only", "-q"]
+    clean = {name: v for name, v in os.environ.items() if name not in instructions.VARIABLES}
+    return subprocess.run([*command, *options], env=clean, capture_output=True, text=True)
+
+
+def test_all_contenders_are_held_to_an_instruction_set() -> None:
+    assert _collect("--cpu-capability=baseline").returncode == 0
+    wrong = _collect("--cpu-capability=sse9")
+    assert wrong.returncode == 4 and "invalid choice: 'sse9'" in wrong.stderr
+    assert instructions.missed("avx2", "avx2", "AVX2") is None
+    assert instructions.missed("baseline", "baseline", "DEFAULT") is None
+    told = instructions.missed("baseline", "baseline", "AVX2")
+    assert told is not None and "PyTorch avx2" in told and "ATEN_CPU_CAPABILITY=default" in told

@@ -321,7 +321,7 @@ def test_any_size_with_gradients(norm0: NormLayer, norm1: NormLayer) -> None:
     torch.testing.assert_close(module.state_dict(), twin.state_dict())
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.long
 @pytest.mark.parametrize("norm1", [nn.BatchNorm2d, _group_norm], ids=["batch", "group"])
 def test_inductor(norm1: NormLayer) -> None:
     """Inductor fuses other ops around ours; the activations are channels_last."""

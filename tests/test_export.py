@@ -200,8 +200,8 @@ ONNX_MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = 
     "no bn1": (lambda: rf.FusedSplitAttention(8, norm_layer=None), (16, 9, 7)),
     "bn0": (lambda: rf.FusedSplitAttentionConv2d(4, 8, 3, padding=1), (4, 9, 7)),
     "another norm": (lambda: rf.FusedSplitAttention(8, norm_layer=_group_norm), (16, 9, 7)),
-    "folded": (_folded, (4, 9, 7)),
     "network": (_network, (3, 64, 64)),
+    "folded": (_folded, (4, 9, 7)),
 }
 
 

@@ -75,7 +75,7 @@ def plant_leftovers(checkout: Path) -> None:
             leftover = checkout / "build" / folder / name
             leftover.parent.mkdir(parents=True, exist_ok=True)
             leftover.write_text("left over")
-    for name in [*packed, "csrc/cpu/pool.o.so", "resnest_fused/__pycache__/removed.pyc"]:
+    for name in [*packed, "csrc/cpu/avx2.o.so", "resnest_fused/__pycache__/removed.pyc"]:
         (checkout / name).parent.mkdir(exist_ok=True)
         (checkout / name).write_text("left over")
     (checkout / "resnest_fused.egg-info").mkdir()
@@ -346,7 +346,7 @@ def test_python_m_pytest_in_a_checkout_passes(checkout: Path) -> None:
 def test_a_module_that_was_built_from_other_sources_is_not_taken(
     checkout: Path, change: str
 ) -> None:
-    source = checkout / "csrc" / "cpu" / "pool.cpp"
+    source = checkout / "csrc" / "cpu" / "kernels" / "pool.h"
     if change == "edited":
         source.write_text(source.read_text().replace("0", "1", 1))
     elif change == "added":
@@ -360,7 +360,7 @@ def test_a_module_that_was_built_from_other_sources_is_not_taken(
 
 
 def test_without_a_module_that_fits_it_is_said_once_and_what_to_do(checkout: Path) -> None:
-    (checkout / "csrc" / "cpu" / "pool.cpp").write_text("// edited")
+    (checkout / "csrc" / "cpu" / "kernels" / "pool.h").write_text("// edited")
     output = python(f"{REPORT}; import resnest_fused.backends.native", checkout)
     reason = (
         f"Python imported the folder {checkout / 'resnest_fused'}, and no compiled module fits its "

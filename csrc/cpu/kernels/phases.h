@@ -11,6 +11,7 @@
 #include "kernels.h"
 
 namespace resnest_fused::cpu::RF_SET {
+
 // Call f(T{}, prologue) in the map's dtype T.
 template <typename F>
 void with_prologue(const Map& map, const F& f) {

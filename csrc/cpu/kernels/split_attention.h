@@ -14,6 +14,7 @@
 #include "kernels.h"
 
 namespace resnest_fused::cpu::RF_SET {
+
 // Bytes of x that one thread takes through all three phases at a time. Recombine then finds them in
 // L2: 2 MB was 20% slower at 128@28x28, B=32, on a Xeon with 1.25 MB of it.
 constexpr int64_t kBlockBytes = 1024 * 1024;
