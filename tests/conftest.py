@@ -36,6 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # pytest-xdist would begin with the most tests
     # pytest-xdist's processes share the cores. With more threads than cores they would wait.
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(torch.get_num_threads() // workers, 1))
@@ -55,8 +56,22 @@ def pytest_configure(config: pytest.Config) -> None:
     cases.BACKEND = config.getoption("--kernels", "native")
 
 
+# The files that take longest, in this order. Begun last, one would run while other processes wait.
+LONGEST = (
+    *("test_cuda_sanitizers", "test_compilers", "test_triton", "test_cuda_kernels"),
+    *("test_compile", "test_triton_compiled", "test_export", "test_cpu_kernels", "test_cli"),
+    *("test_distributed", "test_install", "test_models", "test_backends", "test_reimport"),
+)
+
+
+def _start(item: pytest.Item) -> int:
+    """When an item's file is begun, among those of ``LONGEST`` and the rest."""
+    return LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=_start)
     cases: Counter[str] = Counter()
     for item in items:
         # The product of a module's mark and of a function's.

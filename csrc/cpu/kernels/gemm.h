@@ -98,42 +98,55 @@ struct GemmNt {
   static RF_KERNEL void run(const GemmSize& size, const Matrices<const A>& a,
                             const Matrices<const B>& b, const A* bias, const Matrices<A>& c,
                             int64_t begin, int64_t end) {
-    const auto widened = uninitialized<A>(std::is_same_v<A, B> ? 0 : kColumns * size.k);
+    const auto widened = uninitialized<A>(std::is_same_v<A, B> ? 0 : size.item_columns * size.k);
     for (int64_t item = begin; item < end; ++item) {
       const GemmPart part(size, item);
-      int64_t j = part.column;
-      for (; j + kColumns <= part.column_end; j += kColumns) {
-        const B* w = b.data + part.group * b.group_stride + j * b.row_stride;
-        if (!std::is_same_v<A, B> && part.reuses_b()) {
-          for (int column = 0; column < kColumns; ++column) {
-            for_vectors<V>(size.k, [&](int64_t p, auto lanes) __attribute__((always_inline)) {
-              store(widened.get() + column * size.k + p,
-                    load<V>(w + column * b.row_stride + p, lanes), lanes);
-            });
-          }
-          columns<kColumns>(size, part, a, widened.get(), size.k, bias, c, j);
-        } else {
-          columns<kColumns>(size, part, a, w, b.row_stride, bias, c, j);
+      const B* w = b.data + part.group * b.group_stride + part.column * b.row_stride;
+      if (!std::is_same_v<A, B> && part.reuses_b()) {
+        for (int64_t j = 0; j < part.column_end - part.column; ++j) {
+          for_vectors<V>(size.k, [&](int64_t p, auto lanes) __attribute__((always_inline)) {
+            store(widened.get() + j * size.k + p, load<V>(w + j * b.row_stride + p, lanes), lanes);
+          });
         }
-      }
-      for (; j < part.column_end; ++j) {
-        const B* w = b.data + part.group * b.group_stride + j * b.row_stride;
-        columns<1>(size, part, a, w, b.row_stride, bias, c, j);
+        all_rows(size, part, a, widened.get(), size.k, bias, c);
+      } else {
+        all_rows(size, part, a, w, b.row_stride, bias, c);
       }
     }
   }
 
-  // Columns [j, j + kColumns) of C, all rows of the part.
+  // As many rows at a time as stay in L1 while all columns pass.
+  template <typename W>
+  static RF_INLINE void all_rows(const GemmSize& size, const GemmPart& part,
+                                 const Matrices<const A>& a, const W* w, int64_t w_stride,
+                                 const A* bias, const Matrices<A>& c) {
+    constexpr int64_t kElements = 16 * 1024 / sizeof(A);
+    const int64_t fitting = kElements / std::max<int64_t>(size.k, 1) / kGemmRows;
+    const int64_t step = kGemmRows * std::max<int64_t>(fitting, 1);
+    for (int64_t row = part.row; row < part.row_end; row += step) {
+      const int64_t row_end = std::min(row + step, part.row_end);
+      int64_t j = part.column;
+      for (; j + kColumns <= part.column_end; j += kColumns) {
+        columns<kColumns>(size, part.group, row, row_end, a, w + (j - part.column) * w_stride,
+                          w_stride, bias, c, j);
+      }
+      for (; j < part.column_end; ++j) {
+        columns<1>(size, part.group, row, row_end, a, w + (j - part.column) * w_stride, w_stride,
+                   bias, c, j);
+      }
+    }
+  }
+
+  // Columns [j, j + kColumns) of C, rows [row, row_end).
   template <int kColumns, typename W>
-  static RF_INLINE void columns(const GemmSize& size, const GemmPart& part,
+  static RF_INLINE void columns(const GemmSize& size, int64_t group, int64_t row, int64_t row_end,
                                 const Matrices<const A>& a, const W* w, int64_t w_stride,
                                 const A* bias, const Matrices<A>& c, int64_t j) {
-    const A* starts = bias ? bias + part.group * size.n + j : nullptr;
-    for_row_tiles(part.row, part.row_end, [&]<int kRows>(int64_t i) __attribute__((always_inline)) {
-      tile<kRows, kColumns>(size.k, a.data + part.group * a.group_stride + i * a.row_stride,
+    const A* starts = bias ? bias + group * size.n + j : nullptr;
+    for_row_tiles(row, row_end, [&]<int kRows>(int64_t i) __attribute__((always_inline)) {
+      tile<kRows, kColumns>(size.k, a.data + group * a.group_stride + i * a.row_stride,
                             a.row_stride, w, w_stride, starts,
-                            c.data + part.group * c.group_stride + i * c.row_stride + j,
-                            c.row_stride);
+                            c.data + group * c.group_stride + i * c.row_stride + j, c.row_stride);
     });
   }
 
@@ -145,6 +158,7 @@ struct GemmNt {
       V columns[kColumns];
       unroll<kColumns>([&](auto j) __attribute__((always_inline)) {
         columns[j] = load<V>(w + j * w_stride + p, lanes);
+        hold_in_register(columns[j]);
       });
       unroll<kRows>([&](auto i) __attribute__((always_inline)) {
         const V row = load<V>(x + i * x_stride + p, lanes);
@@ -248,8 +262,10 @@ struct GemmNn {
     V sums[kRows * kColumns] = {};
     for (int64_t p = 0; p < products; ++p) {
       V columns[kColumns];
-      load_columns(w + p * w_stride, width,
-                   [&](auto j, V value) __attribute__((always_inline)) { columns[j] = value; });
+      load_columns(w + p * w_stride, width, [&](auto j, V value) __attribute__((always_inline)) {
+        columns[j] = value;
+        hold_in_register(columns[j]);
+      });
       unroll<kRows>([&](auto i) __attribute__((always_inline)) {
         const V scalar = broadcast<V>(x[i * i_stride + p * k_stride]);
         unroll<kColumns>([&](auto j) __attribute__((always_inline)) {

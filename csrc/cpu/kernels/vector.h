@@ -104,6 +104,16 @@ RF_INLINE V fma(V a, V b, V c) {
 #endif
 }
 
+// Loaded once: the compiler would read memory again for each use.
+template <typename V>
+RF_INLINE void hold_in_register(V& value) {
+#if defined(__x86_64__)
+  asm("" : "+v"(value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(value));
+#endif
+}
+
 // Lanes `index` of the two vectors laid end to end.
 template <typename V, size_t... index>
 RF_INLINE V shuffle(V a, V b) {
