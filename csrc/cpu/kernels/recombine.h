@@ -4,6 +4,7 @@
 // pool read last still in cache.
 #pragma once
 
+#include <algorithm>
 #include <utility>
 
 #include "cpu/elements.h"
@@ -68,13 +69,12 @@ RF_INLINE void write_rows(bool streamed, int64_t row_count, int64_t count, T* ou
 // Pixels that share the loads of what belongs to their features, in NHWC.
 constexpr int kRecombineTile = 4;
 
-// Call tile(first, count) for the pixels [0, count) in tiles, descending.
+// Call tile(first, count) for the pixels [0, count) of a work item in tiles: ascending, as the
+// processor fetches ahead in that direction alone.
 template <typename Tile>
-RF_INLINE void for_tiles_descending(int64_t count, Tile tile) {
-  for (int64_t end = count; end > 0;) {
-    const int64_t pixels = end % kRecombineTile != 0 ? end % kRecombineTile : kRecombineTile;
-    end -= pixels;
-    tile(end, pixels);
+RF_INLINE void for_pixel_tiles(int64_t count, Tile tile) {
+  for (int64_t first = 0; first < count; first += kRecombineTile) {
+    tile(first, std::min<int64_t>(kRecombineTile, count - first));
   }
 }
 
@@ -176,11 +176,10 @@ RF_KERNEL void recombine_nhwc(const Problem& p, const Prologue<Acc<T>>& prologue
   for (int64_t item = end; item-- > begin;) {
     const PixelItem pixels(p, item);
     const A* a = attention + pixels.sample * features;
-    for_tiles_descending(pixels.count, [&](int64_t first,
-                                           int64_t tile) __attribute__((always_inline)) {
+    for_pixel_tiles(pixels.count, [&](int64_t first, int64_t tile) __attribute__((always_inline)) {
       const int64_t pixel = pixels.first + first;
       const T* of_pixels = x + pixel * features;
-      prefetch(of_pixels - kRecombineTile * features, kRecombineTile * features);
+      prefetch(of_pixels + kRecombineTile * features, kRecombineTile * features);
       write_rows<V>(streamed, tile, channels, out + pixel * channels, channels,
                     [&](int64_t c, auto lanes, auto rows) __attribute__((always_inline)) {
                       const auto make = [&](int64_t r) __attribute__((always_inline)) {
@@ -305,35 +304,34 @@ RF_KERNEL void recombine_backward_nhwc(const Problem& p, const Prologue<Acc<T>>&
         }
       }
     }
-    for_tiles_descending(
-        pixels.count, [&](int64_t first, int64_t tile) __attribute__((always_inline)) {
-          const int64_t pixel = pixels.first + first;
-          const T* g = dout + pixel * channels;
-          const T* of_pixels = x + pixel * features;
-          prefetch(g - kRecombineTile * channels, kRecombineTile * channels);
-          prefetch(of_pixels - kRecombineTile * features, kRecombineTile * features);
-          for (int64_t r = 0; r < radix; ++r) {
-            write_rows<V>(streamed, tile, channels, dx + pixel * features + r * channels, features,
-                          [&](int64_t c, auto lanes, auto rows) __attribute__((always_inline)) {
-                            const int64_t f = r * channels + c;
-                            SplitBackward<V, kForm> split;
-                            split.p = load<V>(p_of + f, lanes);
-                            split.q = load<V>(q_of + f, lanes);
-                            split.at = affine_from<kPrologue, V>(prologue, f, lanes);
-                            if constexpr (kForm == Form::kBatch) {
-                              split.statistics = {load<V>(prologue.bn0.mean.data() + f, lanes),
-                                                  load<V>(statistics.slope.data() + f, lanes),
-                                                  load<V>(statistics.offset.data() + f, lanes)};
-                            }
-                            rows([&](int64_t i) __attribute__((always_inline)) {
-                              const auto x_of = [&]() __attribute__((always_inline)) {
-                                return load<V>(of_pixels + i * features + f, lanes);
-                              };
-                              return split.dx(load<V>(g + i * channels + c, lanes), x_of);
-                            });
-                          });
-          }
-        });
+    for_pixel_tiles(pixels.count, [&](int64_t first, int64_t tile) __attribute__((always_inline)) {
+      const int64_t pixel = pixels.first + first;
+      const T* g = dout + pixel * channels;
+      const T* of_pixels = x + pixel * features;
+      prefetch(g + kRecombineTile * channels, kRecombineTile * channels);
+      prefetch(of_pixels + kRecombineTile * features, kRecombineTile * features);
+      for (int64_t r = 0; r < radix; ++r) {
+        write_rows<V>(streamed, tile, channels, dx + pixel * features + r * channels, features,
+                      [&](int64_t c, auto lanes, auto rows) __attribute__((always_inline)) {
+                        const int64_t f = r * channels + c;
+                        SplitBackward<V, kForm> split;
+                        split.p = load<V>(p_of + f, lanes);
+                        split.q = load<V>(q_of + f, lanes);
+                        split.at = affine_from<kPrologue, V>(prologue, f, lanes);
+                        if constexpr (kForm == Form::kBatch) {
+                          split.statistics = {load<V>(prologue.bn0.mean.data() + f, lanes),
+                                              load<V>(statistics.slope.data() + f, lanes),
+                                              load<V>(statistics.offset.data() + f, lanes)};
+                        }
+                        rows([&](int64_t i) __attribute__((always_inline)) {
+                          const auto x_of = [&]() __attribute__((always_inline)) {
+                            return load<V>(of_pixels + i * features + f, lanes);
+                          };
+                          return split.dx(load<V>(g + i * channels + c, lanes), x_of);
+                        });
+                      });
+      }
+    });
   }
   stream_fence();
 }
