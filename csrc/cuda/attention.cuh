@@ -8,15 +8,16 @@
 
 namespace resnest_fused::cuda {
 
+// Those of a group come from the host, as a division takes a GPU as long as a load.
 struct FcSizes {
   int64_t radix;
-  int64_t cardinality;
   int64_t channels;
   int64_t inter;
+  int64_t group_channels;  // channels / cardinality
+  int64_t group_inter;     // inter / cardinality
 
   __device__ __forceinline__ int64_t features() const { return radix * channels; }
-  __device__ __forceinline__ int64_t group_channels() const { return channels / cardinality; }
-  __device__ __forceinline__ int64_t group_inter() const { return inter / cardinality; }
+  __device__ __forceinline__ int64_t group_features() const { return radix * group_channels; }
 };
 
 // hidden = fc1(gap) and, if bn1 has its statistics already, u = relu(bn1(hidden)). Both are (B, I),
@@ -37,12 +38,12 @@ struct HiddenArgs {
 
 template <typename A>
 __device__ __forceinline__ void hidden_block(const HiddenArgs<A>& args, int64_t block) {
-  const int64_t inputs = args.sizes.group_channels(), outputs = args.sizes.group_inter();
+  const int64_t inputs = args.sizes.group_channels, outputs = args.sizes.group_inter;
   const Tile tile(block, args.batch, outputs);
-  const Operand<A, Values<A>, false> gap{
-      {args.gap, args.sizes.channels}, 0, tile.group * inputs, args.batch, inputs};
-  const Operand<A, Weight<A>, false> weight{
-      {args.weight, inputs}, tile.group * outputs, 0, outputs, inputs};
+  const Operand<A, false> gap{args.gap + tile.group * inputs, args.sizes.channels, args.batch,
+                              inputs};
+  const WeightOperand<false> weight{args.weight, tile.group * outputs * inputs, inputs, outputs,
+                                    inputs};
   multiply_tile<A>(gap, weight, tile.row, tile.column, [&](int64_t b, int64_t output, A value) {
     const int64_t i = tile.group * outputs + output;
     const A hidden = value + args.bias.template at_or<A>(i, A(0));
@@ -116,14 +117,13 @@ template <typename A>
 __device__ __forceinline__ void attention_block(const AttentionArgs<A>& args, int64_t block) {
   const int64_t radix = args.sizes.radix, channels = args.sizes.channels;
   const int64_t features = args.sizes.features();
-  const int64_t inputs = args.sizes.group_inter(), outputs = args.sizes.group_channels();
+  const int64_t inputs = args.sizes.group_inter, outputs = args.sizes.group_channels;
   const Tile tile(block, args.batch, outputs);
-  const Operand<A, Values<A>, false> u{
-      {args.u, args.sizes.inter}, 0, tile.group * inputs, args.batch, inputs};
+  const Operand<A, false> u{args.u + tile.group * inputs, args.sizes.inter, args.batch, inputs};
   const int64_t first_channel = tile.group * outputs;
   for (int64_t r = 0; r < radix; ++r) {
     const int64_t first = logit_row(r, first_channel, radix, outputs);
-    const Operand<A, Weight<A>, false> weight{{args.weight, inputs}, first, 0, outputs, inputs};
+    const WeightOperand<false> weight{args.weight, first * inputs, inputs, outputs, inputs};
     multiply_tile<A>(u, weight, tile.row, tile.column, [&](int64_t b, int64_t c, A value) {
       args.attention[b * features + r * channels + first_channel + c] =
           value + args.bias.template at_or<A>(first + c, A(0));
@@ -160,14 +160,14 @@ struct HiddenGradientArgs {
 template <typename A>
 __global__ void __launch_bounds__(kProductThreads, kProductBlocks<A>)
     hidden_gradient_kernel(HiddenGradientArgs<A> args) {
-  const int64_t inputs = args.sizes.group_inter();
-  const int64_t outputs = args.sizes.features() / args.sizes.cardinality;
+  const int64_t inputs = args.sizes.group_inter;
+  const int64_t outputs = args.sizes.group_features();
   for (int64_t block = blockIdx.x; block < args.blocks; block += gridDim.x) {
     const Tile tile(block, args.batch, inputs);
     const int64_t first = tile.group * outputs;
-    const Operand<A, Values<A>, false> dlogits{
-        {args.dlogits, args.sizes.features()}, 0, first, args.batch, outputs};
-    const Operand<A, Weight<A>, true> weight{{args.weight, inputs}, first, 0, inputs, outputs};
+    const Operand<A, false> dlogits{args.dlogits + first, args.sizes.features(), args.batch,
+                                    outputs};
+    const WeightOperand<true> weight{args.weight, first * inputs, inputs, inputs, outputs};
     multiply_tile<A>(dlogits, weight, tile.row, tile.column, [&](int64_t b, int64_t i, A value) {
       args.du[b * args.sizes.inter + tile.group * inputs + i] = value;
     });
@@ -255,41 +255,32 @@ struct GradientsArgs {
 template <typename A>
 __device__ __forceinline__ void gradients_block(const GradientsArgs<A>& args, int64_t block) {
   const FcSizes& sizes = args.sizes;
-  const int64_t group_channels = sizes.group_channels(), group_inter = sizes.group_inter();
-  const int64_t features = sizes.features(), outputs = features / sizes.cardinality;
-  if (block < args.blocks.fc2) {
-    const Tile tile(block, outputs, group_inter);
-    const int64_t first = tile.group * outputs;
-    const Operand<A, Values<A>, true> dlogits{
-        {args.dlogits, features}, 0, first, outputs, args.batch};
-    const Operand<A, Values<A>, true> u{
-        {args.u, sizes.inter}, 0, tile.group * group_inter, group_inter, args.batch};
-    multiply_tile<A>(dlogits, u, tile.row, tile.column, [&](int64_t m, int64_t n, A value) {
-      args.dfc2_weight.put((first + m) * group_inter + n, value);
+  const int64_t group_channels = sizes.group_channels, group_inter = sizes.group_inter;
+  const int64_t features = sizes.features(), outputs = sizes.group_features();
+  if (block < args.blocks.fc2 + args.blocks.fc1) {
+    // The same product of one FC or the other, so that there is one code for both.
+    const bool of_fc2 = block < args.blocks.fc2;
+    const int64_t rows = of_fc2 ? outputs : group_inter;
+    const int64_t columns = of_fc2 ? group_inter : group_channels;
+    const Tile tile(of_fc2 ? block : block - args.blocks.fc2, rows, columns);
+    const int64_t first = tile.group * rows;
+    const Operand<A, true> gradient{(of_fc2 ? args.dlogits : args.dhidden) + first,
+                                    of_fc2 ? features : sizes.inter, rows, args.batch};
+    const Operand<A, true> input{(of_fc2 ? args.u : args.gap) + tile.group * columns,
+                                 of_fc2 ? sizes.inter : sizes.channels, columns, args.batch};
+    const Result result = of_fc2 ? args.dfc2_weight : args.dfc1_weight;
+    multiply_tile<A>(gradient, input, tile.row, tile.column, [&](int64_t m, int64_t n, A value) {
+      result.put((first + m) * columns + n, value);
     });
     return;
   }
-  block -= args.blocks.fc2;
-  if (block < args.blocks.fc1) {
-    const Tile tile(block, group_inter, group_channels);
-    const int64_t first = tile.group * group_inter;
-    const Operand<A, Values<A>, true> dhidden{
-        {args.dhidden, sizes.inter}, 0, first, group_inter, args.batch};
-    const Operand<A, Values<A>, true> gap{
-        {args.gap, sizes.channels}, 0, tile.group * group_channels, group_channels, args.batch};
-    multiply_tile<A>(dhidden, gap, tile.row, tile.column, [&](int64_t m, int64_t n, A value) {
-      args.dfc1_weight.put((first + m) * group_channels + n, value);
-    });
-    return;
-  }
-  block -= args.blocks.fc1;
+  block -= args.blocks.fc2 + args.blocks.fc1;
   if (block < args.blocks.gap) {
     const Tile tile(block, args.batch, group_channels);
     const int64_t first = tile.group * group_inter;
-    const Operand<A, Values<A>, false> dhidden{
-        {args.dhidden, sizes.inter}, 0, first, args.batch, group_inter};
-    const Operand<A, Weight<A>, true> weight{
-        {args.fc1_weight, group_channels}, first, 0, group_channels, group_inter};
+    const Operand<A, false> dhidden{args.dhidden + first, sizes.inter, args.batch, group_inter};
+    const WeightOperand<true> weight{args.fc1_weight, first * group_channels, group_channels,
+                                     group_channels, group_inter};
     multiply_tile<A>(dhidden, weight, tile.row, tile.column, [&](int64_t b, int64_t c, A value) {
       args.dgap[b * sizes.channels + tile.group * group_channels + c] = value;
     });

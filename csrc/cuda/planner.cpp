@@ -44,7 +44,7 @@ void set_lanes(Tiling& t, int64_t channels, int64_t lanes) {
 
 // Blocks of `groups` matrix products.
 int64_t product_blocks(int64_t rows, int64_t columns, int64_t groups) {
-  return ceil_div(rows, kTileRows) * ceil_div(columns, kTileColumns) * groups;
+  return counted(ceil_div(rows, kTileRows) * ceil_div(columns, kTileColumns) * groups, kMostBlocks);
 }
 
 // Shared memory in bytes of `sum_over_share`,

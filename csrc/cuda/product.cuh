@@ -1,6 +1,6 @@
 // Matrix products of (B, C)-sized data: result[m, n] = sum_k a[m, k] b[n, k], a tile a block.
 //
-// The warps of a block share the depth k, four values at a time; within a warp a thread has 4 x 4
+// The warps of a block share the depth k, eight values at a time; within a warp a thread has 4 x 4
 // results. Their partial sums are added in shared memory in ascending order of the warps. So the
 // order of a result's sum depends on the depth and the block's size alone, not on other rows.
 #pragma once
@@ -14,144 +14,132 @@ namespace resnest_fused::cuda {
 template <typename A>
 constexpr int64_t kProductBlocks = sizeof(A) == 8 ? 1 : kBlocksPerMultiprocessor;
 
-// A source of an operand's values: four neighbours in a row of a matrix at a time, or four rows of
-// four. The latter are loaded before any is used, as each wait for L2 takes longer than the sums.
-template <typename A>
-struct Values {
-  const A* data;
-  int64_t stride;  // between rows
+// Values of the depth that a thread takes in a step, and that it loads from both operands before it
+// uses any, because the wait for L2 takes longer than the sums. Single elements take more
+// registers: they are loaded in two halves.
+constexpr int kStep = 8;
+template <int kVector>
+constexpr int kTogether = kVector > 1 ? kStep : kStep / 2;
 
-  // Whether four neighbours are one load, in each row and from each multiple of four beyond
-  // `first`.
-  __device__ __forceinline__ bool in_vectors(int64_t first) const {
-    return sizeof(A) <= 4 && reinterpret_cast<uintptr_t>(data) % (4 * sizeof(A)) == 0 &&
-           (first | stride) % 4 == 0;
+// An operand: `rows` by `depth` values of a matrix with elements E. With kTransposed a row of the
+// matrix is a column of the operand.
+template <typename E, bool kTransposed>
+struct Operand {
+  const E* data;   // its first value
+  int64_t stride;  // between rows of the matrix
+  int64_t rows;
+  int64_t depth;
+
+  // Whether four neighbours in a row of the matrix, from each multiple of four on, are one load.
+  __device__ __forceinline__ bool in_vectors() const {
+    const int64_t columns = kTransposed ? rows : depth;
+    return sizeof(E) <= 4 && reinterpret_cast<uintptr_t>(data) % (4 * sizeof(E)) == 0 &&
+           (stride | columns) % 4 == 0;
   }
 
-  template <typename To>
-  __device__ __forceinline__ void load4x4(int64_t row, int64_t column, To (&to)[4][4]) const {
-    Vector<A, 4> rows[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      rows[i] = load<4>(data + (row + i) * stride + column);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        to[i][j] = static_cast<To>(widen(rows[i].values[j]));
-      }
-    }
-  }
-
-  __device__ __forceinline__ void load4(int64_t row, int64_t column, int count, A (&to)[4]) const {
-    const A* const from = data + row * stride + column;
-    if constexpr (sizeof(A) <= 4) {
-      if (count >= 4 && reinterpret_cast<uintptr_t>(from) % (4 * sizeof(A)) == 0) {
-        const auto vector = load<4>(from);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          to[i] = vector.values[i];
-        }
-        return;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      to[i] = i < count ? from[i] : A{};
-    }
+  template <typename A, typename F>
+  __device__ __forceinline__ void with_elements(F f) const {
+    f(*this);
   }
 };
 
 // The same of a weight in its own dtype.
-template <typename A>
-struct Weight {
-  Parameter parameter;
+template <bool kTransposed>
+struct WeightOperand {
+  Parameter weight;
+  int64_t first;  // element of the weight
   int64_t stride;
-
-  __device__ __forceinline__ bool in_vectors(int64_t first) const {
-    return sizeof(A) <= 4 && reinterpret_cast<uintptr_t>(parameter.data) % 16 == 0 &&
-           (first | stride) % 4 == 0;
-  }
-
-  __device__ __forceinline__ void load4x4(int64_t row, int64_t column, A (&to)[4][4]) const {
-    with_dtype<A>(parameter.data, parameter.dtype, [&](const auto* data) {
-      using P = std::remove_const_t<std::remove_reference_t<decltype(*data)>>;
-      if constexpr (sizeof(P) <= 4) {
-        Values<P>{data, stride}.load4x4(row, column, to);
-      }
-    });
-  }
-
-  __device__ __forceinline__ void load4(int64_t row, int64_t column, int count, A (&to)[4]) const {
-    with_dtype<A>(parameter.data, parameter.dtype, [&](const auto* data) {
-      using P = std::remove_const_t<std::remove_reference_t<decltype(*data)>>;
-      P from[4];
-      Values<P>{data, stride}.load4(row, column, count, from);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        to[i] = static_cast<A>(widen(from[i]));
-      }
-    });
-  }
-};
-
-// An operand: `rows` by `depth` values of a source from (first_row, first_column) on. With
-// kTransposed a row of the source is a column of the operand.
-template <typename A, typename Source, bool kTransposed>
-struct Operand {
-  Source source;
-  int64_t first_row;
-  int64_t first_column;
   int64_t rows;
   int64_t depth;
 
-  // values[i][k]: row + i, depth at + k; zeros outside.
-  __device__ __forceinline__ void load(int64_t row, int64_t at, A (&values)[4][4]) const {
-    const int64_t row_count = rows - row, depth_count = depth - at;
-    if constexpr (sizeof(A) <= 4) {
-      if (row_count >= 4 && depth_count >= 4 && source.in_vectors(first_column)) {
-        if constexpr (kTransposed) {
-          A lines[4][4];
-          source.load4x4(first_row + at, first_column + row, lines);
+  template <typename A, typename F>
+  __device__ __forceinline__ void with_elements(F f) const {
+    with_dtype<A>(weight.data, weight.dtype, [&](const auto* data) {
+      using E = std::remove_const_t<std::remove_reference_t<decltype(*data)>>;
+      f(Operand<E, kTransposed>{data + first, stride, rows, depth});
+    });
+  }
+};
+
+// A thread's four rows of an operand, of which it has a part of the depth at a time. They are
+// loaded without a branch: beyond the depth are zeros, and beyond the last row is that one again,
+// of which no result comes. They stay words until they are used, or the compiler would take them
+// apart first.
+template <typename E, bool kTransposed, int kVector>
+struct FourRows {
+  using Word = typename WordOf<sizeof(E) * kVector>::Type;
+  static constexpr int kRows = kTransposed ? kVector : 1;    // in a word
+  static constexpr int kDepths = kTransposed ? 1 : kVector;  // in a word
+  static constexpr int kWords = kTogether<kVector> / kDepths;
+
+  const E* next[4 / kRows];
+  int64_t stride;
+  Word words[4 / kRows][kWords];
+
+  __device__ __forceinline__ FourRows(const Operand<E, kTransposed>& operand, int64_t row,
+                                      int64_t depth)
+      : stride(operand.stride) {
+    const int64_t last = operand.rows - kRows;
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 4; i += kRows) {
+      const int64_t inside = row + i < last ? row + i : last;
+      next[i / kRows] =
+          operand.data + (kTransposed ? depth * stride + inside : inside * stride + depth);
+    }
+  }
+
+  // Load a part, of whose depth `left` are inside, and go on by `depths`.
+  __device__ __forceinline__ void load(int64_t left, int depths) {
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-              values[j][i] = lines[i][j];
-            }
-          }
-        } else {
-          source.load4x4(first_row + row, first_column + at, values);
-        }
-        return;
+    for (int i = 0; i < 4 / kRows; ++i) {
+      const E* from = next[i];
+      next[i] += depths * (kTransposed ? stride : 1);
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        words[i][w] = w * kDepths < left ? *reinterpret_cast<const Word*>(from) : Word{};
+        from += kTransposed ? stride : kVector;
       }
     }
+  }
+
+  // Of what was loaded.
+  __device__ __forceinline__ auto at(int row, int k) const {
+    Vector<E, kVector> vector;
+    memcpy(&vector, &words[row / kRows][k / kDepths], sizeof(vector));
+    return widen(vector.values[(kTransposed ? row : k) % kVector]);
+  }
+};
+
+// Add a thread's share of the products to its sums, of four rows of a and four of b.
+template <int kVector, typename A, typename EA, bool kTransposedA, typename EB, bool kTransposedB>
+__device__ __forceinline__ void add_products(const Operand<EA, kTransposedA>& a,
+                                             const Operand<EB, kTransposedB>& b, int64_t row,
+                                             int64_t column, A (&sums)[4][4]) {
+  const int first = static_cast<int>(threadIdx.x) / kWarp * kStep;
+  const int depths = static_cast<int>(blockDim.x) / kWarp * kStep;  // of all warps
+  FourRows<EA, kTransposedA, kVector> of_a(a, row, first);
+  FourRows<EB, kTransposedB, kVector> of_b(b, column, first);
+  for (int64_t k = first; k < a.depth; k += depths) {
+#pragma unroll 1
+    for (int part = 0; part < kStep; part += kTogether<kVector>) {
+      const int64_t left = a.depth - k - part;
+      const int on = part + kTogether<kVector> < kStep ? kTogether<kVector> : depths - part;
+      of_a.load(left, on);
+      of_b.load(left, on);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      A line[4] = {};
-      if constexpr (kTransposed) {
-        if (i < depth_count && row_count > 0) {
-          source.load4(first_row + at + i, first_column + row,
-                       static_cast<int>(row_count < 4 ? row_count : 4), line);
-        }
+      for (int at = 0; at < kTogether<kVector>; ++at) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          values[j][i] = line[j];
-        }
-      } else {
-        if (i < row_count && depth_count > 0) {
-          source.load4(first_row + row + i, first_column + at,
-                       static_cast<int>(depth_count < 4 ? depth_count : 4), line);
-        }
+        for (int i = 0; i < 4; ++i) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          values[i][j] = line[j];
+          for (int j = 0; j < 4; ++j) {
+            sums[i][j] =
+                fma(static_cast<A>(of_a.at(i, at)), static_cast<A>(of_b.at(j, at)), sums[i][j]);
+          }
         }
       }
     }
   }
-};
+}
 
 // Call put(m, n, value) for those results in [row, row + kTileRows) x [column, column +
 // kTileColumns) that the operands have. Every thread of the block must call; all of them can read
@@ -165,21 +153,15 @@ __device__ __forceinline__ void multiply_tile(const OperandA& a, const OperandB&
   const int warps = static_cast<int>(blockDim.x) / kWarp;
   const int m = lane / kColumnsOfThreads * 4, n = lane % kColumnsOfThreads * 4;
   A sums[4][4] = {};
-  for (int64_t k = warp * 4; k < a.depth; k += warps * 4) {
-    A a_values[4][4], b_values[4][4];
-    a.load(row + m, k, a_values);
-    b.load(column + n, k, b_values);
-#pragma unroll
-    for (int at = 0; at < 4; ++at) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          sums[i][j] = fma(a_values[i][at], b_values[j][at], sums[i][j]);
-        }
+  // Chosen before the loop over the depth, in which a branch would end what can be loaded together.
+  b.template with_elements<A>([&](const auto& typed) {
+    if constexpr (sizeof(A) <= 4) {
+      if (a.in_vectors() && typed.in_vectors()) {
+        return add_products<4>(a, typed, row + m, column + n, sums);
       }
     }
-  }
+    add_products<1>(a, typed, row + m, column + n, sums);
+  });
   A* const partial = shared<A>();
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -207,11 +189,12 @@ struct Tile {
   int64_t group, row, column;
 
   __device__ __forceinline__ Tile(int64_t block, int64_t rows, int64_t columns) {
-    const int64_t row_tiles = (rows + kTileRows - 1) / kTileRows;
-    const int64_t column_tiles = (columns + kTileColumns - 1) / kTileColumns;
-    row = block % row_tiles * kTileRows;
-    column = block / row_tiles % column_tiles * kTileColumns;
-    group = block / row_tiles / column_tiles;
+    const auto index = static_cast<uint32_t>(block);  // at most kMostBlocks
+    const auto row_tiles = static_cast<uint32_t>((rows + kTileRows - 1) / kTileRows);
+    const auto column_tiles = static_cast<uint32_t>((columns + kTileColumns - 1) / kTileColumns);
+    row = index % row_tiles * kTileRows;
+    column = index / row_tiles % column_tiles * kTileColumns;
+    group = index / row_tiles / column_tiles;
   }
 };
 

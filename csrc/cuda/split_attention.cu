@@ -5,7 +5,9 @@
 namespace resnest_fused::cuda {
 namespace {
 
-FcSizes fc_sizes(const Workload& w) { return {w.radix, w.cardinality, w.channels, w.inter}; }
+FcSizes fc_sizes(const Workload& w) {
+  return {w.radix, w.channels, w.inter, w.channels / w.cardinality, w.inter / w.cardinality};
+}
 
 [[noreturn]] void refuse(const Launch& planned) {
   throw std::logic_error(std::string("resnest_fused: kernel ") + planned.name +

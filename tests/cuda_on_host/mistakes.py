@@ -60,6 +60,8 @@ MISTAKES = [
         "(chunk + 1) * tiling.chunk_pixels + 1",
     ),
     Mistake("address", "attention.cu", "product.cuh", "result_row < a.rows", "true"),
+    Mistake("address", "attention.cu", "product.cuh", "row + i < last", "true"),
+    Mistake("address", "attention.cu", "product.cuh", "w * kDepths < left", "true"),
     # Numbers.
     Mistake(
         "plain",
@@ -80,7 +82,7 @@ MISTAKES = [
         "plain", "recombine.cu", "recombine.cuh", "block < args.blocks", "block + 1 < args.blocks"
     ),
     Mistake("plain", "attention.cu", "norm.cuh", "row < rows", "row + 1 < rows", place=1),
-    Mistake("plain", "attention.cu", "product.cuh", "(row + i) * stride", "row * stride"),
+    Mistake("plain", "attention.cu", "product.cuh", "inside * stride + depth", "depth"),
     Mistake("plain", "pool.cu", "pool.cuh", "j < args.chunks", "j + 1 < args.chunks"),
 ]
 
