@@ -1,5 +1,5 @@
 // The kernels that calls.h asks of a device, declared once for all devices, and for all instruction
-// sets of the CPU.
+// sets of the CPU. Their files are in <device>/, the CPU's in cpu/kernels/.
 #pragma once
 
 #include <optional>
@@ -10,12 +10,12 @@
 #define RF_KERNELS(device)                                                                       \
   namespace resnest_fused::device {                                                              \
   struct Kernels {                                                                               \
-    /* All phases: <device>/split_attention. */                                                  \
+    /* All phases: split_attention. */                                                           \
     static void forward(const Map& map, const Mlp& mlp, const Tensor& out,                       \
                         const TrainResults* train);                                              \
     static void backward(const Map& map, const Mlp& mlp, const Tensor& dout,                     \
                          const SavedArguments& saved, const GradientResults& grads);             \
-    /* One phase each: <device>/phases. */                                                       \
+    /* One phase each: phases. */                                                                \
     static void batch_statistics(const Map& map, const Tensor& mean, const Tensor& var);         \
     static void pool(const Map& map, const Tensor& gap);                                         \
     static void recombine(const Map& map, const Tensor& attention, const Tensor& out);           \
