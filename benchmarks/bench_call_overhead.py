@@ -1,31 +1,75 @@
-"""What a call of the fused module costs beyond its op, on a map too small to take any time."""
+"""What a call of the fused module costs beyond its ops, on a map too small to take any time."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
 
 import resnest_fused as rf
-from resnest_fused.ops import FcArguments, MapArguments, NormArguments
+from resnest_fused.ops import (
+    NOTHING_RUNS,
+    FcArguments,
+    MapArguments,
+    NormArguments,
+    RunningArguments,
+)
+
+OPS = torch.ops.resnest_fused
 
 
-@pytest.mark.parametrize("contender", ["op", "module"])
-def test_call_overhead(benchmark: BenchmarkFixture, contender: str) -> None:
-    """Eval, 64 channels, 8x8 pixels, one sample."""
-    module = rf.FusedSplitAttention(64).eval()
-    module.backend = "native"
-    x = torch.rand(1, 128, 8, 8)
+def of_ops(module: rf.FusedSplitAttention, x: Tensor, dout: Tensor) -> Callable[[], Tensor]:
+    """A call or a training step by the ops alone: out, or the gradient of x."""
     fc1, bn1, fc2 = module.fc1, module.bn1, module.fc2
-    arguments = (
-        *MapArguments(x, False, module.radix),
-        *NormArguments(None, None, None, None, 0.0, False),
-        *FcArguments(fc1.weight, fc1.bias, fc2.weight, fc2.bias, module.cardinality),
-        *NormArguments(bn1.weight, bn1.bias, bn1.running_mean, bn1.running_var, bn1.eps, False),
-    )
-    op = torch.ops.resnest_fused.split_attention.default
-    calls = {"op": lambda: op(*arguments), "module": lambda: module(x)}
-    benchmark.group = "call overhead, 64@8x8 eval fp32 NCHW R=2 B=1"
-    with torch.no_grad():
-        torch.testing.assert_close(calls["op"](), calls["module"](), rtol=0, atol=0)
-        benchmark(calls[contender])
+    map_and_bn0 = (*MapArguments(x, False, module.radix), *NormArguments(*[None] * 4, 0.0, False))
+    fcs = FcArguments(fc1.weight, fc1.bias, fc2.weight, fc2.bias, module.cardinality)
+    affine, running = (bn1.weight, bn1.bias), (bn1.running_mean, bn1.running_var)
+    running_norm = NormArguments(*affine, *running, bn1.eps, False)
+    needed = [True, False, False, *[True] * 6]
+
+    def evaluate() -> Tensor:
+        out: Tensor = OPS.split_attention.default(*map_and_bn0, *fcs, *running_norm)
+        return out
+
+    def step() -> Tensor:
+        norm = NormArguments(*affine, None, None, bn1.eps, True)
+        results = OPS.split_attention_train.default(*map_and_bn0, *fcs, *norm)
+        _, gap, hidden, attention, _, _, mean, var = results
+        update = RunningArguments(*running, bn1.num_batches_tracked, mean, var, bn1.momentum)
+        OPS.update_running_statistics.default(x, *NOTHING_RUNS, *update)
+        norm = norm._replace(mean=mean, var=var)
+        dx: Tensor = OPS.split_attention_backward.default(
+            dout, *map_and_bn0, *fcs, *norm, gap, hidden, attention, needed
+        )[0]
+        return dx
+
+    return step if module.training else evaluate
+
+
+def of_module(module: rf.FusedSplitAttention, x: Tensor, dout: Tensor) -> Callable[[], Tensor]:
+    wanted = [x, *module.parameters()]
+    x.requires_grad_(module.training)
+
+    def step() -> Tensor:
+        return torch.autograd.grad(module(x), wanted, dout)[0]
+
+    return step if module.training else lambda: module(x)
+
+
+@pytest.mark.parametrize("contender", ["ops", "module"])
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_call_overhead(benchmark: BenchmarkFixture, mode: str, contender: str) -> None:
+    """64 channels, 8x8 pixels, one sample; two in training."""
+    module = rf.FusedSplitAttention(64).train(mode == "train")
+    module.backend = "native"
+    batch = 2 if module.training else 1
+    x, dout = torch.rand(batch, 128, 8, 8), torch.rand(batch, 64, 8, 8)
+    benchmark.group = f"call overhead, 64@8x8 {mode} fp32 NCHW R=2 B={batch}"
+    with torch.set_grad_enabled(module.training):
+        by_ops = of_ops(module, x.detach(), dout)
+        by_module = of_module(module, x, dout)
+        torch.testing.assert_close(by_ops(), by_module(), rtol=0, atol=0)
+        benchmark(by_ops if contender == "ops" else by_module)

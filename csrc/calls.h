@@ -21,6 +21,9 @@
 //     recombine_backward(const Map&, const Tensor& dout, const Tensor& attention,
 //                        const Tensor& dgap, const std::optional<Tensor>& mean_dz,
 //                        const std::optional<Tensor>& mean_dz_xhat, const Tensor& dx)
+//
+//   The running statistics of bn0 and of bn1, one after the other, as both may be the same.
+//     update_running_statistics(const Tensor& x, const Running (&norms)[2])
 #pragma once
 
 #include <cstdint>
@@ -181,6 +184,14 @@ struct Calls {
     const Tensor dx = empty_map(map, p.features());
     K::recombine_backward(map, dout, attention, dgap, mean_dz, mean_dz_xhat, dx);
     return dx;
+  }
+
+  static void update_running_statistics(Tensor x, RunningArguments bn0, RunningArguments bn1) {
+    STD_TORCH_CHECK(x.dim() == 4, "x: expected 4 dimensions, got ", x.dim());
+    const int64_t batch = x.size(0);
+    const Running norms[2] = {take_running("bn0", std::move(bn0), batch * x.size(2) * x.size(3), x),
+                              take_running("bn1", std::move(bn1), batch, x)};
+    K::update_running_statistics(x, norms);
   }
 
  private:

@@ -82,6 +82,12 @@ RF_FORMULA V batch_norm(V x, V mean, V scale, V beta) {
   return (x - mean) * scale + beta;
 }
 
+// A running statistic of batch normalisation after one more batch.
+template <typename V>
+RF_FORMULA V running_statistic(V running, V batch, V momentum) {
+  return (1 - momentum) * running + momentum * batch;
+}
+
 // Gradient of batch normalisation with batch statistics:
 //   dx = scale * (dy - dbeta/N - xhat * dgamma/N)
 // With frozen statistics the two sums take no part: pass zeros for mean_dy and mean_dy_xhat.

@@ -19,6 +19,7 @@ _TYPES = {
     "bool": "bool",
     "int": "int64_t",
     "float": "double",
+    "float?": "std::optional<double>",
     "bool[]": "std::vector<bool>",
 }
 
@@ -92,6 +93,8 @@ def _function(op: Any) -> str:
         struct = parameter.struct
         values.append(moved if struct is None else f"{struct.__name__}{{{moved}}}")
     call = f"Calls::{op.name}({', '.join(values)})"
+    if op.returns_nothing:
+        return f"  static void {op.name}({flat}) {{\n    {call};\n  }}"
     if op.struct_of_results is None:
         return f"  static Tensor {op.name}({flat}) {{\n    return {call};\n  }}"
     tensors = ", ".join(["Tensor"] * len(op.results))

@@ -27,6 +27,8 @@
     static void recombine_backward(const Map& map, const Tensor& dout, const Tensor& attention,  \
                                    const Tensor& dgap, const std::optional<Tensor>& mean_dz,     \
                                    const std::optional<Tensor>& mean_dz_xhat, const Tensor& dx); \
+    /* After a forward. */                                                                       \
+    static void update_running_statistics(const Tensor& x, const Running (&norms)[2]);           \
   };                                                                                             \
   }
 RF_KERNELS(cpu)

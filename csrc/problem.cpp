@@ -181,6 +181,37 @@ void take_sums(const char* name, Tensor& sums, std::initializer_list<int64_t> si
   sums = in_layout(sums, Layout::kNchw);
 }
 
+Running take_running(const std::string& name, RunningArguments args, int64_t elements,
+                     const Tensor& x) {
+  const bool runs = args.running_mean.has_value();
+  STD_TORCH_CHECK(args.running_var.has_value() == runs && args.mean.has_value() == runs &&
+                      args.var.has_value() == runs,
+                  name, ": expected running_mean, running_var, mean and var, or none of them");
+  STD_TORCH_CHECK(!runs || elements != 1, name, ": expected more than 1 value per channel");
+  STD_TORCH_CHECK(!runs || args.momentum.has_value() || args.num_batches_tracked.has_value(), name,
+                  ": expected a momentum, or num_batches_tracked for a cumulative average");
+  const int64_t features = runs ? args.running_mean->numel() : 0;
+  if (runs) {
+    for (auto* running : {&args.running_mean, &args.running_var}) {
+      STD_TORCH_CHECK((*running)->is_contiguous(), name, ": expected contiguous statistics");
+      take_parameter((name + "_running").c_str(), *running, features, x);
+    }
+    for (auto* batch : {&args.mean, &args.var}) {
+      check_shape((name + "_mean, " + name + "_var").c_str(), **batch, {features}, x);
+      STD_TORCH_CHECK((*batch)->scalar_type() == acc_of(x.scalar_type()), name, "_mean, ", name,
+                      "_var: expected float32, or float64 if x is float64");
+      *batch = in_layout(**batch, Layout::kNchw);
+    }
+  }
+  if (args.num_batches_tracked.has_value()) {
+    const Tensor& count = *args.num_batches_tracked;
+    STD_TORCH_CHECK(count.scalar_type() == ScalarType::Long && count.numel() == 1 &&
+                        count.device() == x.device(),
+                    name, "_num_batches_tracked: expected one int64 on x's device");
+  }
+  return {std::move(args), features, elements};
+}
+
 Tensor empty_map(const Map& map, int64_t features) {
   const Problem& p = map.problem;
   const std::vector<int64_t> sizes{p.batch, features, p.height, p.width};

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <string>
 
 #include "ops_generated.h"
 
@@ -13,6 +14,11 @@ namespace resnest_fused {
 using torch::headeronly::ScalarType;
 
 enum class Layout { kNchw, kNhwc };
+
+// The dtype of sums over elements of this one.
+inline ScalarType acc_of(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
 struct Problem {
   int64_t batch;
@@ -29,9 +35,7 @@ struct Problem {
   int64_t features() const { return radix * channels; }
   int64_t group_channels() const { return channels / cardinality; }
   int64_t group_inter() const { return inter / cardinality; }
-  ScalarType acc() const {
-    return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  }
+  ScalarType acc() const { return acc_of(dtype); }
 };
 
 // Whether there is a norm: it has statistics, or will take those of the batch.
@@ -47,6 +51,17 @@ struct Map : MapArguments {
 // The layers between gap and logits.
 struct Mlp : FcArguments {
   NormArguments bn1;
+};
+
+// A norm's running statistics, and the batch's over so many elements a feature, which they take in.
+struct Running : RunningArguments {
+  int64_t features;  // 0 where there is nothing to update
+  int64_t elements;
+
+  // From the batch's biased variance to the unbiased one.
+  double correction() const {
+    return static_cast<double>(elements) / static_cast<double>(elements - 1);
+  }
 };
 
 // A gradient without elements is not needed.
@@ -69,6 +84,10 @@ void take_dout(const Map& map, Tensor& dout);
 // made contiguous.
 void take_sums(const char* name, Tensor& sums, std::initializer_list<int64_t> sizes,
                const Problem& problem, const Tensor& x);
+
+// Running statistics, contiguous, of x's dtype or float32.
+Running take_running(const std::string& name, RunningArguments args, int64_t elements,
+                     const Tensor& x);
 
 // A fresh (batch, features, H, W) tensor in x's dtype and layout and on its device.
 Tensor empty_map(const Map& map, int64_t features);

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnest_fused.ops import FcArguments
+from resnest_fused.ops import FcArguments, RunningArguments
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -119,6 +119,44 @@ def check_norm(
             f"{name}: Expected more than 1 value per channel when training, got input size "
             f"[1, {features}, 1, 1]"
         )
+
+
+def check_running(name: str, args: RunningArguments, elements: int, x: Tensor) -> None:
+    """Check running statistics, and the batch's over so many elements that they take in.
+
+    Raises:
+        TypeError, ValueError: as :func:`check_map`.
+    """
+    statistics = {field: getattr(args, field) for field in ("running_mean", "running_var")}
+    batch = {field: getattr(args, field) for field in ("mean", "var")}
+    given = [tensor for tensor in (*statistics.values(), *batch.values()) if tensor is not None]
+    if given and len(given) < 4:
+        raise ValueError(f"{name}: expected running_mean, running_var, mean and var, or none")
+    for field, tensor in statistics.items():
+        if tensor is not None:
+            _check_tensor(f"{name}.{field}", tensor, tuple(given[0].shape), x)
+            if tensor.dim() != 1 or not tensor.is_contiguous():
+                raise ValueError(f"{name}.{field}: expected a contiguous vector")
+    for field, tensor in batch.items():
+        if tensor is not None:
+            check_sums(f"{name}.{field}", tensor, tuple(given[0].shape), x)
+    if given and elements == 1:
+        raise ValueError(f"{name}: expected more than 1 value per channel")
+    check_counter(f"{name}.num_batches_tracked", args.num_batches_tracked)
+    if given and args.momentum is None and args.num_batches_tracked is None:
+        raise ValueError(f"{name}.momentum: expected a number without num_batches_tracked")
+
+
+def check_counter(name: str, counter: Any) -> None:
+    """Check the number of batches that a norm has seen, a tensor or None.
+
+    Raises:
+        TypeError, ValueError: as :func:`check_map`.
+    """
+    if counter is not None:
+        _check_is_tensor(name, counter, " or None")
+        if counter.numel() != 1:
+            raise ValueError(f"{name}: expected one number, got shape {tuple(counter.shape)}")
 
 
 def check_number(name: str, number: Any) -> None:

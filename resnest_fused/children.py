@@ -230,18 +230,13 @@ def is_plain(tensor: Tensor | None) -> bool:
     )
 
 
-def counts_batches(bn: Any) -> bool:
-    """Whether a call of ``bn`` in its present mode adds one to ``num_batches_tracked``."""
-    return bn.training and bn.track_running_stats and bn.num_batches_tracked is not None
-
-
 def batch_norm_args(bn: Any) -> BatchNormArgs | None:
     """The batch normalisation that ``bn`` computes in its present mode, or None if it is called."""
     kind = None if bn is None else _norm_kind(type(bn))
     if kind is None or intercepted(bn) is not None:
         return None
     weight, bias = tensor_of(bn, "weight"), tensor_of(bn, "bias")
-    training, momentum = bn.training, 0.0
+    training = bn.training
     # In training mode without tracking, running statistics are neither used nor changed.
     running = kind == "frozen" or not training or bn.track_running_stats
     mean = tensor_of(bn, "running_mean") if running else None
@@ -253,13 +248,15 @@ def batch_norm_args(bn: Any) -> BatchNormArgs | None:
         return None
     if kind == "frozen":
         return BatchNormArgs(weight, bias, mean, var, eps=bn.eps, batch_stats=False)
-    if bn.momentum is not None:
-        momentum = bn.momentum
-    elif counts_batches(bn):
-        momentum = 1.0 / (float(bn.num_batches_tracked) + 1.0)  # a cumulative average
+    counter = None
+    if training and bn.track_running_stats:
+        counter = tensor_of(bn, "num_batches_tracked")
+        if not is_plain(counter):
+            return None
+    momentum = 0.0 if bn.momentum is None and counter is None else bn.momentum
     batch_stats = training or mean is None
     group = _process_group(bn) if kind == "sync" and training else None
-    return BatchNormArgs(weight, bias, mean, var, momentum, bn.eps, batch_stats, group)
+    return BatchNormArgs(weight, bias, mean, var, momentum, bn.eps, batch_stats, group, counter)
 
 
 def _process_group(bn: nn.SyncBatchNorm) -> str | None:

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from resnest_fused import autograd, reference
-from resnest_fused.backends import choose
-from resnest_fused.checks import check_fcs, check_map, check_norm, check_number
-from resnest_fused.ops import FcArguments, MapArguments
+from resnest_fused.backends import choose, kernels
+from resnest_fused.checks import check_counter, check_fcs, check_map, check_norm, check_number
+from resnest_fused.ops import NOTHING_RUNS, FcArguments, MapArguments, RunningArguments
 from resnest_fused.reference import BatchNormArgs
 
 
@@ -154,7 +154,7 @@ def split_attention(
         out, statistics0 = autograd.attend(
             chosen, MapArguments(x, relu, radix), attention_of, bn0, batch_stats0
         )
-        _update(bn0, statistics0)
+        _update(chosen, x, (bn0, statistics0))
         return out
     try:
         out, statistics0, statistics1 = autograd.split_attention(
@@ -170,8 +170,7 @@ def split_attention(
         if not checked:
             _check(*arguments)
         raise
-    _update(bn0, statistics0)
-    _update(bn1, statistics1)
+    _update(chosen, x, (bn0, statistics0), (bn1, statistics1))
     return out
 
 
@@ -242,7 +241,7 @@ def attend(
     out, statistics = autograd.attend(
         chosen, MapArguments(x, relu, radix), attention_of, bn0, batch_stats
     )
-    _update(bn0, statistics)
+    _update(chosen, x, (bn0, statistics))
     return out
 
 
@@ -250,9 +249,53 @@ def _spans_processes(bn: BatchNormArgs | None, batch_stats: bool) -> bool:
     return batch_stats and bn is not None and bn.process_group is not None
 
 
-def _update(bn: BatchNormArgs | None, statistics: autograd.Statistics | None) -> None:
-    if bn is not None and statistics is not None:
-        reference.update_running_statistics(bn, *statistics)
+_Norm = tuple[BatchNormArgs | None, autograd.Statistics | None]
+
+
+def _update(backend: str, x: Tensor, of_bn0: _Norm, of_bn1: _Norm = (None, None)) -> None:
+    """Let the norms' running statistics take in the batch's, where there are both."""
+    if of_bn0[1] is None and of_bn1[1] is None:
+        return
+    if _op_updates(x, *of_bn0) and _op_updates(x, *of_bn1):
+        # Detached: an exported program records the op, but not that autograd skips it.
+        kernels(backend).update_running_statistics(
+            x.detach(), *_running(*of_bn0), *_running(*of_bn1)
+        )
+        return
+    for bn, statistics in (of_bn0, of_bn1):
+        if bn is not None and statistics is not None:
+            reference.update_running_statistics(bn, *statistics)
+
+
+def _op_updates(
+    x: Tensor, bn: BatchNormArgs | None, statistics: autograd.Statistics | None
+) -> bool:
+    if bn is None or statistics is None:
+        return True
+    if isinstance(statistics.elements, Tensor):
+        return False  # those of several processes
+    counter = bn.num_batches_tracked
+    for tensor in (bn.running_mean, bn.running_var, counter):
+        if tensor is not None and not (tensor.is_contiguous() and tensor.device == x.device):
+            return False
+    return counter is None or counter.dtype == torch.int64
+
+
+def _running(
+    bn: BatchNormArgs | None, statistics: autograd.Statistics | None
+) -> RunningArguments | tuple[Any, ...]:
+    if bn is None or statistics is None:
+        return NOTHING_RUNS
+    if bn.running_mean is None:
+        return NOTHING_RUNS._replace(num_batches_tracked=bn.num_batches_tracked)
+    return (
+        bn.running_mean,
+        bn.running_var,
+        bn.num_batches_tracked,
+        statistics.mean.detach(),
+        statistics.var.detach(),
+        bn.momentum,
+    )
 
 
 def _check_bn0(x: Tensor, bn0: BatchNormArgs | None, training: bool) -> None:
@@ -290,5 +333,8 @@ def _check_norm(
     # Other processes have more elements.
     count = elements if bn.process_group is None else 0
     check_norm(name, tensors, bn.eps, batch_stats, count, features, x)
-    if batch_stats and bn.running_mean is not None:
+    if not batch_stats:
+        return
+    check_counter(f"{name}.num_batches_tracked", bn.num_batches_tracked)
+    if bn.running_mean is not None and (bn.momentum is not None or bn.num_batches_tracked is None):
         check_number(f"{name}.momentum", bn.momentum)

@@ -12,7 +12,6 @@ from resnest_fused.children import (
     RELU,
     batch_norm_args,
     calls_are_watched,
-    counts_batches,
     is_nothing,
     is_pointwise,
     is_r_softmax,
@@ -73,7 +72,7 @@ def fused_attention(
         and is_pointwise(fc1, cardinality)
         and is_pointwise(fc2, cardinality)
     ):
-        out = split_attention(
+        return split_attention(
             x,
             tensor_of(fc1, "weight"),
             tensor_of(fc1, "bias"),
@@ -86,30 +85,23 @@ def fused_attention(
             relu=relu,
             backend=backend,
         )
-    else:
-        norm1 = None  # the module itself counts its batches
 
-        def mlp(gap: Tensor) -> Tensor:
-            hidden = fc1(_as_input(gap, x, fc1))
-            if bn1 is not None:
-                hidden = bn1(hidden)
-            return fc2(act1(hidden))
+    def mlp(gap: Tensor) -> Tensor:
+        hidden = fc1(_as_input(gap, x, fc1))
+        if bn1 is not None:
+            hidden = bn1(hidden)
+        return fc2(act1(hidden))
 
-        out = attend(
-            x,
-            mlp,
-            softmax,
-            radix=radix,
-            cardinality=cardinality,
-            bn0=norm0,
-            relu=relu,
-            backend=backend,
-        )
-    # After the call, so that the counts stay unchanged if it raises.
-    for bn, norm in ((bn0, norm0), (bn1, norm1)):
-        if norm is not None and norm.batch_stats and counts_batches(bn):
-            bn.num_batches_tracked.add_(1)
-    return out
+    return attend(
+        x,
+        mlp,
+        softmax,
+        radix=radix,
+        cardinality=cardinality,
+        bn0=norm0,
+        relu=relu,
+        backend=backend,
+    )
 
 
 def _as_input(gap: Tensor, x: Tensor, fc1: nn.Module) -> Tensor:

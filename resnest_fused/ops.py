@@ -11,6 +11,7 @@ Everything that knows an op's signature reads it here: the schemas, the C++ stru
 # No deferred annotations: the table is built from them.
 import inspect
 import itertools
+import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
@@ -19,9 +20,10 @@ from torch import Tensor
 
 # --- structs of arguments
 
-_DIFFERENTIABLE = "differentiable"
+_DIFFERENTIABLE, _MUTATED = "differentiable", "mutated"
 Differentiable = Annotated[Tensor, _DIFFERENTIABLE]
 OptionalDifferentiable = Annotated[Tensor | None, _DIFFERENTIABLE]
+OptionalMutated = Annotated[Tensor | None, _MUTATED]
 
 
 class MapArguments(NamedTuple):
@@ -75,8 +77,22 @@ class SavedArguments(NamedTuple):
     attention: Tensor  # (B, R, C)
 
 
+class RunningArguments(NamedTuple):
+    """A norm's running statistics, and the batch's which they take in; there may be none."""
+
+    running_mean: OptionalMutated  # (F)
+    running_var: OptionalMutated  # (F), unbiased
+    num_batches_tracked: OptionalMutated  # (), int64
+    mean: Tensor | None  # (F)
+    var: Tensor | None  # (F), biased
+    # The batch's weight; None for 1 / num_batches_tracked, which makes a cumulative average.
+    momentum: float | None
+
+
+NOTHING_RUNS = RunningArguments(None, None, None, None, None, None)
+
 # An op has two norms, so their fields carry the parameter's name: bn0_weight, bn1_weight.
-_PREFIXED = NormArguments
+_PREFIXED = (NormArguments, RunningArguments)
 
 # --- results
 
@@ -142,11 +158,13 @@ class Argument(NamedTuple):
         name: in the schema.
         kind: its type in the schema's language, such as ``Tensor?``.
         differentiable: whether it may have a gradient.
+        mutated: whether the op writes into it.
     """
 
     name: str
     kind: str
     differentiable: bool
+    mutated: bool
 
     @property
     def is_tensor(self) -> bool:
@@ -168,6 +186,7 @@ _KINDS = {
     bool: "bool",
     int: "int",
     float: "float",
+    float | None: "float?",
     list[bool]: "bool[]",
 }
 
@@ -180,7 +199,8 @@ class Op:
         fake: the function.
         parameters: its parameters.
         arguments: of all parameters, in the order of the schema.
-        results: the names of the results; none where the result is a single tensor.
+        results: the names of the results; none where there is a single tensor, or nothing.
+        returns_nothing: whether the op only writes into its arguments.
         struct_of_results: the type that holds several results, else None.
         differentiable: picks the differentiable arguments from the flat ones, in their order.
         tensors: picks the tensors.
@@ -195,6 +215,7 @@ class Op:
         self.parameters = tuple(_read(p.name, p.annotation) for p in signature.parameters.values())
         self.arguments = tuple(a for p in self.parameters for a in p.arguments)
         result = signature.return_annotation
+        self.returns_nothing = result is None
         self.struct_of_results: type[Any] | None = None if result is Tensor else result
         self.results: tuple[str, ...] = getattr(result, "_fields", ())
         places = range(len(self.arguments))
@@ -214,9 +235,14 @@ class Op:
     @property
     def schema(self) -> str:
         """The schema in PyTorch's language."""
-        arguments = ", ".join(f"{a.kind} {a.name}" for a in self.arguments)
+        letters = iter(string.ascii_lowercase)
+        arguments = ", ".join(
+            f"{_with_alias(a.kind, next(letters)) if a.mutated else a.kind} {a.name}"
+            for a in self.arguments
+        )
         results = ", ".join(f"Tensor {name}" for name in self.results)
-        return f"{self.name}({arguments}) -> {f'({results})' if results else 'Tensor'}"
+        several = self.returns_nothing or results
+        return f"{self.name}({arguments}) -> {f'({results})' if several else 'Tensor'}"
 
     def merge(self, tensors: Sequence[Any], others: Sequence[Any]) -> tuple[Any, ...]:
         """The flat arguments from what ``tensors`` and ``others`` picked."""
@@ -235,16 +261,19 @@ def _read(name: str, annotation: Any) -> Parameter:
     fields = getattr(annotation, "__annotations__", None)
     if fields is None or not issubclass(annotation, tuple):
         return Parameter(name, None, (_argument(name, annotation),))
-    prefix = f"{name}_" if annotation is _PREFIXED else ""
+    prefix = f"{name}_" if annotation in _PREFIXED else ""
     arguments = tuple(_argument(prefix + field, kind) for field, kind in fields.items())
     return Parameter(name, annotation, arguments)
 
 
 def _argument(name: str, annotation: Any) -> Argument:
-    differentiable = get_origin(annotation) is Annotated
-    return Argument(
-        name, _KINDS[get_args(annotation)[0] if differentiable else annotation], differentiable
-    )
+    kind, *marks = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
+    return Argument(name, _KINDS[kind], _DIFFERENTIABLE in marks, _MUTATED in marks)
+
+
+def _with_alias(kind: str, letter: str) -> str:
+    """The kind of a tensor that the op writes into: ``Tensor(a!)?``."""
+    return kind.replace("Tensor", f"Tensor({letter}!)")
 
 
 # The two functions below generate code, because it runs at each call. It is fast, and torch.compile
@@ -407,3 +436,15 @@ def recombine_backward(
 ) -> Tensor:
     """dx; the means of dz and dz * xhat (R*C) are given if bn0 uses batch statistics."""
     return empty_map(map.x, map.x.shape[1])
+
+
+# --- the op after a forward with batch statistics
+
+
+@_op
+def update_running_statistics(x: Tensor, bn0: RunningArguments, bn1: RunningArguments) -> None:
+    """running = (1 - momentum) running + momentum batch, with the unbiased variance.
+
+    bn0's batch statistics are over all of x but its features, bn1's over x's batch. Over no
+    elements there are none, and the running ones stay. num_batches_tracked is counted up first.
+    """

@@ -39,22 +39,25 @@ class BatchNormArgs(NamedTuple):
         bias: beta, shape ``(features,)``, or None for 0.
         running_mean: shape ``(features,)``; updated in place when batch statistics are used.
         running_var: shape ``(features,)``; updated with the unbiased variance.
-        momentum: the weight of the batch statistics when running ones are updated.
+        momentum: the weight of the batch statistics when running ones are updated. None for
+            1 / num_batches_tracked, which makes them a cumulative average.
         eps: added to the variance.
         batch_stats: True for batch statistics, False for the running ones. None follows the
             call's ``training``.
         process_group: the name of a ``torch.distributed`` process group. Batch statistics are then
             over the batches of all its processes, as in ``nn.SyncBatchNorm``.
+        num_batches_tracked: one number; counted up in place when batch statistics are used.
     """
 
     weight: Tensor | None = None
     bias: Tensor | None = None
     running_mean: Tensor | None = None
     running_var: Tensor | None = None
-    momentum: float = 0.1
+    momentum: float | None = 0.1
     eps: float = 1e-5
     batch_stats: bool | None = None
     process_group: str | None = None
+    num_batches_tracked: Tensor | None = None
 
     def uses_batch_stats(self, training: bool) -> bool:
         """Whether the call uses batch statistics; it always does if there are no running ones."""
@@ -120,6 +123,10 @@ def batch_norm(x: Tensor, args: BatchNormArgs, training: bool) -> Tensor:
         return _sync_batch_norm(x, args, args.process_group)
     running = args.running_mean, args.running_var
     mean, var = beside_x(args.running_mean), beside_x(args.running_var)
+    counter = args.num_batches_tracked if batch_stats else None
+    momentum = args.momentum
+    if momentum is None:
+        momentum = 0.0 if counter is None else 1.0 / (float(counter) + 1.0)
     out = F.batch_norm(
         x,
         mean,
@@ -127,9 +134,11 @@ def batch_norm(x: Tensor, args: BatchNormArgs, training: bool) -> Tensor:
         beside_x(args.weight),
         beside_x(args.bias),
         batch_stats,
-        args.momentum,
+        momentum,
         args.eps,
     )
+    if counter is not None:
+        counter.add_(1)
     for kept, updated in zip(running, (mean, var), strict=True):
         if kept is not None and updated is not None and updated is not kept:
             kept.copy_(updated)
@@ -160,8 +169,10 @@ def update_running_statistics(
 ) -> None:
     """running = (1 - momentum) * running + momentum * batch, with the unbiased variance.
 
-    ``var`` is the biased variance of ``count`` elements. An empty batch updates nothing.
+    ``var`` is the biased variance of ``count`` elements. An empty batch is only counted.
     """
+    if bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
     if bn.running_mean is None or bn.running_var is None:
         return
     if not isinstance(count, Tensor) and count == 0:
@@ -169,10 +180,14 @@ def update_running_statistics(
     # Detached as well: an exported program records these ops, but not no_grad().
     mean, var = mean.detach(), var.detach()
     unbiased = var * (count / (count - 1))
+    momentum: float | Tensor | None = bn.momentum
+    if momentum is None:
+        assert bn.num_batches_tracked is not None
+        momentum = 1 / bn.num_batches_tracked.to(mean.dtype)
     for running, batch in ((bn.running_mean, mean), (bn.running_var, unbiased)):
         # In the statistics' own dtype, so that 16-bit running ones are rounded once.
         kept = running.to(batch.dtype)
-        running.copy_((1 - bn.momentum) * kept + bn.momentum * batch)
+        running.copy_((1 - momentum) * kept + momentum * batch)
 
 
 def prologue(x: Tensor, bn0: BatchNormArgs | None, relu: bool, training: bool) -> Tensor:

@@ -92,6 +92,7 @@ def compile_all(target: GPUTarget, one_in: int) -> Counter[str]:
             run(name, test_op.ARGUMENTS[name](call))
         if case.has_bn0:
             run("prologue_backward", test_op.ARGUMENTS["prologue_backward"](call))
+        run("update_running_statistics", test_op.ARGUMENTS["update_running_statistics"](call))
     return Counter({name: len(hashes) for name, hashes in compiled.items()})
 
 

@@ -94,6 +94,7 @@ def _assert_same_step(
 
 
 def _fused_ops(names: list[str]) -> list[str]:
+    """Without the one for running statistics, which the compiler wraps as it writes."""
     return sorted(
         name.removeprefix("resnest_fused.").removesuffix(".default")
         for name in names

@@ -39,7 +39,13 @@ from test_cpu_kernels import (  # noqa: F401
     test_strides_of_x,
     test_what_memory_held_before_makes_no_difference,
 )
-from test_op import ARGUMENTS, CASES
+from test_op import (
+    ARGUMENTS,
+    CASES,
+    RUNNING,
+    check_running_statistics,
+    check_running_statistics_of_one_norm,
+)
 from torch import Tensor
 
 # The first test waits for the build.
@@ -172,6 +178,18 @@ def test_single_phases_of_bn0(dtype: torch.dtype, layout: str, kernels: Kernels)
         arguments = ARGUMENTS[name](call)
         results = getattr(kernels.ops, name)(**arguments)
         torch.testing.assert_close(results, getattr(torch.ops.resnest_fused, name)(**arguments))
+
+
+@pytest.mark.parametrize("batch", [5, 0])
+@RUNNING
+def test_running_statistics(
+    dtype: torch.dtype, stored: torch.dtype, batch: int, kernels: Kernels
+) -> None:
+    check_running_statistics(kernels.ops.update_running_statistics, dtype, stored, batch)
+
+
+def test_running_statistics_of_one_norm_used_twice(kernels: Kernels) -> None:
+    check_running_statistics_of_one_norm(kernels.ops.update_running_statistics)
 
 
 def test_a_pixel_unlike_the_others(kernels: Kernels) -> None:

@@ -107,29 +107,35 @@ def _assert_same_step(
 
 
 class FusedOps(TorchDispatchMode):
-    """Counts the calls of this package's ops."""
+    """Counts the calls of this package's ops, and names the others that may launch a kernel."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: Counter[str] = Counter()
+        self.others: list[str] = []
 
     def __torch_dispatch__(
         self, op: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if op.namespace == "resnest_fused":
             self.names[op._schema.name.removeprefix("resnest_fused::")] += 1
+        elif not op.is_view:
+            self.others.append(str(op))
         return op(*args, **(kwargs or {}))
 
 
 # The ops of a training step: all phases in one, or with the modules between them called.
 WHOLE = ("split_attention_train", "split_attention_backward")
 PHASES = ("pool", "recombine", "pool_backward", "recombine_backward")
+RUNNING = "update_running_statistics"
 BN0_PHASES = ("batch_statistics", "prologue_backward", *PHASES)
 
 
 def _ops_of_a_step(module: nn.Module) -> Counter[str]:
+    """Without the one for running statistics."""
     with FusedOps() as ops:
         _step(module, _input(module))
+    del ops.names[RUNNING]
     return ops.names
 
 
@@ -304,6 +310,21 @@ def test_conv_module_in_plain_functions() -> None:
 
 
 # --- modes, statistics and counts
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@both_kinds
+def test_a_training_forward_launches_only_the_op_and_one_for_running_statistics(
+    conv: bool, dtype: torch.dtype, momentum: float | None
+) -> None:
+    _, fused = _pair(_bn(momentum=momentum), conv)
+    x = _input(fused).to(dtype)
+    fused.to(dtype)
+    with FusedOps() as ops:
+        fused(x)
+    assert ops.names == {"split_attention_train": 1, RUNNING: 1}
+    assert ops.others == (["aten.convolution.default"] if conv else [])
 
 
 NORM_NAMES = pytest.mark.parametrize("name", ["bn0", "bn1"])

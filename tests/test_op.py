@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import DIFFERENTIABLE, EPS, LAYOUTS, NORMS, PROLOGUES, Call, Case, draw, draw_any
-from torch import Tensor
+from torch import Tensor, nn
 
 import resnest_fused as rf
 from resnest_fused import reference
@@ -121,6 +122,27 @@ def _prologue_backward(call: Call) -> Arguments:
     return {"sums": sums, **_between(call, "attention", "dgap"), "pixels": pixels}
 
 
+def _running(call: Call) -> Arguments:
+    """bn0's statistics are cumulative. A norm without batch statistics has none to update."""
+    case = call.case
+    arguments: Arguments = {"x": call.x}
+    for name, statistics, features in (
+        ("bn0", case.prologue, case.radix * case.channels),
+        ("bn1", case.norm, case.inter),
+    ):
+        updated = statistics == "batch"
+        dtype = torch.promote_types(case.dtype, torch.float32)
+        arguments |= {
+            f"{name}_running_mean": torch.randn(features) if updated else None,
+            f"{name}_running_var": torch.rand(features) if updated else None,
+            f"{name}_num_batches_tracked": torch.tensor(4) if updated else None,
+            f"{name}_mean": torch.randn(features, dtype=dtype) if updated else None,
+            f"{name}_var": torch.rand(features, dtype=dtype) if updated else None,
+            f"{name}_momentum": None if name == "bn0" else 0.25,
+        }
+    return arguments
+
+
 ARGUMENTS: dict[str, Callable[[Call], Arguments]] = {
     "split_attention": _whole,
     "split_attention_train": _train,
@@ -131,6 +153,7 @@ ARGUMENTS: dict[str, Callable[[Call], Arguments]] = {
     "pool_backward": _pool_backward,
     "prologue_backward": _prologue_backward,
     "recombine_backward": _recombine_backward,
+    "update_running_statistics": _running,
 }
 
 
@@ -166,9 +189,12 @@ def test_fake_kernels_know_the_strides(name: str, layout: str) -> None:
     arguments = ARGUMENTS[name](call)
     on_meta = {n: a.to("meta") if isinstance(a, Tensor) else a for n, a in arguments.items()}
     results, expected = _op(name)(**on_meta), _op(name)(**arguments)
-    if isinstance(results, Tensor):
+    if results is None or isinstance(results, Tensor):
         results, expected = (results,), (expected,)
     for result, real in zip(results, expected, strict=True):
+        if real is None:
+            assert result is None
+            continue
         assert result.shape == real.shape
         assert result.stride() == real.stride()
         assert result.dtype == real.dtype
@@ -302,6 +328,132 @@ def test_phases_of_an_empty_batch() -> None:
         assert torch.equal(grad, torch.zeros(12))
     for statistic in ops.batch_statistics(call.x):  # zeros change no sum over processes
         assert torch.equal(statistic, torch.zeros(12))
+
+
+# --- running statistics
+
+
+def _norms(momenta: tuple[float | None, ...], *features: int) -> list[nn.BatchNorm2d]:
+    """Batch normalisations that have seen a few batches."""
+    norms = []
+    for momentum, count in zip(momenta, features, strict=True):
+        bn = nn.BatchNorm2d(count, momentum=momentum)
+        bn.running_mean, bn.running_var = torch.randn(count), torch.rand(count) + 0.5
+        bn.num_batches_tracked += 3
+        norms.append(bn)
+    return norms
+
+
+def check_running_statistics(
+    update: Callable[..., None], dtype: torch.dtype, stored: torch.dtype, batch: int
+) -> None:
+    """Against torch's own batch normalisation in float64, for several batches."""
+    momenta = (0.3, None)
+    for swapped in (False, True):
+        ours = _norms(momenta[::-1] if swapped else momenta, 1100, 7)
+        theirs = [copy.deepcopy(bn).double() for bn in ours]
+        for bn, truth in zip(ours, theirs, strict=True):
+            bn.running_mean, bn.running_var = (
+                bn.running_mean.to(stored),
+                bn.running_var.to(stored),
+            )
+            truth.running_mean.copy_(bn.running_mean)
+            truth.running_var.copy_(bn.running_var)
+        wide = torch.promote_types(dtype, torch.float32)
+        for _ in range(3):
+            x = torch.empty(batch, 1100, 2, 3, dtype=dtype)
+            arguments: list[Any] = [x]
+            for bn, truth, pixels in zip(ours, theirs, ((2, 3), (1, 1)), strict=True):
+                values = torch.randn(batch, bn.num_features, *pixels).double()
+                mean = var = torch.full((bn.num_features,), torch.nan)
+                if batch:
+                    truth(values)
+                    var, mean = torch.var_mean(values, dim=(0, 2, 3), correction=0)
+                else:
+                    truth.num_batches_tracked += 1
+                arguments += [bn.running_mean, bn.running_var, bn.num_batches_tracked]
+                arguments += [mean.to(wide), var.to(wide), bn.momentum]
+            update(*arguments)
+        for bn, truth in zip(ours, theirs, strict=True):
+            assert torch.equal(bn.num_batches_tracked, truth.num_batches_tracked)
+            eps = max(torch.finfo(stored).eps, torch.finfo(wide).eps)
+            for name in ("running_mean", "running_var"):
+                result, expected = getattr(bn, name).double(), getattr(truth, name)
+                torch.testing.assert_close(result, expected, rtol=8 * eps, atol=8 * eps)
+
+
+RUNNING = pytest.mark.parametrize(
+    ("dtype", "stored"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+        (torch.float64, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.float16, torch.float32),
+    ],
+    ids=str,
+)
+
+
+@pytest.mark.parametrize("batch", [5, 0])
+@RUNNING
+def test_running_statistics(dtype: torch.dtype, stored: torch.dtype, batch: int) -> None:
+    check_running_statistics(ops.update_running_statistics, dtype, stored, batch)
+
+
+def check_running_statistics_of_one_norm(update: Callable[..., None]) -> None:
+    """As bn0 and as bn1: the second update starts from the first."""
+    (_, one), (_, other) = _norms((0.5, None), 300, 300), _norms((0.5, None), 300, 300)
+    other.load_state_dict(one.state_dict())
+    statistics = [(torch.randn(300), torch.rand(300)) for _ in range(2)]
+    of_bn0, of_bn1 = ((*_state(one), *pair, None) for pair in statistics)
+    update(torch.empty(5, 300, 1, 1), *of_bn0, *of_bn1)
+    for mean, var in statistics:
+        bn = rf.BatchNormArgs(
+            running_mean=other.running_mean,
+            running_var=other.running_var,
+            momentum=None,
+            num_batches_tracked=other.num_batches_tracked,
+        )
+        reference.update_running_statistics(bn, mean, var, 5)
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(value, other.state_dict()[name])
+
+
+def test_running_statistics_of_one_norm_used_twice() -> None:
+    check_running_statistics_of_one_norm(ops.update_running_statistics)
+
+
+def test_running_statistics_that_do_not_fit_change_nothing() -> None:
+    norms = _norms((0.5, None), 8, 8)
+    before = copy.deepcopy([bn.state_dict() for bn in norms])
+    good: list[list[Any]] = [
+        [*_state(bn), torch.randn(8), torch.rand(8), bn.momentum] for bn in norms
+    ]
+    x = torch.empty(5, 8, 1, 1)
+    for place, wrong in (
+        (0, torch.randn(7)),
+        (0, torch.randn(8, 2)[:, 0]),
+        (1, None),
+        (1, torch.rand(8).double()),
+        (2, None),
+        (2, torch.tensor([1, 2])),
+        (3, torch.randn(8).double()),
+        (4, torch.rand(1)),
+    ):
+        bad = [*good[1][:place], wrong, *good[1][place + 1 :]]
+        with pytest.raises((ValueError, TypeError, RuntimeError), match="bn1"):
+            ops.update_running_statistics(x, *good[0], *bad)
+    with pytest.raises((ValueError, RuntimeError), match="bn0: expected more than 1 value"):
+        ops.update_running_statistics(x[:1], *good[0], *good[1])
+    for bn, state in zip(norms, before, strict=True):
+        for name, value in bn.state_dict().items():
+            assert torch.equal(value, state[name]), name
+
+
+def _state(bn: nn.BatchNorm2d) -> tuple[Any, ...]:
+    return bn.running_mean, bn.running_var, bn.num_batches_tracked
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])

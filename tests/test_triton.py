@@ -39,6 +39,9 @@ from test_op import (  # noqa: F401
     test_opcheck,
     test_opcheck_backward_of_some,
     test_phases_of_an_empty_batch,
+    test_running_statistics,
+    test_running_statistics_of_one_norm_used_twice,
+    test_running_statistics_that_do_not_fit_change_nothing,
     test_sums_of_the_pool_s_backward,
     test_tensors_that_do_not_fit_are_refused,
     test_what_is_saved,
@@ -91,6 +94,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "CHANNEL_BYTES", 32)
     monkeypatch.setattr(launch, "PROGRAMS", 12)
     monkeypatch.setattr(launch, "FLAT_BLOCK", 32)
+    monkeypatch.setattr(launch, "RUNNING_BLOCK", 32)
     monkeypatch.setattr(launch, "COLUMNS", launch.ColumnBlock(4, 16, 1))
     monkeypatch.setattr(launch, "PRODUCT", launch.ProductBlock(16, 16, 16, 1, 1))
 

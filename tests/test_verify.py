@@ -21,7 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 import resnest_fused as rf
 from resnest_fused import modules
+from resnest_fused.backends import native
 from resnest_fused.measure import agreement
+from resnest_fused.ops import TABLE
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SPLIT_ATTENTION = modules.split_attention
@@ -374,18 +376,28 @@ def test_a_wrong_input_gradient(monkeypatch):
 
 
 def biased(update: Callable[..., None]) -> Callable[..., None]:
-    def wrong(bn: Any, mean: Tensor, var: Tensor, count: int) -> None:
-        update(bn, mean, var * ((count - 1) / count), count)
+    """The op, with the biased variance."""
+    places = TABLE["update_running_statistics"].place
+    elements = {
+        "bn0": lambda x: x.shape[0] * x.shape[2] * x.shape[3],
+        "bn1": lambda x: x.shape[0],
+    }
+
+    def wrong(*args: Any) -> None:
+        changed = list(args)
+        for name, count in elements.items():
+            at = places[f"{name}_var"]
+            if args[at] is not None:
+                changed[at] = args[at] * (1 - 1 / count(args[0]))
+        update(*changed)
 
     return wrong
 
 
 def test_wrong_running_statistics(monkeypatch):
-    from resnest_fused import reference
-
     model = fused_net()
     monkeypatch.setattr(
-        reference, "update_running_statistics", biased(reference.update_running_statistics)
+        native, "update_running_statistics", biased(native.update_running_statistics)
     )
     expected = {
         ("stem", "buffers", "bn0.running_var"),
@@ -399,7 +411,13 @@ def test_wrong_running_statistics(monkeypatch):
 
 def test_batches_not_counted(monkeypatch):
     model = fused_net()
-    monkeypatch.setattr(modules, "counts_batches", lambda bn: False)
+    read = modules.batch_norm_args
+
+    def uncounted(bn: Any) -> Any:
+        args = read(bn)
+        return None if args is None else args._replace(num_batches_tracked=None)
+
+    monkeypatch.setattr(modules, "batch_norm_args", uncounted)
     found = failed(rf.verify(model, images()))
     assert ("stem", "buffers", "bn0.num_batches_tracked") in found
     assert {kind for _, kind, _ in found} == {"buffers"}

@@ -16,6 +16,7 @@
 RF_KERNELS(cpu::avx2)
 
 #include "cpu/kernels/phases.h"
+#include "cpu/kernels/running.h"
 #include "cpu/kernels/split_attention.h"
 
 #if defined(__clang__)

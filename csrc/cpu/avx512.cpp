@@ -18,6 +18,7 @@
 RF_KERNELS(cpu::avx512)
 
 #include "cpu/kernels/phases.h"
+#include "cpu/kernels/running.h"
 #include "cpu/kernels/split_attention.h"
 
 #if defined(__clang__)

@@ -7,4 +7,5 @@
 RF_KERNELS(cpu::baseline)
 
 #include "cpu/kernels/phases.h"
+#include "cpu/kernels/running.h"
 #include "cpu/kernels/split_attention.h"

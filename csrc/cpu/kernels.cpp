@@ -72,4 +72,8 @@ void Kernels::recombine_backward(const Map& map, const Tensor& dout, const Tenso
   });
 }
 
+void Kernels::update_running_statistics(const Tensor& x, const Running (&norms)[2]) {
+  with_kernels([&](auto kernels) { kernels.update_running_statistics(x, norms); });
+}
+
 }  // namespace resnest_fused::cpu

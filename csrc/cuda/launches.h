@@ -6,6 +6,7 @@
 #include "cuda/pool.cuh"
 #include "cuda/prologue.cuh"
 #include "cuda/recombine.cuh"
+#include "cuda/running.cuh"
 
 namespace resnest_fused::cuda {
 
@@ -58,5 +59,10 @@ void recombine(cudaStream_t stream, const Launch& planned, Form form, const Reco
 template <typename T>
 void recombine_backward(cudaStream_t stream, const Launch& planned, Form form,
                         const RecombineBackwardArgs<T>& args);
+
+// After a forward.
+template <typename A>
+void update_running_statistics(cudaStream_t stream, const Launch& planned,
+                               const RunningArgs<A>& args);
 
 }  // namespace resnest_fused::cuda

@@ -132,4 +132,27 @@ void Kernels::recombine_backward(const Map& map, const Tensor& dout, const Tenso
   });
 }
 
+void Kernels::update_running_statistics(const Tensor& x, const Running (&norms)[2]) {
+  const auto norm_of = [](const Running& norm) -> RunningNorm {
+    const bool counts = norm.num_batches_tracked.has_value();
+    const auto values = [](const std::optional<Tensor>& running, const std::optional<Tensor>& batch,
+                           double correction) -> RunningValues {
+      return {parameter(running), result(*running), parameter(batch), correction};
+    };
+    const bool runs = norm.features > 0 && norm.elements > 0;
+    return {runs ? norm.features : 0,
+            runs ? values(norm.running_mean, norm.mean, 1.0) : RunningValues{},
+            runs ? values(norm.running_var, norm.var, norm.correction()) : RunningValues{},
+            counts ? data<int64_t>(*norm.num_batches_tracked) : nullptr,
+            norm.momentum.value_or(0),
+            !norm.momentum.has_value()};
+  };
+  const Context context = context_of(x);
+  for_dtype(x.scalar_type(), [&](auto tag) {
+    const Launch planned = launch_of(context.device, {}, {}, Kernel::kUpdateRunningStatistics);
+    cuda::update_running_statistics<Acc<decltype(tag)>>(context.stream, planned,
+                                                        {{norm_of(norms[0]), norm_of(norms[1])}});
+  });
+}
+
 }  // namespace resnest_fused::cuda

@@ -294,6 +294,8 @@ Launch launch_of(const Device& device, const Workload& w, const Plan& plan, Kern
       return of_columns("prologue_backward", features, 2);
     case Kernel::kRecombineBackward:
       return of_recombine("recombine_backward");
+    case Kernel::kUpdateRunningStatistics:
+      return launch("update_running_statistics", 1, 0);
   }
   throw std::logic_error("resnest_fused: no such kernel");
 }

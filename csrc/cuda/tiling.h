@@ -65,6 +65,7 @@ enum class Kernel : int32_t {
   kGradients,
   kPrologueBackward,
   kRecombineBackward,
+  kUpdateRunningStatistics,
 };
 
 // A kernel's launch.

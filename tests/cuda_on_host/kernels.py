@@ -37,7 +37,8 @@ def build_kernels(
     """The kernels' library by kind of build.
 
     The files that are ``changed`` in a kind come from another ``csrc``, unoptimised. They come
-    first, because the linker takes the first of several definitions of a function.
+    first, because the linker takes the first of several definitions of a function. So they need
+    not have all.
     """
     paths = [*sorted(CSRC.glob("cuda/*.cu")), *CSRC.glob("cuda/*.cpp"), CSRC / "problem.cpp"]
     names = [path.relative_to(CSRC) for path in paths if path.name not in REAL_DEVICE]
@@ -46,7 +47,7 @@ def build_kernels(
         others = changed.get(kind, ())
         return [
             *(Source(csrc / n, ["-O0", f"-I{csrc}"]) for n in names if n.name in others),
-            *(Source(CSRC / n, [f"-I{CSRC}"]) for n in names if n.name not in others),
+            *(Source(CSRC / n, [f"-I{CSRC}"]) for n in names),
             Source(HERE / "library.cpp", [f"-I{CSRC}"]),
         ]
 

@@ -104,6 +104,8 @@ COLUMNS = ColumnBlock(rows=32, features=32, num_warps=4)
 PRODUCT = ProductBlock(m=16, n=64, depth=32, num_warps=4, num_stages=3)
 # Elements per program of small flat arrays.
 FLAT_BLOCK = 256
+# Features that the one program of the running statistics takes at a time.
+RUNNING_BLOCK = 1024
 
 
 def acc(x: Tensor) -> tl.dtype:

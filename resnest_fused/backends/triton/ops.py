@@ -18,6 +18,7 @@ from resnest_fused.backends.triton import attention as attention_phase
 from resnest_fused.backends.triton import pool as pool_phase
 from resnest_fused.backends.triton import prologue as prologue_phase
 from resnest_fused.backends.triton import recombine as recombine_phase
+from resnest_fused.backends.triton import running
 from resnest_fused.backends.triton.compat import INTERPRETED
 from resnest_fused.backends.triton.problem import (
     check,
@@ -26,6 +27,7 @@ from resnest_fused.backends.triton.problem import (
     make_phase_map,
     take_dout,
     take_mlp,
+    take_running,
     take_sums,
 )
 from resnest_fused.ops import (
@@ -36,6 +38,7 @@ from resnest_fused.ops import (
     NormArguments,
     PoolBackwardResults,
     PrologueBackwardResults,
+    RunningArguments,
     SavedArguments,
     StatisticsResults,
     TrainResults,
@@ -191,6 +194,13 @@ def recombine_backward(
             take_sums("mean_dz_xhat", mean_dz_xhat, (m.features,), m.x),
         )
     return recombine_phase.recombine_backward(m, dout, attention, dgap, means)
+
+
+def update_running_statistics(x: Tensor, bn0: RunningArguments, bn1: RunningArguments) -> None:
+    batch, _, height, width = x.shape
+    bn0 = take_running("bn0", bn0, batch * height * width, x)
+    bn1 = take_running("bn1", bn1, batch, x)
+    running.update_running_statistics(x, bn0, bn1)
 
 
 def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,8 +7,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resnest_fused.checks import check_dout, check_fcs, check_map, check_norm, check_sums
-from resnest_fused.ops import FcArguments, MapArguments, NormArguments, empty_sums
+from resnest_fused.checks import (
+    check_dout,
+    check_fcs,
+    check_map,
+    check_norm,
+    check_running,
+    check_sums,
+)
+from resnest_fused.ops import (
+    FcArguments,
+    MapArguments,
+    NormArguments,
+    RunningArguments,
+    empty_sums,
+)
 
 
 class Map(NamedTuple):
@@ -112,6 +125,11 @@ def take_dout(m: Map, dout: Tensor) -> Tensor:
 def take_sums(name: str, sums: Tensor, shape: tuple[int, ...], x: Tensor) -> Tensor:
     check_sums(name, sums, shape, x)
     return sums.contiguous()
+
+
+def take_running(name: str, args: RunningArguments, elements: int, x: Tensor) -> RunningArguments:
+    check_running(name, args, elements, x)
+    return args._replace(mean=_contiguous(args.mean), var=_contiguous(args.var))
 
 
 def _take_norm(
