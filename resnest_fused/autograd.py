@@ -8,6 +8,7 @@ knows dgap and writes dx. So both functions make the same number of passes over 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -56,6 +57,12 @@ def _records(op: Op, args: Sequence[Any]) -> bool:
     return True
 
 
+def _signed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep the signature with the function: PyTorch asks for it at each call."""
+    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    return forward
+
+
 def split_attention(
     backend: str,
     x: tuple[Any, ...],
@@ -91,6 +98,7 @@ class _SplitAttention(torch.autograd.Function):
     """All phases; the inputs are those of the op ``split_attention_train``."""
 
     @staticmethod
+    @_signed
     def forward(backend: str, *args: Any) -> Any:
         return kernels(backend).split_attention_train(*args)
 
@@ -251,6 +259,7 @@ class _Pool(torch.autograd.Function):
     """
 
     @staticmethod
+    @_signed
     def forward(
         backend: str, batch_stats: bool, elements: Any, process_group: str | None, *args: Any
     ) -> Any:
@@ -335,6 +344,7 @@ class _Recombine(torch.autograd.Function):
     """The op ``recombine``, with the carriers; the gradients of x and bn0 are :class:`_Pool`'s."""
 
     @staticmethod
+    @_signed
     def forward(
         backend: str,
         batch_stats: bool,

@@ -105,17 +105,20 @@ def split_attention(
         chosen = choose(backend, x)
         batch_stats0 = bn0 is not None and bn0.uses_batch_stats(training)
         batch_stats1 = bn1 is not None and bn1.uses_batch_stats(training)
+        # Else PyTorch's functions do it, one after the other.
+        op_updates = (not batch_stats0 or _op_updates(x, bn0)) and (
+            not batch_stats1 or _op_updates(x, bn1)
+        )
     except AttributeError:
         _check(*arguments)
         raise
     # In eager mode the op makes the same checks; the native one makes them ten times faster. The
     # checks here then run only after it refuses, for a better message. They run first in all other
-    # modes. They also run first with batch statistics: the op does not see the running ones. Ops
-    # accept a bool as an integer, so that is checked here too.
+    # modes, and where no op sees the running statistics. Ops accept a bool as an integer, so that
+    # is checked here too.
     checked = (
         chosen == "reference"
-        or batch_stats0
-        or batch_stats1
+        or not op_updates
         or torch.compiler.is_compiling()
         or isinstance(radix, bool)
         or isinstance(cardinality, bool)
@@ -166,11 +169,11 @@ def split_attention(
             bn1,
             batch_stats1,
         )
+        _update(chosen, x, (bn0, statistics0), (bn1, statistics1))
     except (AttributeError, RuntimeError, TypeError):
         if not checked:
             _check(*arguments)
         raise
-    _update(chosen, x, (bn0, statistics0), (bn1, statistics1))
     return out
 
 
@@ -256,7 +259,7 @@ def _update(backend: str, x: Tensor, of_bn0: _Norm, of_bn1: _Norm = (None, None)
     """Let the norms' running statistics take in the batch's, where there are both."""
     if of_bn0[1] is None and of_bn1[1] is None:
         return
-    if _op_updates(x, *of_bn0) and _op_updates(x, *of_bn1):
+    if all(statistics is None or _op_updates(x, bn) for bn, statistics in (of_bn0, of_bn1)):
         # Detached: an exported program records the op, but not that autograd skips it.
         kernels(backend).update_running_statistics(
             x.detach(), *_running(*of_bn0), *_running(*of_bn1)
@@ -267,13 +270,12 @@ def _update(backend: str, x: Tensor, of_bn0: _Norm, of_bn1: _Norm = (None, None)
             reference.update_running_statistics(bn, *statistics)
 
 
-def _op_updates(
-    x: Tensor, bn: BatchNormArgs | None, statistics: autograd.Statistics | None
-) -> bool:
-    if bn is None or statistics is None:
-        return True
-    if isinstance(statistics.elements, Tensor):
-        return False  # those of several processes
+def _op_updates(x: Tensor, bn: BatchNormArgs | None) -> bool:
+    """Whether the op can update the norm's running statistics, if they fit."""
+    if bn is None or bn.process_group is not None:
+        return False
+    if (bn.running_mean is None) != (bn.running_var is None):
+        return False
     counter = bn.num_batches_tracked
     for tensor in (bn.running_mean, bn.running_var, counter):
         if tensor is not None and not (tensor.is_contiguous() and tensor.device == x.device):

@@ -142,10 +142,16 @@ class Call:
     def truth(self) -> oracle.Truth:
         return self.evaluate(self.dout)
 
+    @property
+    def exact(self) -> type[np.floating]:
+        """A dtype whose rounding is nothing beside that of the call's."""
+        dtypes = {tensor.dtype for tensor in (self.x, *self.params.values())}
+        return np.longdouble if torch.float64 in dtypes else np.float64
+
     def evaluate(
         self,
         dout: Tensor | None = None,
-        dtype: type[np.floating] = np.longdouble,
+        dtype: type[np.floating] | None = None,
         affine: bool = False,
     ) -> oracle.Truth:
         """The true out and, if dout is given, gradients; in a narrower dtype, with its rounding."""
@@ -159,7 +165,7 @@ class Call:
             prologue=case.prologue,
             eps=EPS,
             dout=dout,
-            dtype=dtype,
+            dtype=self.exact if dtype is None else dtype,
             affine=affine,
         )
 
@@ -259,7 +265,7 @@ def _mend_x(call: Call) -> bool:
     case = call.case
     if case.prologue == "none":
         return False
-    before, bn0 = oracle.prologue_input(call.x, call.params, case.prologue, EPS)
+    before, bn0 = oracle.prologue_input(call.x, call.params, case.prologue, EPS, call.exact)
     size = np.abs(before)
     # Wide enough for finite differences and for the rounding of statistics. Rounding to 16 bits in
     # front of the ReLU changes no sign.
@@ -381,7 +387,7 @@ def errors_in_ulps(call: Call, out: Tensor, grads: dict[str, Tensor]) -> dict[st
         assert tuple(result.shape) == truth.shape, name
         scale = call.truth.scales.get(name, float(np.abs(truth).max()))
         dtype = (call.x if name == "out" else call.tensor(name)).dtype
-        difference = float(np.abs(oracle.wide(result) - truth).max())
+        difference = float(np.abs(oracle.wide(result, truth.dtype.type) - truth).max())
         info = torch.finfo(dtype)
         # Below the smallest normal number the numbers come no closer.
         normal = max(scale, info.smallest_normal)

@@ -1,9 +1,10 @@
-"""An independent truth for split attention: loops over groups and splits, extended precision.
+"""An independent truth for split attention: loops over groups and splits, in wide numbers.
 
-Nothing here comes from the package. NumPy's ``longdouble`` (80 bits on x86) makes it a truth for
-float64 as well. Every gradient is written out. In float32 or float64 the same formulas give what a
-plain loop computes. It rounds each operation to nearest, and sums one term after the other. That
-is a measure of rounding errors that depends on no CPU and no library.
+Nothing here comes from the package. Float64 is a truth for narrower dtypes, and NumPy's
+``longdouble`` (80 bits on x86) one for float64. Every gradient is written out. In float32 or
+float64 the same formulas give what a plain loop computes. It rounds each operation to nearest, and
+sums one term after the other. That is a measure of rounding errors that depends on no CPU and no
+library.
 
 Index orders, for radix R, cardinality K, C channels, I inter_channels, group k, split r:
 x[b, r*C + k*C/K + i], gap[b, k*C/K + i], hidden[b, k*I/K + j], logits[b, k*R*C/K + r*C/K + i].
@@ -21,7 +22,7 @@ Array = np.ndarray
 
 def wide(tensor: torch.Tensor, dtype: type[np.floating] = np.longdouble) -> Array:
     """The tensor's values, exactly, in extended precision or another wide enough dtype."""
-    return tensor.detach().double().cpu().numpy().astype(dtype)
+    return tensor.detach().double().cpu().numpy().astype(dtype, copy=False)
 
 
 def _sum(values: Array, *axes: int) -> Array:
