@@ -142,12 +142,12 @@ def check_running(name: str, args: RunningArguments, elements: int, x: Tensor) -
             check_sums(f"{name}.{field}", tensor, tuple(given[0].shape), x)
     if given and elements == 1:
         raise ValueError(f"{name}: expected more than 1 value per channel")
-    check_counter(f"{name}.num_batches_tracked", args.num_batches_tracked)
+    check_counter(f"{name}.num_batches_tracked", args.num_batches_tracked, x)
     if given and args.momentum is None and args.num_batches_tracked is None:
         raise ValueError(f"{name}.momentum: expected a number without num_batches_tracked")
 
 
-def check_counter(name: str, counter: Any) -> None:
+def check_counter(name: str, counter: Any, x: Tensor) -> None:
     """Check the number of batches that a norm has seen, a tensor or None.
 
     Raises:
@@ -157,6 +157,10 @@ def check_counter(name: str, counter: Any) -> None:
         _check_is_tensor(name, counter, " or None")
         if counter.numel() != 1:
             raise ValueError(f"{name}: expected one number, got shape {tuple(counter.shape)}")
+        if counter.dtype == torch.bool:
+            raise TypeError(f"{name}: expected a number, got {counter.dtype}")
+        if counter.is_meta and not x.is_meta:
+            raise ValueError(f"{name}: expected on {x.device} as x is, got {counter.device}")
 
 
 def check_number(name: str, number: Any) -> None:

@@ -226,7 +226,7 @@ def is_plain(tensor: Tensor | None) -> bool:
         tensor is None
         or kind is nn.Parameter
         or kind is Tensor
-        or kind.__torch_function__ is torch._C._disabled_torch_function_impl
+        or getattr(kind, "__torch_function__", None) is torch._C._disabled_torch_function_impl
     )
 
 

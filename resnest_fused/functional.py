@@ -114,14 +114,16 @@ def split_attention(
         raise
     # In eager mode the op makes the same checks; the native one makes them ten times faster. The
     # checks here then run only after it refuses, for a better message. They run first in all other
-    # modes, and where no op sees the running statistics. Ops accept a bool as an integer, so that
-    # is checked here too.
+    # modes, and where no op sees the running statistics. Ops accept bools and tensors as numbers,
+    # so numbers of other types are checked here too.
     checked = (
         chosen == "reference"
         or not op_updates
         or torch.compiler.is_compiling()
-        or isinstance(radix, bool)
-        or isinstance(cardinality, bool)
+        or type(radix) is not int
+        or type(cardinality) is not int
+        or (bn0 is not None and type(bn0.eps) is not float)
+        or (bn1 is not None and type(bn1.eps) is not float)
     )
     if checked:
         _check(*arguments)
@@ -276,6 +278,8 @@ def _op_updates(x: Tensor, bn: BatchNormArgs | None) -> bool:
         return False
     if (bn.running_mean is None) != (bn.running_var is None):
         return False
+    if bn.momentum is not None and type(bn.momentum) is not float:
+        return False  # maybe a tensor, which an op would accept
     counter = bn.num_batches_tracked
     for tensor in (bn.running_mean, bn.running_var, counter):
         if tensor is not None and not (tensor.is_contiguous() and tensor.device == x.device):
@@ -337,6 +341,12 @@ def _check_norm(
     check_norm(name, tensors, bn.eps, batch_stats, count, features, x)
     if not batch_stats:
         return
-    check_counter(f"{name}.num_batches_tracked", bn.num_batches_tracked)
+    check_counter(f"{name}.num_batches_tracked", bn.num_batches_tracked, x)
+    for field in fields[2:]:
+        tensor = tensors[field]
+        if tensor is not None and features > 1 and 0 in tensor.stride():
+            raise ValueError(
+                f"{name}.{field}: expected memory for each feature, got an expanded one"
+            )
     if bn.running_mean is not None and (bn.momentum is not None or bn.num_batches_tracked is None):
         check_number(f"{name}.momentum", bn.momentum)

@@ -90,7 +90,7 @@ def _norms() -> list[tuple[type[Exception], str, Callable[[dict[str, Any]], dict
                     f"{bn}.eps: expected a number, got {eps!r}",
                     lambda a, bn=bn, eps=eps: {bn: a[bn]._replace(eps=eps)},
                 )
-                for eps in (None, "1e-5")
+                for eps in (None, "1e-5", torch.tensor(1e-5))
             ),
             *(
                 (
@@ -114,7 +114,38 @@ def _norms() -> list[tuple[type[Exception], str, Callable[[dict[str, Any]], dict
                         bn: a[bn]._replace(momentum=momentum, batch_stats=True)
                     },
                 )
-                for momentum in (None, "0.1")
+                for momentum in (None, "0.1", torch.tensor(0.1))
+            ),
+            *(
+                (
+                    error,
+                    f"{bn}.num_batches_tracked: expected {expected}",
+                    lambda a, bn=bn, counter=counter: {
+                        bn: a[bn]._replace(num_batches_tracked=counter, batch_stats=True)
+                    },
+                )
+                for error, expected, counter in (
+                    (TypeError, "a tensor or None, got int", 5),
+                    (TypeError, "a number, got torch.bool", torch.tensor(True)),
+                    (ValueError, "one number, got shape (2,)", torch.tensor([1, 2])),
+                    (
+                        ValueError,
+                        f"on {DEVICE} as x is, got meta",
+                        torch.tensor(0, device="meta"),
+                    ),
+                )
+            ),
+            *(
+                (
+                    ValueError,
+                    f"{bn}.{field}: expected memory for each feature, got an expanded one",
+                    lambda a, bn=bn, field=field, features=features: {
+                        bn: a[bn]._replace(
+                            **{field: torch.ones(1).expand(features)}, batch_stats=True
+                        )
+                    },
+                )
+                for field in ("running_mean", "running_var")
             ),
         ]
         for field in ("running_mean", "running_var"):
@@ -140,7 +171,7 @@ WRONG: list[tuple[type[Exception], str, Callable[[dict[str, Any]], dict[str, Any
             lambda a, name=name, count=count: {name: count},
         )
         for name in ("radix", "cardinality")
-        for count in (2.0, np.float64(2), True, "2", None)
+        for count in (2.0, np.float64(2), True, "2", None, torch.tensor(2))
     ),
     *(
         (
