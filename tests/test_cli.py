@@ -519,13 +519,14 @@ def test_no_module_hides_behind_a_function() -> None:
 
 
 @pytest.mark.peers
-def test_official_resnest50() -> None:
-    images = ("--image", CHINA, "--image", FLOWER)
-    result = run("compare", "--model", "official:resnest50", "--repeats", "1", *images)
+@pytest.mark.parametrize("options", [("--image", CHINA, "--image", FLOWER), ("--train",)])
+def test_official_resnest50(options: tuple[str, ...]) -> None:
+    result = run("compare", "--model", "official:resnest50", "--repeats", "1", *options)
     assert result.exit_code == 0, result.output
     assert "16 modules (SplAtConv2d)" in result.output
-    assert read_errors(result.output)["logits, float32"] <= 1e-5
-    assert "the same for 2 of 2" in result.output
+    if "--train" not in options:
+        assert read_errors(result.output)["logits, float32"] <= 1e-5
+        assert "the same for 2 of 2" in result.output
 
 
 @pytest.mark.peers
@@ -535,14 +536,11 @@ def test_official_package_has_no_such_model() -> None:
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize(
-    ("name", "modules", "options"),
-    [("resnest50d", 16, ("--image", CHINA)), ("resnest14d", 4, ("--train",))],
-)
-def test_timm_networks(name: str, modules: int, options: tuple[str, ...]) -> None:
-    result = run("compare", "--model", f"timm:{name}", "--repeats", "1", *options)
+@pytest.mark.parametrize("options", [("--image", CHINA), ("--train",)])
+def test_timm_resnest50d(options: tuple[str, ...]) -> None:
+    result = run("compare", "--model", "timm:resnest50d", "--repeats", "1", *options)
     assert result.exit_code == 0, result.output
-    assert f"{modules} modules (SplitAttn)" in result.output
+    assert "16 modules (SplitAttn)" in result.output
 
 
 @pytest.mark.peers

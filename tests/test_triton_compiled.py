@@ -22,7 +22,7 @@ def _kernels() -> set[str]:
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("target", "one_in"), [("cuda:90", 5), ("cuda:80", 5), ("hip:gfx942", 5)])
+@pytest.mark.parametrize(("target", "one_in"), [("cuda:90", 3), ("cuda:80", 5), ("hip:gfx942", 5)])
 def test_every_kernel_compiles(target: str, one_in: int, tmp_path: Path) -> None:
     """In a part of all forms, and with every kernel."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}

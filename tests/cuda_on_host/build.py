@@ -56,11 +56,7 @@ KINDS = {
         (("TSAN_OPTIONS", "halt_on_error=1:exitcode=66"),),
     ),
     "address": Kind(
-        (
-            *("-Og", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-            # A null pointer ends the process anyway.
-            "-fno-sanitize=null,object-size,vptr",
-        ),
+        ("-Og", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
         ("-O2", "-DCUDA_ON_HOST_ADDRESS"),
         ("libasan.so", "libubsan.so"),
         # Python itself leaks memory.
