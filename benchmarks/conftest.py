@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib.util
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -121,15 +123,16 @@ def measure(request: pytest.FixtureRequest) -> Callable[[Case], Samples]:
     }
 
     if is_disabled(config):
-        # One round shows that the benchmark runs, for which Inductor need not generate code.
-        compiler, seconds, rounds = "aot_eager", 0.0, 1
+        # One round of few samples shows that the benchmark runs, without Inductor's code.
+        compiler, seconds, rounds, most_samples = "aot_eager", 0.0, 1, 2
     else:
         compiler, seconds, rounds = "inductor", get_option(config, "seconds"), MIN_ROUNDS
+        most_samples = sys.maxsize
 
     def samples(case: Case) -> Samples:
         if case not in results:
             results[case] = interleave(
-                case,
+                dataclasses.replace(case, batch=min(case.batch, most_samples)),
                 get_option(config, "backend"),
                 compiler if case in compiled else None,
                 seconds,

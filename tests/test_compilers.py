@@ -6,6 +6,7 @@ CONTRIBUTING.md names.
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import shlex
@@ -54,6 +55,7 @@ if HERE != "aarch64":
     COMPILERS.append(Compiler("aarch64-linux-gnu-g++", emulator))
 
 
+@functools.cache
 def build(command: str) -> Path:
     """A program of the kernels; what the cache has is not compiled again."""
     includes = [f"-I{CSRC}", f"-I{generated()}"]
