@@ -6,7 +6,7 @@ target's interpreter for its torch and lends it to the build. If there is none, 
 the build requires its own.
 
 The build runs in a temporary copy of the sources. So nothing from an earlier build in the checkout
-gets in, and nothing is written there.
+gets in, and nothing is written there but this file's bytecode, by Python.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def test_of_several_processes_one_makes_it(tmp_path: Path) -> None:
 def test_a_process_that_was_killed_leaves_nothing_half(tmp_path: Path) -> None:
     log = tmp_path / "log"
     killed = _start_making(log, 1000)
-    while not log.exists():
+    while not (log.exists() and log.read_text()):
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()

@@ -35,8 +35,12 @@ PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }
 
 
 def run(*command: str | Path, cwd: Path, **environ: str) -> str:
-    """What a command prints; its error output too when it fails."""
+    """What a command prints; its error output too when it fails.
+
+    Python writes no bytecode, which root's would leave in a checkout that is read-only.
+    """
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    kept["PYTHONDONTWRITEBYTECODE"] = "1"
     result = subprocess.run(
         command, cwd=cwd, env={**kept, **environ}, capture_output=True, text=True
     )
@@ -45,7 +49,7 @@ def run(*command: str | Path, cwd: Path, **environ: str) -> str:
 
 
 def python(code: str, cwd: Path) -> str:
-    return run(sys.executable, "-B", "-c", code, cwd=cwd)
+    return run(sys.executable, "-c", code, cwd=cwd)
 
 
 @pytest.fixture
