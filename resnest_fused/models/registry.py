@@ -13,11 +13,11 @@ from torch import nn
 from resnest_fused.fusing.adapters.base import Networks, Transform
 from resnest_fused.fusing.registry import NETWORKS
 from resnest_fused.models import checkpoints
-from resnest_fused.models.resnest import ResNeSt, resnest50
+from resnest_fused.models.family import BUILDERS
+from resnest_fused.models.resnest import OutIndices, ResNeSt
+from resnest_fused.models.variants import VARIANTS
 
-_BUILDERS: dict[str, Callable[..., ResNeSt]] = {
-    builder.__name__: builder for builder in (resnest50,)
-}
+_BUILDERS: dict[str, Callable[..., ResNeSt]] = dict(BUILDERS)
 
 
 class Preprocessing(NamedTuple):
@@ -43,7 +43,7 @@ class _Ours(Networks):
         return _BUILDERS[name](**options)
 
     def preprocessing(self, name: str, model: nn.Module) -> tuple[int, Transform | None]:
-        return 224, None
+        return VARIANTS[name].size, None
 
 
 _NETWORKS: dict[str, type[Networks]] = {"": _Ours, **NETWORKS}
@@ -54,8 +54,8 @@ def list_models() -> list[str]:
 
     Example::
 
-        >>> list_models()
-        ['resnest50']
+        >>> list_models()[:3]
+        ['resnest14', 'resnest26', 'resnest50']
     """
     return list(_BUILDERS)
 
@@ -77,7 +77,9 @@ def create(name: str, weights: str | os.PathLike[str] | None = None, **options: 
             or a dictionary with one under "state_dict"; see :func:`load_checkpoint`. The model gets
             as many classes as the checkpoint has, unless ``num_classes`` is given. None leaves the
             random initialisation.
-        options: the builder's, such as ``num_classes``, and ``fused`` of :func:`resnest50`.
+        options: the builder's, such as ``num_classes``; of this package's models those of
+            :func:`resnest50`. With ``in_chans`` the first convolution of a checkpoint is adapted to
+            another number of input channels.
 
     Raises:
         ValueError: there is no such model, or its package cannot be imported.
@@ -91,7 +93,40 @@ def create(name: str, weights: str | os.PathLike[str] | None = None, **options: 
     if classes is not None:
         options = {"num_classes": classes} | options
     model = networks.build(short, options)
+    state = checkpoints.adapt_input(state, options.get("in_chans", 3))
     checkpoints.load_state(model, state, weights)
+    return model
+
+
+def backbone(
+    name: str,
+    weights: str | os.PathLike[str] | None = None,
+    *,
+    out_indices: OutIndices = (1, 2, 3, 4),
+    **options: Any,
+) -> ResNeSt:
+    """One of this package's models without its classifier, for a detector or a segmenter.
+
+    Example::
+
+        body = backbone("resnest50", "resnest50.pth", out_indices=(1, 2, 3, 4))
+        maps = body(torch.randn(1, 3, 224, 224))  # a list; strides 4, 8, 16, 32
+        body = backbone("resnest50", out_indices={4: "out"}, output_stride=8)  # a dictionary
+
+    Args:
+        name: one of :func:`list_models`.
+        weights: as of :func:`create`; the classifier of the checkpoint, and stages behind the last
+            map, are left out.
+        out_indices: which maps it returns, as of :class:`ResNeSt`.
+        options: as of :func:`create`, such as ``output_stride`` and ``frozen_stages``.
+
+    Raises:
+        ValueError, CheckpointError: as :func:`create`.
+    """
+    if ":" in name:
+        raise ValueError(f"backbone: expected one of {', '.join(list_models())}, got {name!r}")
+    model = create(name, weights, out_indices=out_indices, **options)
+    assert isinstance(model, ResNeSt)
     return model
 
 

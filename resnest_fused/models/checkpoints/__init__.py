@@ -6,6 +6,13 @@ from resnest_fused.models.checkpoints.files import (
     load_state,
     read_checkpoint,
 )
-from resnest_fused.models.checkpoints.official import num_classes
+from resnest_fused.models.checkpoints.official import adapt_input, num_classes
 
-__all__ = ["CheckpointError", "load_checkpoint", "load_state", "num_classes", "read_checkpoint"]
+__all__ = [
+    "CheckpointError",
+    "adapt_input",
+    "load_checkpoint",
+    "load_state",
+    "num_classes",
+    "read_checkpoint",
+]

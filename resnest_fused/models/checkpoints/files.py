@@ -166,6 +166,8 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str | os.Pat
         CheckpointError: keys or shapes differ from the model's. The model is then as it was.
     """
     expected = model.state_dict()
+    absent = tuple(f"{name}." for name in getattr(model, "absent_modules", ()))
+    state = {key: value for key, value in state.items() if not key.startswith(absent)}
     complaints = [
         _listing("missing", (key for key in expected if key not in state)),
         _listing("unexpected", (key for key in state if key not in expected)),
