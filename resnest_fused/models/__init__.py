@@ -1,6 +1,13 @@
-"""The ResNeSt models, by function or by name, and checkpoints from local files."""
+"""The ResNeSt models, by function or by name, and checkpoints of every layout."""
 
-from resnest_fused.models.checkpoints import CheckpointError, load_checkpoint
+from resnest_fused.models.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    convert_checkpoint,
+    load_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 from resnest_fused.models.family import (
     resnest14,
     resnest26,
@@ -22,12 +29,15 @@ from resnest_fused.models.resnest import ResNeSt
 from resnest_fused.models.timm_entries import register_with_timm
 
 __all__ = [
+    "Checkpoint",
     "CheckpointError",
     "ResNeSt",
     "backbone",
+    "convert_checkpoint",
     "create",
     "list_models",
     "load_checkpoint",
+    "read_checkpoint",
     "resnest14",
     "resnest26",
     "resnest50",
@@ -42,6 +52,7 @@ __all__ = [
     "resnest152",
     "resnest200",
     "resnest269",
+    "save_checkpoint",
 ]
 
 register_with_timm()

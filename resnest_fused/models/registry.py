@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,9 +13,12 @@ from torch import nn
 from resnest_fused.fusing.adapters.base import Networks, Transform
 from resnest_fused.fusing.registry import NETWORKS
 from resnest_fused.models import checkpoints
+from resnest_fused.models.checkpoints import Checkpoint
 from resnest_fused.models.family import BUILDERS
 from resnest_fused.models.resnest import OutIndices, ResNeSt
 from resnest_fused.models.variants import VARIANTS
+
+Weights = str | os.PathLike[str] | Checkpoint
 
 _BUILDERS: dict[str, Callable[..., ResNeSt]] = dict(BUILDERS)
 
@@ -60,8 +63,15 @@ def list_models() -> list[str]:
     return list(_BUILDERS)
 
 
-def create(name: str, weights: str | os.PathLike[str] | None = None, **options: Any) -> nn.Module:
-    """Build a model by its name, with the weights of a local checkpoint if one is given.
+def create(
+    name: str,
+    weights: Weights | None = None,
+    *,
+    sha256: str | None = None,
+    leave_out: Sequence[str] = (),
+    **options: Any,
+) -> nn.Module:
+    """Build a model by its name, with the weights of a checkpoint if one is given.
 
     Example::
 
@@ -73,10 +83,11 @@ def create(name: str, weights: str | os.PathLike[str] | None = None, **options: 
         name: one of :func:`list_models`; or "official:NAME" for a model of the ``resnest`` package,
             or "timm:NAME" for one of timm's. Those two are plain: fuse them with
             :func:`resnest_fused.fuse`.
-        weights: a checkpoint file of the official package, of timm or of this one: a state_dict,
-            or a dictionary with one under "state_dict"; see :func:`load_checkpoint`. The model gets
-            as many classes as the checkpoint has, unless ``num_classes`` is given. None leaves the
-            random initialisation.
+        weights: a checkpoint file of any layout, a URL, or what :func:`read_checkpoint` returned.
+            The model gets as many classes as the checkpoint has, unless ``num_classes`` is given.
+            None leaves the random initialisation.
+        sha256: the file's hash or its first digits; a URL needs it.
+        leave_out: modules that keep their random weights, as of :func:`load_checkpoint`.
         options: the builder's, such as ``num_classes``; of this package's models those of
             :func:`resnest50`. With ``in_chans`` the first convolution of a checkpoint is adapted to
             another number of input channels.
@@ -88,19 +99,21 @@ def create(name: str, weights: str | os.PathLike[str] | None = None, **options: 
     networks, short = _find(name)
     if weights is None:
         return networks.build(short, options)
-    state = checkpoints.read_checkpoint(weights)
-    classes = checkpoints.num_classes(state)
-    if classes is not None:
+    checkpoint = weights
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = checkpoints.read_checkpoint(checkpoint, sha256=sha256)
+    classes = checkpoints.num_classes(checkpoint.state)
+    if classes is not None and "fc" not in leave_out:
         options = {"num_classes": classes} | options
     model = networks.build(short, options)
-    state = checkpoints.adapt_input(state, options.get("in_chans", 3))
-    checkpoints.load_state(model, state, weights)
+    state = checkpoints.adapt_input(checkpoint.state, options.get("in_chans", 3))
+    checkpoints.load_checkpoint(model, checkpoint._replace(state=state), leave_out=leave_out)
     return model
 
 
 def backbone(
     name: str,
-    weights: str | os.PathLike[str] | None = None,
+    weights: Weights | None = None,
     *,
     out_indices: OutIndices = (1, 2, 3, 4),
     **options: Any,
@@ -118,7 +131,7 @@ def backbone(
         weights: as of :func:`create`; the classifier of the checkpoint, and stages behind the last
             map, are left out.
         out_indices: which maps it returns, as of :class:`ResNeSt`.
-        options: as of :func:`create`, such as ``output_stride`` and ``frozen_stages``.
+        options: as of :func:`create`, such as ``output_stride``, ``frozen_stages`` and ``sha256``.
 
     Raises:
         ValueError, CheckpointError: as :func:`create`.

@@ -6,6 +6,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from resnest_fused.models.checkpoints.layout import Layout
+
+LAYOUT = Layout(name="official", title="the official", mark=r"layer1\.0\.conv2\.(?:bn0|weight)")
+
 
 def num_classes(state: Mapping[str, Tensor]) -> int | None:
     """How many classes the classifier in a state_dict knows; None if it has no such classifier.
