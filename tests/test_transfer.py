@@ -1,4 +1,7 @@
-"""The family as backbones of torchvision's detector and segmenter; run with ``-m peers``."""
+"""The family as backbones of torchvision's detector and segmenter.
+
+One test is among those of the peers; the other trains for minutes: ``-m transfer``.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,6 @@ from torch import Tensor, nn
 import resnest_fused as rf
 from resnest_fused import models
 from resnest_fused.models import images
-
-pytestmark = pytest.mark.peers
 
 CHINA = Path(sklearn.datasets.__file__).parent / "images/china.jpg"
 
@@ -50,7 +51,8 @@ def photo(side: int) -> Tensor:
     return images.preprocess(images.read_image(CHINA), side)
 
 
-def test_a_photo_through_the_detector_and_the_segmenter() -> None:
+@pytest.mark.peers
+def test_a_photo_through_torchvision_s_detector_and_segmenter() -> None:
     torch.manual_seed(0)
     detector, segmenter = faster_rcnn(min_size=96, max_size=96), deeplab()
     target = {"boxes": torch.tensor([[10.0, 10, 60, 60]]), "labels": torch.tensor([1])}
@@ -72,3 +74,18 @@ def test_a_photo_through_the_detector_and_the_segmenter() -> None:
         else:
             x = photo(96)[None]
             torch.testing.assert_close(plain(x)["out"], fused(x)["out"], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.transfer
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("name", "least"), [("train_detector", 0.6), ("train_segmenter", 0.7)])
+def test_resnest14_learns_shapes_in_torchvision_s_models(name: str, least: float) -> None:
+    """Fused and unfused reach the mark, and their losses fall alike."""
+    train = getattr(importlib.import_module("transfer"), name)
+    fused, plain = (train(fused=fused) for fused in (True, False))
+    assert min(fused.mark, plain.mark) >= least
+    # The first steps are the same but for rounding, which training then amplifies.
+    assert fused.losses[:2] == pytest.approx(plain.losses[:2], rel=1e-3)
+    late = [sum(run.losses[-30:]) / 30 for run in (fused, plain)]
+    assert late[0] == pytest.approx(late[1], rel=0.5)
+    assert fused.losses[0] > 2 * late[0]
