@@ -139,10 +139,17 @@ class FoldedNorm(Identity):
 
 
 def is_nothing(module: Any) -> bool:
-    """Whether ``module`` is None, or returns its input."""
+    """Whether ``module`` is None, or returns its input.
+
+    A class whose body has ``idle_in_eval = True`` says that its modules do so in eval mode.
+    """
     if type(module) is FoldedNorm:
         return not module.training  # in training mode it must be called, to raise
-    return module is None or (computes_as(type(module), Identity) and intercepted(module) is None)
+    if module is None:
+        return True
+    kind = type(module)
+    idle = vars(kind).get("idle_in_eval", False) and not module.training
+    return (idle or computes_as(kind, Identity)) and intercepted(module) is None
 
 
 def is_relu(module: Any) -> bool:

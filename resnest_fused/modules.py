@@ -196,10 +196,11 @@ class FusedSplitAttentionConv2d(FusedModule, SplitAttentionConv2d):
         return fused_attention(
             self.conv(x),
             bn0=self.bn0,
-            act0=RELU,
+            drop=self.drop,
+            act0=RELU if self.act0 is None else self.act0,
             fc1=self.fc1,
             bn1=self.bn1,
-            act1=RELU,
+            act1=RELU if self.act1 is None else self.act1,
             fc2=self.fc2,
             radix=self.radix,
             cardinality=self.cardinality,

@@ -23,6 +23,7 @@ from resnest_fused import sync
 from resnest_fused.tracing import as_one_node, is_traced
 
 NormLayer = Callable[[int], nn.Module]
+ConvLayer = Callable[..., nn.Module]
 IntOrPair = int | tuple[int, int]
 
 
@@ -264,6 +265,7 @@ class _AttentionModule(nn.Module):
     cardinality: int
     inter_channels: int
     bn1: nn.Module | None
+    act1: nn.Module | None
 
     def _add_attention(
         self,
@@ -273,6 +275,7 @@ class _AttentionModule(nn.Module):
         inter_channels: int | None,
         reduction: int,
         norm_layer: NormLayer | None,
+        act_layer: Callable[[], nn.Module] | None = None,
     ) -> None:
         channels, radix, cardinality = _check_counts(
             channels=channels, radix=radix, cardinality=cardinality
@@ -293,13 +296,15 @@ class _AttentionModule(nn.Module):
         self.inter_channels = inter_channels
         self.fc1 = nn.Conv2d(channels, inter_channels, 1, groups=cardinality)
         self.bn1 = None if norm_layer is None else norm_layer(inter_channels)
+        self.act1 = None if act_layer is None else act_layer()
         self.fc2 = nn.Conv2d(inter_channels, channels * radix, 1, groups=cardinality)
 
     def _attention(self, gap: Tensor) -> Tensor:
         h = self.fc1(gap)
         if self.bn1 is not None:
             h = self.bn1(h)
-        return r_softmax(self.fc2(F.relu(h)), self.radix, self.cardinality)
+        h = F.relu(h) if self.act1 is None else self.act1(h)
+        return r_softmax(self.fc2(h), self.radix, self.cardinality)
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, radix={self.radix}, cardinality={self.cardinality}"
@@ -376,6 +381,11 @@ class SplitAttentionConv2d(_AttentionModule):
             with ``channels`` the output's channels.
         cardinality, radix, reduction, inter_channels: as in :class:`SplitAttention`.
         norm_layer: makes ``bn0`` and ``bn1``; None for neither.
+        conv_layer: makes ``conv``; called as ``nn.Conv2d`` is.
+        act_layer: called without arguments to make ``act0``, in the ReLU's place behind ``bn0``,
+            and ``act1``, in that between the FCs; None for ReLU, which has no child.
+        drop_layer: called without arguments to make ``drop``, between ``bn0`` and the activation,
+            such as DropBlock; None for none.
 
     Raises:
         ValueError: when a count is below 1 or ``cardinality`` does not divide.
@@ -383,6 +393,8 @@ class SplitAttentionConv2d(_AttentionModule):
     """
 
     bn0: nn.Module | None
+    drop: nn.Module | None
+    act0: nn.Module | None
 
     def __init__(
         self,
@@ -398,29 +410,38 @@ class SplitAttentionConv2d(_AttentionModule):
         reduction: int = 4,
         inter_channels: int | None = None,
         norm_layer: NormLayer | None = nn.BatchNorm2d,
+        conv_layer: ConvLayer = nn.Conv2d,
+        act_layer: Callable[[], nn.Module] | None = None,
+        drop_layer: Callable[[], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         in_channels, channels, radix, cardinality = _check_counts(
             in_channels=in_channels, channels=channels, radix=radix, cardinality=cardinality
         )
-        self.conv = nn.Conv2d(
+        self.conv = conv_layer(
             in_channels,
             channels * radix,
             kernel_size,
-            stride,
-            padding,
-            dilation,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
             groups=cardinality * radix,
             bias=bias,
         )
         self.bn0 = None if norm_layer is None else norm_layer(channels * radix)
-        self._add_attention(channels, radix, cardinality, inter_channels, reduction, norm_layer)
+        self.drop = None if drop_layer is None else drop_layer()
+        self.act0 = None if act_layer is None else act_layer()
+        self._add_attention(
+            channels, radix, cardinality, inter_channels, reduction, norm_layer, act_layer
+        )
 
     def _prologue(self, x: Tensor) -> Tensor:
         x = self.conv(x)
         if self.bn0 is not None:
             x = self.bn0(x)
-        return F.relu(x, inplace=True)
+        if self.drop is not None:
+            x = self.drop(x)
+        return F.relu(x, inplace=True) if self.act0 is None else self.act0(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, in_channels, H, W)`` to ``(B, channels, H', W')``."""

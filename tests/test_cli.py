@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import json
 import os
@@ -16,6 +17,7 @@ import pytest
 import sklearn.datasets
 import torch
 import typer
+from PIL import Image
 from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
@@ -23,9 +25,13 @@ import resnest_fused as rf
 from resnest_fused import SplitAttentionConv2d, models, modules
 from resnest_fused.backends import NAMES, native
 from resnest_fused.cli.app import app
-from resnest_fused.cli.compare import _Backend, _describe_speed, _find_device
+from resnest_fused.cli.compare import _Backend, _describe_speed
+from resnest_fused.cli.convert import _Layout
+from resnest_fused.cli.devices import find_device
 from resnest_fused.measure.timing import Speedup
-from resnest_fused.models import registry
+from resnest_fused.models import images, registry
+from resnest_fused.models.checkpoints import LAYOUTS
+from resnest_fused.models.imagenet import class_names
 
 _PHOTOS = Path(sklearn.datasets.__file__).parent / "images"
 CHINA, FLOWER = str(_PHOTOS / "china.jpg"), str(_PHOTOS / "flower.jpg")
@@ -240,8 +246,7 @@ def test_bad_files(files: Path) -> None:
     [
         (
             ("--model", "resnest5"),
-            "resnest_fused has no model resnest5; did you mean resnest50? Known are resnest50, "
-            "official:NAME and timm:NAME",
+            "resnest_fused has no model resnest5; did you mean resnest50? Known are resnest14, ",
         ),
         (("--model", "hub:resnest50"), "unknown source 'hub'"),
         (("--model", "official:resnest50"), "package resnest cannot be imported"),
@@ -278,6 +283,124 @@ def assert_refused(result: Result, option: str, reason: str) -> None:
 def test_a_network_without_split_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     put_in_place(monkeypatch, lambda: nn.Conv2d(3, 4, 1), 8)
     assert_refused(run("compare"), "--model", "no split attention that can be fused")
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Makes resnest50 a small network with 1000 classes; returns a checkpoint of it."""
+    options = {"planes": (8, 16, 32, 64), "num_classes": 1000}
+
+    def builder(**given: object) -> nn.Module:
+        return models.resnest14(**options | given)
+
+    monkeypatch.setitem(registry._BUILDERS, "resnest50", builder)
+    torch.manual_seed(3)
+    models.save_checkpoint(builder(), tmp_path / "narrow.safetensors", "mm")
+    return tmp_path / "narrow.safetensors"
+
+
+def test_predict(narrow: Path) -> None:
+    result = run("predict", CHINA, FLOWER, "--weights", str(narrow), "--top", "3")
+    assert result.exit_code == 0 and result.stderr == ""
+    rows = re.findall(r"^ *(\d+) +(\S.*?) +(\d+\.\d) %$", result.stdout, re.MULTILINE)
+    assert len(rows) == 6 and CHINA in result.stdout.replace("\n", "")
+    names = class_names()
+    assert all(names[int(number)] == name for number, name, _ in rows)
+    model = models.create("resnest50", narrow).eval()
+    with torch.inference_mode():
+        x = images.preprocess(images.read_image(CHINA))[None]
+        odds, best = model(x).softmax(1).topk(3)
+    assert [int(number) for number, _, _ in rows[:3]] == best[0].tolist()
+    found = json.loads(run("predict", CHINA, "--weights", str(narrow), "--format", "json").stdout)
+    assert [guess["number"] for guess in found[0]["classes"][:3]] == best[0].tolist()
+    shown = [guess["probability"] for guess in found[0]["classes"][:3]]
+    assert shown == pytest.approx(odds[0].tolist(), rel=1e-4)
+
+
+def test_predict_a_folder(narrow: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    for number, name in enumerate(("b.png", "a.JPG", "more/c.webp")):
+        Image.new("RGB", (40, 30), (80 * number, 0, 0)).save(folder / name)
+    (folder / "notes.txt").write_text("no picture")
+    arguments = ("predict", str(folder), "--weights", str(narrow), "--top", "1")
+    result = run(*arguments, "--format", "csv", "--batch", "2")
+    header, *rows = csv.reader(result.stdout.splitlines())
+    assert header == ["photo", "rank", "number", "name", "probability"]
+    assert [Path(row[0]).name for row in rows] == ["a.JPG", "b.png", "c.webp"]
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(f"thing {i}" for i in range(1000)))
+    result = run(*arguments, "--format", "csv", "--classes", str(names))
+    assert [row[3] for row in csv.reader(result.stdout.splitlines()[1:])] == [
+        f"thing {row[2]}" for row in rows
+    ]
+    (folder / "more/d.png").write_text("no picture")
+    result = run(*arguments)
+    assert_refused(result, "PHOTO", "d.png: not an image that Pillow can read")
+
+
+@pytest.mark.usefixtures("narrow")
+def test_predict_with_random_weights_says_so(tmp_path: Path) -> None:
+    result = run("predict", CHINA)
+    assert result.exit_code == 0 and "random weights: the classes mean nothing" in result.stderr
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "two.txt").write_text("a\nb")
+    for option, arguments, reason in (
+        ("PHOTO", (str(tmp_path / "absent.jpg"),), "not a file that exists"),
+        ("PHOTO", (str(tmp_path / "empty"),), "a folder without pictures"),
+        ("--model", (CHINA, "--model", "vgg"), "has no model vgg"),
+        ("--weights", (CHINA, "--weights", CHINA), "truncated, damaged, or not a checkpoint"),
+        ("--weights", (CHINA, "--weights", "http://x/y.pth"), "only with its sha256"),
+        (
+            "--classes",
+            (CHINA, "--classes", str(tmp_path / "two.txt")),
+            "expected 1000 names, got 2",
+        ),
+        ("--classes", (CHINA, "--classes", str(tmp_path / "no.txt")), "cannot be read"),
+        ("--device", (CHINA, "--device", "tpu"), "expected cpu, cuda or cuda:N"),
+    ):
+        assert_refused(run("predict", *arguments), option, reason)
+
+
+def test_models() -> None:
+    result = run("models")
+    assert result.exit_code == 0 and max(map(len, result.output.splitlines())) <= 80
+    assert re.search(
+        r"^resnest50 +27.5 M +5.37 +224 +81.03 +official$", result.output, re.MULTILINE
+    )
+    assert re.search(r"^resnest152 +65.3 M +18.17 +256 +- +- *$", result.output, re.MULTILINE)
+    assert "as published by the official repository" in " ".join(result.output.split())
+    listed = json.loads(run("models", "--json").stdout)
+    assert [variant["name"] for variant in listed] == models.list_models()
+
+
+def test_convert(narrow: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.pth"
+    result = run("convert", str(narrow), str(out), "--to", "d2")
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert "MMPretrain's layout, under backbone., " in said
+    assert "left out fc.bias, fc.weight: the layout has none" in said
+    original, found = (models.read_checkpoint(path).state for path in (narrow, out))
+    assert all(torch.equal(value, original[key]) for key, value in found.items())
+    (tmp_path / "text.pth").write_text("no checkpoint")
+    for arguments, reason in (
+        (("text.pth", "new.pth"), "truncated, damaged, or not a checkpoint"),
+        (("absent.pth", "new.pth"), "not a file that exists"),
+        (("out.pth", "no/new.pth"), "cannot be written"),
+        (("out.pth", "new.pth", "--sha256", "0" * 8), "expected the sha256 00000000, got"),
+        (("out.pth", "new.pth", "--prefix", "body."), "nothing in it begins with 'body.'"),
+        (("out.pth", "new.pth", "--entry", "ema"), "no state_dict under 'ema'"),
+    ):
+        files = [str(tmp_path / name) for name in arguments[:2]]
+        assert_refused(run("convert", *files, "--to", "mm", *arguments[2:]), "IN", reason)
+    assert not (tmp_path / "new.pth").exists()
+    assert run("convert", str(out), str(out), "--to", "keras").exit_code == 2
+    assert tuple(layout.value for layout in _Layout) == tuple(sorted(LAYOUTS, key=_order))
+
+
+def _order(layout: str) -> int:
+    return ("official", "timm", "mm", "mmdet", "d2", "gluon").index(layout)
 
 
 @pytest.mark.parametrize("arguments", [("no-such-command",), ("compare", "--no-such-option")])
@@ -431,7 +554,9 @@ def test_compare_names_wrong_variables() -> None:
     )
 
 
-@pytest.mark.parametrize("arguments", [(), ("info",), ("compare",)])
+@pytest.mark.parametrize(
+    "arguments", [(), ("info",), ("compare",), ("models",), ("predict",), ("convert",)]
+)
 def test_help(arguments: tuple[str, ...]) -> None:
     assert tuple(backend.value for backend in _Backend) == NAMES
     result = run(*arguments, "--help")
@@ -482,16 +607,16 @@ def test_torch_is_imported_when_a_command_runs(
 
 def test_the_gpu_is_the_default_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert _find_device(None) == torch.device("cpu")
+    assert find_device(None) == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
-    assert _find_device(None) == _find_device("cuda") == torch.device("cuda", 0)
-    assert _find_device("cuda:1") == torch.device("cuda", 1)
-    assert _find_device("cpu") == torch.device("cpu")
+    assert find_device(None) == find_device("cuda") == torch.device("cuda", 0)
+    assert find_device("cuda:1") == torch.device("cuda", 1)
+    assert find_device("cpu") == torch.device("cpu")
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
     with pytest.raises(typer.BadParameter, match="PyTorch sees 2 GPUs, got 'cuda:2'"):
-        _find_device("cuda:2")
+        find_device("cuda:2")
 
 
 @pytest.mark.parametrize(

@@ -120,9 +120,9 @@ def pip(*arguments: str | Path, cwd: Path, interpreter: str | Path = sys.executa
 
 
 def package_files(checkout: Path) -> set[str]:
-    """The Python files that a checkout's wheel must hold."""
+    """The files of the package that a checkout's wheel must hold."""
     paths = (checkout / "resnest_fused").rglob("*")
-    kept = {path for path in paths if path.suffix in (".py", ".pyi", ".typed")}
+    kept = {path for path in paths if path.suffix in (".py", ".pyi", ".typed", ".txt")}
     kept.add(checkout / "resnest_fused" / "py.typed")
     return {path.relative_to(checkout).as_posix() for path in kept}
 

@@ -131,8 +131,7 @@ def test_pooling_behind_the_attention(memory_format: torch.memory_format) -> Non
 
 
 def test_names() -> None:
-    assert models.list_models() == ["resnest50"]
-    known = "Known are resnest50, official:NAME and timm:NAME"
+    known = f"Known are {', '.join(models.list_models())}, official:NAME and timm:NAME"
     with pytest.raises(ValueError) as caught:
         models.create("resnest5")
     assert str(caught.value) == (
@@ -217,15 +216,15 @@ def _without(state: dict[str, Tensor], *keys: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: _without(s, "fc.bias"), r"1 missing \(fc.bias\)$"),
+        (lambda s: _without(s, "fc.bias"), r"1 missing \(fc.bias\); leave_out=\('fc',\) keeps"),
         (lambda s: s | {"head.weight": torch.ones(1)}, r"1 unexpected \(head.weight\)$"),
         (
             lambda s: s | {"fc.weight": torch.ones(10, 2048)},
-            r"1 of another shape \(fc.weight \(10, 2048\) for \(1000, 2048\)\)$",
+            r"1 of another shape \(fc.weight \(10, 2048\) for \(1000, 2048\)\); leave_out=",
         ),
         (
-            lambda s: {f"backbone.{key}": value for key, value in s.items()},
-            r"(\d+) missing \(conv1.0.weight, conv1.1.weight, conv1.1.bias, ...\); \1 unexpected",
+            lambda s: {key.replace("layer", "stage"): value for key, value in s.items()},
+            r"(\d+) missing \(layer1.0.conv1.weight, layer1.0.bn1.weight, .*\); \1 unexpected",
         ),
     ],
 )

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import resnest_fused
-from resnest_fused.cli import compare, info
+from resnest_fused.cli import compare, convert, info, models, predict
 
 # What typer raises for wrong arguments; click's, which newer releases carry inside.
 _UsageError: Any = typer.BadParameter.__base__
@@ -55,10 +55,13 @@ class _Command(_PlainFlags, TyperCommand):
 app = typer.Typer(
     cls=_Commands,
     add_completion=False,
-    help="ResNeSt's split attention as one operator: what is installed, and how it compares.",
+    help="ResNeSt's split attention as one operator: its networks, and what they gain by it.",
 )
 app.command("info", cls=_Command)(info.run)
+app.command("models", cls=_Command)(models.run)
+app.command("predict", cls=_Command)(predict.run)
 app.command("compare", cls=_Command)(compare.run)
+app.command("convert", cls=_Command)(convert.run)
 
 
 def main() -> None:

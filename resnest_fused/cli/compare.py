@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from resnest_fused.cli import environment, screen
+from resnest_fused.cli.devices import find_device
 from resnest_fused.cli.errors import bad, blame
 
 # Commands import what is heavy when they run, so that `resnest-fused --help` is quick.
@@ -58,7 +58,8 @@ def run(
     model: Annotated[
         str,
         typer.Option(
-            help="resnest50, or official:NAME (package resnest), or timm:NAME.", metavar="NAME"
+            help="A name of `resnest-fused models`, official:NAME (package resnest) or timm:NAME.",
+            metavar="NAME",
         ),
     ] = "resnest50",
     image: Annotated[
@@ -132,7 +133,7 @@ def run(
     from resnest_fused.models.random_norms import randomize_norms
 
     console = screen.make_console()
-    place = _find_device(device)
+    place = find_device(device)
     statuses = rf.backends()
     status = {s.name: s for s in statuses}.get(backend.value)
     if status is not None and not status.available:
@@ -153,7 +154,8 @@ def run(
     ):
         torch.manual_seed(_SEED)
         # The other packages' models are plain as they are.
-        reference = models.create(model, weights, **({} if ":" in model else {"fused": False}))
+        plain: dict[str, Any] = {} if ":" in model else {"fused": False}
+        reference = models.create(model, weights, **plain)
         preprocessing = registry.preprocessing(model, reference)
     if weights is None:
         randomize_norms(reference, preprocessing.size, _SEED)
@@ -202,28 +204,6 @@ def run(
     console.print(verdict, style="bold green" if agreed else "bold red")
     console.print(_describe_speed(speedup, repeats))
     raise typer.Exit(0 if agreed else 1)
-
-
-def _find_device(wanted: str | None) -> torch.device:
-    """The device that was asked for, or the GPU if there is one."""
-    import torch
-
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wanted is None:
-        wanted = "cuda" if gpus else "cpu"
-    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", wanted)
-    if match is None:
-        raise bad("--device", f"expected cpu, cuda or cuda:N, got {wanted!r}")
-    if wanted == "cpu":
-        return torch.device("cpu")
-    index = int(match[1] or 0)
-    if index >= gpus:
-        seen = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "no GPU"
-        raise bad("--device", f"PyTorch sees {seen}, got {wanted!r}")
-    torch.cuda.set_device(index)
-    # TF32 has no more digits than half precision, and float32 is compared in all of its own.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    return torch.device("cuda", index)
 
 
 def _make_input(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,11 +13,14 @@ from torch import nn
 from resnest_fused.fusing.adapters.base import Networks, Transform
 from resnest_fused.fusing.registry import NETWORKS
 from resnest_fused.models import checkpoints
-from resnest_fused.models.resnest import ResNeSt, resnest50
+from resnest_fused.models.checkpoints import Checkpoint
+from resnest_fused.models.family import BUILDERS
+from resnest_fused.models.resnest import OutIndices, ResNeSt
+from resnest_fused.models.variants import VARIANTS
 
-_BUILDERS: dict[str, Callable[..., ResNeSt]] = {
-    builder.__name__: builder for builder in (resnest50,)
-}
+Weights = str | os.PathLike[str] | Checkpoint
+
+_BUILDERS: dict[str, Callable[..., ResNeSt]] = dict(BUILDERS)
 
 
 class Preprocessing(NamedTuple):
@@ -43,7 +46,7 @@ class _Ours(Networks):
         return _BUILDERS[name](**options)
 
     def preprocessing(self, name: str, model: nn.Module) -> tuple[int, Transform | None]:
-        return 224, None
+        return VARIANTS[name].size, None
 
 
 _NETWORKS: dict[str, type[Networks]] = {"": _Ours, **NETWORKS}
@@ -54,14 +57,21 @@ def list_models() -> list[str]:
 
     Example::
 
-        >>> list_models()
-        ['resnest50']
+        >>> list_models()[:3]
+        ['resnest14', 'resnest26', 'resnest50']
     """
     return list(_BUILDERS)
 
 
-def create(name: str, weights: str | os.PathLike[str] | None = None, **options: Any) -> nn.Module:
-    """Build a model by its name, with the weights of a local checkpoint if one is given.
+def create(
+    name: str,
+    weights: Weights | None = None,
+    *,
+    sha256: str | None = None,
+    leave_out: Sequence[str] = (),
+    **options: Any,
+) -> nn.Module:
+    """Build a model by its name, with the weights of a checkpoint if one is given.
 
     Example::
 
@@ -73,11 +83,14 @@ def create(name: str, weights: str | os.PathLike[str] | None = None, **options: 
         name: one of :func:`list_models`; or "official:NAME" for a model of the ``resnest`` package,
             or "timm:NAME" for one of timm's. Those two are plain: fuse them with
             :func:`resnest_fused.fuse`.
-        weights: a checkpoint file of the official package, of timm or of this one: a state_dict,
-            or a dictionary with one under "state_dict"; see :func:`load_checkpoint`. The model gets
-            as many classes as the checkpoint has, unless ``num_classes`` is given. None leaves the
-            random initialisation.
-        options: the builder's, such as ``num_classes``, and ``fused`` of :func:`resnest50`.
+        weights: a checkpoint file of any layout, a URL, or what :func:`read_checkpoint` returned.
+            The model gets as many classes as the checkpoint has, unless ``num_classes`` is given.
+            None leaves the random initialisation.
+        sha256: the file's hash or its first digits; a URL needs it.
+        leave_out: modules that keep their random weights, as of :func:`load_checkpoint`.
+        options: the builder's, such as ``num_classes``; of this package's models those of
+            :func:`resnest50`. With ``in_chans`` the first convolution of a checkpoint is adapted to
+            another number of input channels.
 
     Raises:
         ValueError: there is no such model, or its package cannot be imported.
@@ -86,12 +99,47 @@ def create(name: str, weights: str | os.PathLike[str] | None = None, **options: 
     networks, short = _find(name)
     if weights is None:
         return networks.build(short, options)
-    state = checkpoints.read_checkpoint(weights)
-    classes = checkpoints.num_classes(state)
-    if classes is not None:
+    checkpoint = weights
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = checkpoints.read_checkpoint(checkpoint, sha256=sha256)
+    classes = checkpoints.num_classes(checkpoint.state)
+    if classes is not None and "fc" not in leave_out:
         options = {"num_classes": classes} | options
     model = networks.build(short, options)
-    checkpoints.load_state(model, state, weights)
+    state = checkpoints.adapt_input(checkpoint.state, options.get("in_chans", 3))
+    checkpoints.load_checkpoint(model, checkpoint._replace(state=state), leave_out=leave_out)
+    return model
+
+
+def backbone(
+    name: str,
+    weights: Weights | None = None,
+    *,
+    out_indices: OutIndices = (1, 2, 3, 4),
+    **options: Any,
+) -> ResNeSt:
+    """One of this package's models without its classifier, for a detector or a segmenter.
+
+    Example::
+
+        body = backbone("resnest50", "resnest50.pth", out_indices=(1, 2, 3, 4))
+        maps = body(torch.randn(1, 3, 224, 224))  # a list; strides 4, 8, 16, 32
+        body = backbone("resnest50", out_indices={4: "out"}, output_stride=8)  # a dictionary
+
+    Args:
+        name: one of :func:`list_models`.
+        weights: as of :func:`create`; the classifier of the checkpoint, and stages behind the last
+            map, are left out.
+        out_indices: which maps it returns, as of :class:`ResNeSt`.
+        options: as of :func:`create`, such as ``output_stride``, ``frozen_stages`` and ``sha256``.
+
+    Raises:
+        ValueError, CheckpointError: as :func:`create`.
+    """
+    if ":" in name:
+        raise ValueError(f"backbone: expected one of {', '.join(list_models())}, got {name!r}")
+    model = create(name, weights, out_indices=out_indices, **options)
+    assert isinstance(model, ResNeSt)
     return model
 
 

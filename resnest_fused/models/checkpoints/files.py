@@ -1,54 +1,176 @@
-"""Reads checkpoints from local files and loads them whole or not at all."""
+"""Reads and writes files of tensors by name: torch.save's and safetensors', here or at a URL."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import pickle
-from collections.abc import Iterable, Mapping
+import re
+import sys
+import tempfile
+import urllib.parse
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-_NAMED = 3  # how many keys an error names
-# Where training scripts put the weights, and what wrappers put in front of each name.
-_ENTRIES = ("state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.")
+# Where training scripts put the weights; the first of these that a file has is taken.
+ENTRIES = (
+    *("state_dict", "model", "model_state_dict", "net", "network", "weights", "params"),
+    *("ema", "model_ema", "state_dict_ema", "ema_state_dict", "teacher", "module"),
+)
+Source = str | os.PathLike[str]
 
 
 class CheckpointError(ValueError):
     """A file is no checkpoint, or not one of this model; says which file and what did not fit."""
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The state_dict in a file that ``torch.save`` wrote.
+def read_tensors(source: Source, sha256: str | None = None, entry: str | None = None) -> Any:
+    """The dictionary of tensors in a file, still with the names and prefixes that it has there.
 
-    The file holds the state_dict itself or a dictionary with one under "state_dict" or "model". The
-    prefixes "module." of ``DataParallel`` and "_orig_mod." of ``torch.compile`` are taken off. It
-    is read with ``weights_only=True``, so no code in it runs.
-
-    Example::
-
-        state = read_checkpoint("resnest50.pth")
+    Files of ``torch.save`` are read with ``weights_only=True``, so no code in them runs.
 
     Raises:
-        CheckpointError: not a file, truncated or damaged, or something else than tensors by name.
-            The message names a training script's own objects beside the weights, and what to do.
+        CheckpointError: as :func:`resnest_fused.models.read_checkpoint`.
     """
-    if not os.path.isfile(path):
-        raise CheckpointError(f"{os.fspath(path)}: not a file that exists")
+    path = fetch(source, sha256)
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    return _checked(_find_state(content, entry, source), source)
+
+
+def fetch(source: Source, sha256: str | None = None) -> Path:
+    """The file itself; one at a URL is downloaded once, and only with its hash.
+
+    Args:
+        source: a path, or a URL (http, https, file).
+        sha256: the hash, or its first digits, eight at least, as the official file names have.
+
+    Raises:
+        CheckpointError: no file, no hash for a URL, no connection, or another hash.
+    """
+    name = os.fspath(source)
+    if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{8,64}", sha256):
+        raise CheckpointError(f"sha256: expected 8 to 64 hexadecimal digits, got {sha256!r}")
+    path = Path(name)
+    if re.match(r"(https?|file)://", name):
+        if sha256 is None:
+            raise CheckpointError(f"{name}: a URL is downloaded only with its sha256")
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        last = Path(urllib.parse.urlparse(name).path).name
+        path = folder / f"{sha256[:8].lower()}-{last}"
+        if not path.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            _download(name, path)
+    elif not path.is_file():
+        raise CheckpointError(f"{name}: not a file that exists")
+    if sha256 is not None:
+        found = _hash_of(path)
+        if not found.startswith(sha256.lower()):
+            if path != Path(name):
+                path.unlink()
+            raise CheckpointError(f"{name}: expected the sha256 {sha256.lower()}, got {found}")
+    return path
+
+
+def _download(url: str, path: Path) -> None:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
+    # What goes wrong between here and a server is of many classes, most of them OSErrors.
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{url}: cannot be downloaded ({error})") from error
+
+
+def _hash_of(path: Path) -> str:
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()
+
+
+def write_tensors(state: Mapping[str, Tensor], path: Source) -> None:
+    """Write tensors by name, as safetensors if the file's name ends so, else by ``torch.save``.
+
+    Raises:
+        CheckpointError: the file cannot be written. What was there before is then still there.
+    """
+    target = Path(path)
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    save: Callable[[Any, str], None] = torch.save
+    if target.suffix == ".safetensors":
+        save = _safetensors(target).save_file
+    try:
+        with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
+            temporary = file.name
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written ({error.strerror})") from error
+    try:
+        save(tensors, temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # a temporary file is its owner's alone
+        os.replace(temporary, target)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{target}: cannot be written ({error})") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def _safetensors(path: Path) -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise CheckpointError(f"{path}: needs a package; try pip install safetensors") from error
+    return safetensors.torch
+
+
+def _read_safetensors(path: Path) -> Any:
+    package = _safetensors(path)
+    try:
+        return package.load_file(path)
+    except Exception as error:  # its own class, and what a damaged header leads to
+        raise CheckpointError(
+            f"{path}: truncated, damaged, or not safetensors ({error})"
+        ) from error
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
     # A damaged file can make the unpickler raise almost anything.
     except Exception as error:
-        raise CheckpointError(f"{os.fspath(path)}: {_why_unreadable(path)}") from error
-    state = content
-    if isinstance(content, Mapping):
-        state = next((content[key] for key in _ENTRIES if key in content), content)
+        raise CheckpointError(f"{path}: {_why_unreadable(path)}") from error
+
+
+def _find_state(content: Any, entry: str | None, source: Source) -> Any:
+    """The state_dict in what a file holds: in the entry that is asked for, or in a usual one."""
+    if entry is not None:
+        held = content if isinstance(content, Mapping) else {}
+        if not isinstance(held.get(entry), Mapping):
+            entries = ", ".join(repr(k) for k, v in held.items() if isinstance(v, Mapping))
+            raise CheckpointError(
+                f"{os.fspath(source)}: no state_dict under {entry!r}; it has {entries or 'none'}"
+            )
+        content = held[entry]
+    while isinstance(content, Mapping):
+        inner = next((k for k in ENTRIES if isinstance(content.get(k), Mapping)), None)
+        if inner is None:
+            break
+        content = content[inner]
+    return content
+
+
+def _checked(state: Any, source: Source) -> dict[str, Tensor]:
+    name = os.fspath(source)
     if not isinstance(state, Mapping) or not state:
         raise CheckpointError(
-            f"{os.fspath(path)}: expected a state_dict, got {type(state).__name__}"
+            f"{name}: expected a state_dict, got {type(state).__name__}"
             + (" without entries" if isinstance(state, Mapping) else "")
         )
     for key, value in state.items():
@@ -61,12 +183,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             or value.is_quantized
         ):
             raise CheckpointError(
-                f"{os.fspath(path)}: expected dense real tensors by name, got "
-                f"{_describe(value)} "
-                f"under {key!r}"
+                f"{name}: expected dense real tensors by name, got {_describe(value)} under {key!r}"
             )
-    while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in state)), None):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
     return dict(state)
 
 
@@ -80,7 +198,7 @@ def _why_unreadable(path: str | os.PathLike[str]) -> str:
     content = _outline(path)
     entries = content if isinstance(content, Mapping) else {}
     places = [repr(key) for key, value in entries.items() if _has_placeholder(value)]
-    weights = next((key for key in _ENTRIES if isinstance(entries.get(key), Mapping)), None)
+    weights = next((key for key in ENTRIES if isinstance(entries.get(key), Mapping)), None)
     loaded = f"torch.load({os.fspath(path)!r}, weights_only=False)"
     advice = (
         f"keep its weights alone with torch.save({loaded}[{weights!r}], NEW_FILE), or "
@@ -138,58 +256,3 @@ def _describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a {value.dtype}, {value.layout} tensor on {value.device}"
     return type(value).__name__
-
-
-def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load a checkpoint into ``model``; every key and shape is compared before the first copy.
-
-    Example::
-
-        load_checkpoint(model, "resnest50.pth")
-
-    Raises:
-        CheckpointError: as :func:`read_checkpoint`, or keys or shapes differ from the model's. The
-            model is then as it was.
-        RuntimeError: the model's norms are folded; see :func:`resnest_fused.fuse`.
-    """
-    load_state(model, read_checkpoint(path), path)
-
-
-def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Load what :func:`read_checkpoint` read from ``path``, as :func:`load_checkpoint` does.
-
-    Example::
-
-        load_state(model, read_checkpoint("resnest50.pth"), "resnest50.pth")
-
-    Raises:
-        CheckpointError: keys or shapes differ from the model's. The model is then as it was.
-    """
-    expected = model.state_dict()
-    complaints = [
-        _listing("missing", (key for key in expected if key not in state)),
-        _listing("unexpected", (key for key in state if key not in expected)),
-        _listing(
-            "of another shape",
-            (
-                f"{key} {tuple(state[key].shape)} for {tuple(value.shape)}"
-                for key, value in expected.items()
-                if key in state and state[key].shape != value.shape
-            ),
-        ),
-    ]
-    if any(complaints):
-        raise CheckpointError(
-            f"{os.fspath(path)}: not a checkpoint of this {type(model).__name__}: "
-            + "; ".join(filter(None, complaints))
-        )
-    model.load_state_dict(state)
-
-
-def _listing(what: str, keys: Iterable[str]) -> str:
-    """How many ``keys`` there are, and the first few; empty when there are none."""
-    found = list(keys)
-    if not found:
-        return ""
-    named = ", ".join(found[:_NAMED]) + (", ..." if len(found) > _NAMED else "")
-    return f"{len(found)} {what} ({named})"

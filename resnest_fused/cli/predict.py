@@ -1,0 +1,207 @@
+"""``resnest-fused predict``: the likeliest classes of photos, by any network and checkpoint."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from resnest_fused.cli import screen
+from resnest_fused.cli.devices import find_device
+from resnest_fused.cli.errors import bad, blame
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from resnest_fused.models.registry import Preprocessing
+
+_SEED = 0
+_IMAGENET = 1000
+
+
+class _Format(str, Enum):
+    table = "table"
+    csv = "csv"
+    json = "json"
+
+
+class _Guess(NamedTuple):
+    """One of a photo's likeliest classes: its number, its name and its probability."""
+
+    number: int
+    name: str
+    probability: float
+
+
+def run(
+    photo: Annotated[
+        list[Path],
+        typer.Argument(metavar="PHOTO...", help="Photos, and folders of photos with theirs."),
+    ],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A name of `resnest-fused models`, official:NAME (package resnest) or timm:NAME.",
+            metavar="NAME",
+        ),
+    ] = "resnest50",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="A checkpoint of the model, of any layout: a file, or a URL. Default: random "
+            "weights, whose guesses mean nothing.",
+            metavar="FILE",
+        ),
+    ] = None,
+    sha256: Annotated[
+        str | None,
+        typer.Option(
+            help="The hash of the checkpoint or its first digits, eight at least. A URL needs it.",
+            metavar="HASH",
+        ),
+    ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(
+            help="The names of the classes, one a line. Default: ImageNet's, where there are 1000.",
+            metavar="FILE",
+        ),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Classes to show.", metavar="N")] = 5,
+    form: Annotated[
+        _Format,
+        typer.Option("--format", help="Of what is printed: table, csv or json.", metavar="NAME"),
+    ] = _Format.table,
+    batch: Annotated[int, typer.Option(min=1, help="Photos at a time.", metavar="N")] = 8,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Where to run: cpu, cuda or cuda:N. Default: the GPU if there is one.",
+            metavar="NAME",
+        ),
+    ] = None,
+) -> None:
+    """Name the likeliest classes of photos, with their probabilities.
+
+    Photos are cropped and scaled as the network's own evaluation does. They are read before
+    anything is printed, so a damaged one stops the run.
+
+    Exit code: 0 done, 2 wrong arguments or files.
+    """
+    import torch
+
+    import resnest_fused as rf
+    from resnest_fused import models
+    from resnest_fused.models import registry
+
+    place = find_device(device)
+    paths = _find_photos(photo)
+    with (
+        blame("--model"),
+        blame("--weights", models.CheckpointError),
+        torch.random.fork_rng(devices=[]),
+    ):
+        torch.manual_seed(_SEED)
+        network = models.create(model, weights, sha256=sha256)
+    rf.fuse(network)
+    preprocessing = registry.preprocessing(model, network)
+    guesses = list(_guess(network.eval().to(place), preprocessing, paths, batch, top, classes))
+    if form is _Format.json:
+        rows = [
+            {"photo": str(path), "classes": [guess._asdict() for guess in found]}
+            for path, found in zip(paths, guesses, strict=True)
+        ]
+        print(json.dumps(rows, indent=2))
+    elif form is _Format.csv:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(("photo", "rank", *_Guess._fields))
+        for path, found in zip(paths, guesses, strict=True):
+            for rank, guess in enumerate(found, 1):
+                shown = (guess.number, guess.name, f"{guess.probability:.6f}")
+                writer.writerow((path, rank, *shown))
+    else:
+        _print_tables(paths, guesses)
+    if weights is None:
+        print("random weights: the classes mean nothing; give --weights", file=sys.stderr)
+
+
+def _find_photos(given: Sequence[Path]) -> list[Path]:
+    """The files that were given, and the pictures in folders, whose names tell what they are."""
+    from PIL import Image
+
+    suffixes = {
+        suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN
+    }
+    paths = []
+    for path in given:
+        if not path.is_dir():
+            paths.append(path)
+            continue
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+        if not found:
+            raise bad("PHOTO", f"{path}: a folder without pictures")
+        paths += found
+    return paths
+
+
+def _guess(
+    network: nn.Module,
+    preprocessing: Preprocessing,
+    paths: Sequence[Path],
+    batch: int,
+    top: int,
+    classes: Path | None,
+) -> Iterator[list[_Guess]]:
+    """The likeliest classes of each photo, best first."""
+    import torch
+
+    from resnest_fused.models import images
+
+    place = next(network.parameters()).device
+    names: Sequence[str] = ()
+    with screen.progress("predicting", total=len(paths)) as advance, torch.inference_mode():
+        for start in range(0, len(paths), batch):
+            pictures = []
+            for path in paths[start : start + batch]:
+                with blame("PHOTO"):
+                    pictures.append(preprocessing.transform(images.read_image(path)))
+            with blame("--batch", torch.OutOfMemoryError):
+                odds = network(torch.stack(pictures).to(place)).double().softmax(dim=1).cpu()
+            names = names or _class_names(odds.shape[1], classes)
+            for row in odds:
+                best = row.topk(min(top, len(row)))
+                pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+                yield [_Guess(number, names[number], odds) for number, odds in pairs]
+                advance()
+
+
+def _class_names(count: int, file: Path | None) -> Sequence[str]:
+    """The names of a network's classes: the user's, ImageNet's, or numbers."""
+    if file is None:
+        from resnest_fused.models.imagenet import class_names
+
+        return class_names() if count == _IMAGENET else [f"class {i}" for i in range(count)]
+    try:
+        names = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise bad("--classes", f"{file}: cannot be read ({error})") from error
+    if len(names) != count:
+        raise bad("--classes", f"{file}: expected {count} names, got {len(names)}")
+    return names
+
+
+def _print_tables(paths: Sequence[Path], guesses: Sequence[list[_Guess]]) -> None:
+    console = screen.make_console()
+    for path, found in zip(paths, guesses, strict=True):
+        table: Any = screen.make_table("class", "name", "probability")
+        for column in (table.columns[0], table.columns[2]):
+            column.justify = "right"
+        for guess in found:
+            table.add_row(str(guess.number), guess.name, f"{100 * guess.probability:.1f} %")
+        screen.print_table(console, str(path), table)

@@ -1,0 +1,251 @@
+"""Loads checkpoints of every layout into a model, whole or not at all, and saves a model's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from resnest_fused.models.checkpoints import detectron2, files, gluon, mmdet, mmpretrain, official
+from resnest_fused.models.checkpoints.files import CheckpointError, Source
+from resnest_fused.models.checkpoints.layout import Layout, unknown_keys
+
+_NAMED = 3  # how many keys an error names
+# What wrappers put in front of every name of any network.
+_PREFIXES = ("module.", "_orig_mod.")
+_COUNTER = "num_batches_tracked"
+
+# The official mark is found in most of the others, too, so it comes last.
+_LAYOUTS = (*(m.LAYOUT for m in (mmpretrain, mmdet, detectron2, gluon)), official.LAYOUT)
+LAYOUTS = {layout.name: layout for layout in _LAYOUTS} | {"timm": official.LAYOUT}
+
+
+class Checkpoint(NamedTuple):
+    """What a file holds, under the names of the official layout.
+
+    Attributes:
+        source: the file or URL.
+        state: tensors by name.
+        layout: the layout of the file; None if it is not that of a ResNeSt.
+        prefix: what stood in front of the network's names in the file.
+    """
+
+    source: str
+    state: dict[str, Tensor]
+    layout: Layout | None
+    prefix: str
+
+
+def read_checkpoint(
+    source: Source,
+    *,
+    sha256: str | None = None,
+    entry: str | None = None,
+    prefix: str | None = None,
+) -> Checkpoint:
+    """The weights in a file, whoever wrote it, under the names of the official layout.
+
+    Files are those of ``torch.save``, read with ``weights_only=True``, and ``.safetensors``. The
+    weights are the content itself or an entry of it, such as "state_dict", "model" or "ema".
+    Prefixes of wrappers are taken off: "module.", "_orig_mod.", "model.", "backbone." and others.
+    The layouts are those of the official package and timm, of MMPretrain, MMDetection, detectron2
+    and the official Gluon code, which is recognised by its names.
+
+    Example::
+
+        checkpoint = read_checkpoint("resnest50.pth")
+        checkpoint = read_checkpoint("https://.../resnest50-528c19ca.pth", sha256="528c19ca")
+        model = create("resnest50", read_checkpoint("trained.pth", entry="ema"))
+
+    Args:
+        source: a file, or a URL, which is downloaded once into torch.hub's folder.
+        sha256: the file's hash or its first digits, eight at least; a URL needs it.
+        entry: which of several state_dicts in the file, such as "ema". By default the first of
+            these that it has: {entries}.
+        prefix: take only what stands under this prefix, as "backbone." in a detector's file.
+
+    Raises:
+        CheckpointError: not a file, truncated or damaged, another hash, or something else than
+            tensors by name. The message names a training script's own objects beside the weights,
+            and what to do.
+    """
+    state = files.read_tensors(source, sha256, entry)
+    name = os.fspath(source)
+    if prefix is not None:
+        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        if not state:
+            raise CheckpointError(f"{name}: nothing in it begins with {prefix!r}")
+    # torch.compile wraps a part of a network, too.
+    state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
+    state.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel
+    while shared := next((p for p in _PREFIXES if all(k.startswith(p) for k in state)), None):
+        state = {key.removeprefix(shared): value for key, value in state.items()}
+    for layout in _LAYOUTS:
+        found = layout.find_prefix(state)
+        if found is not None:
+            names = _without_prefix(state, found, layout)
+            return Checkpoint(name, layout.to_official(names), layout, found)
+    return Checkpoint(name, state, None, "")
+
+
+read_checkpoint.__doc__ = (read_checkpoint.__doc__ or "").format(entries=", ".join(files.ENTRIES))
+
+
+def _without_prefix(state: Mapping[str, Tensor], prefix: str, layout: Layout) -> dict[str, Tensor]:
+    """The names without the prefix, and the classifier's without what stands in front of it."""
+    outer = prefix.removesuffix(layout.prefix) if layout.prefix else prefix
+    found = {}
+    for key, value in state.items():
+        head = key.removeprefix(outer)
+        if layout.head is not None and head.startswith(f"{layout.head}."):
+            key = head
+        found[key.removeprefix(prefix)] = value
+    return found
+
+
+def load_checkpoint(
+    model: nn.Module,
+    source: Source | Checkpoint,
+    *,
+    sha256: str | None = None,
+    leave_out: Sequence[str] = (),
+) -> None:
+    """Load a checkpoint into ``model``; every key and shape is compared before the first copy.
+
+    Counters (``num_batches_tracked``) may be absent if all are. A backbone takes the checkpoint of
+    a whole network.
+
+    Example::
+
+        load_checkpoint(model, "resnest50.pth")
+        load_checkpoint(model, "resnest50.pth", leave_out=("fc",))  # another number of classes
+
+    Args:
+        model: a network with the official layout's names, or any other with names of its own.
+        source, sha256: as of :func:`read_checkpoint`, or what it returned.
+        leave_out: modules of the model that keep their weights, whatever the file has for them.
+
+    Raises:
+        CheckpointError: as :func:`read_checkpoint`, or keys or shapes differ from the model's, or
+            there is no such module to leave out. The model is then as it was.
+        RuntimeError: the model's norms are folded; see :func:`resnest_fused.fuse`.
+    """
+    checkpoint = source
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = read_checkpoint(checkpoint, sha256=sha256)
+    expected = model.state_dict()
+    parts = tuple(f"{name}." for name in leave_out)
+    for part in parts:
+        if not any(key.startswith(part) for key in expected):
+            raise CheckpointError(f"leave_out: the model has no {part.removesuffix('.')!r}")
+    absent = tuple(f"{name}." for name in getattr(model, "absent_modules", ()))
+    state = {k: v for k, v in checkpoint.state.items() if not k.startswith(parts + absent)}
+    expected = {key: value for key, value in expected.items() if not key.startswith(parts)}
+    # Frozen norms have no counters, nor has Gluon.
+    if not any(_is_counter(key) for key in state):
+        expected = {key: value for key, value in expected.items() if not _is_counter(key)}
+    if not any(_is_counter(key) for key in expected):
+        state = {key: value for key, value in state.items() if not _is_counter(key)}
+    complaints = [
+        _listing("missing", (key for key in expected if key not in state)),
+        _listing("unexpected", (key for key in state if key not in expected)),
+        _listing(
+            "of another shape",
+            (
+                f"{key} {tuple(state[key].shape)} for {tuple(value.shape)}"
+                for key, value in expected.items()
+                if key in state and state[key].shape != value.shape
+            ),
+        ),
+    ]
+    if any(complaints):
+        raise CheckpointError(
+            f"{checkpoint.source}: not a checkpoint of this {type(model).__name__}: "
+            + "; ".join(filter(None, complaints))
+            + _advice(checkpoint, expected, state)
+        )
+    model.load_state_dict(state, strict=False)
+
+
+def save_checkpoint(model: nn.Module, path: Source, layout: str = "official") -> list[str]:
+    """Write a model's weights to a file, in any layout; see :func:`convert_checkpoint`.
+
+    Example::
+
+        save_checkpoint(model, "resnest50_mm.pth", "mm")
+
+    Args:
+        model: a network with the official layout's names: this package's, the official, timm's.
+        path: is written as safetensors if it ends so, else by ``torch.save``.
+        layout: "official", "timm", "mm" (MMPretrain), "mmdet", "d2" (detectron2) or "gluon".
+
+    Returns:
+        The names that the layout has no place for: the classifier's, or Gluon's lack of counters.
+
+    Raises:
+        CheckpointError: no such layout, no ResNeSt, or the file cannot be written. What was there
+            before is then still there.
+    """
+    return _write(model.state_dict(), type(model).__name__, path, layout)
+
+
+def convert_checkpoint(source: Source | Checkpoint, path: Source, layout: str) -> list[str]:
+    """Write a file's weights to another file, in another layout, with the same numbers.
+
+    Example::
+
+        convert_checkpoint("resnest50-528c19ca.pth", "resnest50_mm.pth", "mm")
+
+    Args:
+        source: as of :func:`read_checkpoint`, or what it returned.
+        path, layout: as of :func:`save_checkpoint`.
+
+    Returns:
+        As :func:`save_checkpoint`.
+
+    Raises:
+        CheckpointError: as :func:`read_checkpoint` and :func:`save_checkpoint`.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
+    return _write(checkpoint.state, checkpoint.source, path, layout)
+
+
+def _write(state: Mapping[str, Tensor], whose: str, path: Source, layout: str) -> list[str]:
+    if layout not in LAYOUTS:
+        raise CheckpointError(f"expected one of {', '.join(LAYOUTS)} as a layout, got {layout!r}")
+    strangers = _listing("unknown", unknown_keys(state))
+    if strangers or not any(key.startswith("layer1.0.conv2.") for key in state):
+        raise CheckpointError(f"{whose}: not the weights of a ResNeSt: {strangers or 'no blocks'}")
+    written = LAYOUTS[layout].from_official(state)
+    files.write_tensors(written, path)
+    kept = LAYOUTS[layout].to_official(
+        {key.removeprefix(LAYOUTS[layout].prefix): value for key, value in written.items()}
+    )
+    return sorted(key for key in state if key not in kept)
+
+
+def _is_counter(key: str) -> bool:
+    return key.rpartition(".")[2] == _COUNTER
+
+
+def _advice(
+    checkpoint: Checkpoint, expected: Mapping[str, Tensor], state: Mapping[str, Tensor]
+) -> str:
+    """What may help, for the mistakes that are made most."""
+    wrong = {k for k in expected if k not in state or state[k].shape != expected[k].shape}
+    if wrong and wrong <= {"fc.weight", "fc.bias"} and set(state) <= set(expected):
+        return "; leave_out=('fc',) keeps the model's own classifier"
+    if not wrong and checkpoint.prefix:
+        return f"; prefix={checkpoint.prefix!r} takes what stands under it alone"
+    return ""
+
+
+def _listing(what: str, keys: Iterable[str]) -> str:
+    """How many ``keys`` there are, and the first few; empty when there are none."""
+    found = list(keys)
+    if not found:
+        return ""
+    named = ", ".join(found[:_NAMED]) + (", ..." if len(found) > _NAMED else "")
+    return f"{len(found)} {what} ({named})"

@@ -1,0 +1,345 @@
+"""Checkpoints: every layout, wrapper and prefix, whole or not at all, and every wrong file."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import http.server
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import safetensors.torch
+import torch
+from test_family import SMALL, small
+from torch import Tensor, nn
+
+from resnest_fused import models
+from resnest_fused.models import CheckpointError
+from resnest_fused.models.checkpoints import LAYOUTS
+
+State = dict[str, Tensor]
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """Every tensor gets values of its own, the counters too."""
+    for index, (name, tensor) in enumerate(model.state_dict().items()):
+        if name.endswith("num_batches_tracked"):
+            tensor.fill_(index)
+        else:
+            tensor.copy_(torch.randn_like(tensor))
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return randomised(small())
+
+
+@pytest.fixture(scope="module")
+def state(model: nn.Module) -> State:
+    return model.state_dict()
+
+
+def assert_same(found: State, expected: State) -> None:
+    assert set(found) == set(expected)
+    assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+    assert all(found[key].dtype == expected[key].dtype for key in expected)
+
+
+# Names of each layout, written down one by one, and their official names.
+NAMES = {
+    "timm": {
+        "conv1.6.weight": "conv1.6.weight",
+        "layer1.0.conv2.bn0.bias": "layer1.0.conv2.bn0.bias",
+    },
+    "mm": {
+        "backbone.stem.0.conv.weight": "conv1.0.weight",
+        "backbone.stem.1.bn.running_var": "conv1.4.running_var",
+        "backbone.stem.2.conv.weight": "conv1.6.weight",
+        "backbone.stem.2.bn.bias": "bn1.bias",
+        "backbone.layer1.0.downsample.0.weight": "layer1.0.downsample.1.weight",
+        "backbone.layer1.0.downsample.1.bias": "layer1.0.downsample.2.bias",
+        "backbone.layer2.0.downsample.1.weight": "layer2.0.downsample.1.weight",
+        "backbone.layer2.0.conv2.fc1.bias": "layer2.0.conv2.fc1.bias",
+        "backbone.layer4.0.bn3.weight": "layer4.0.bn3.weight",
+        "head.fc.weight": "fc.weight",
+    },
+    "mmdet": {
+        "stem.0.weight": "conv1.0.weight",
+        "stem.4.running_mean": "conv1.4.running_mean",
+        "stem.7.num_batches_tracked": "bn1.num_batches_tracked",
+        "layer1.0.downsample.1.weight": "layer1.0.downsample.1.weight",
+        "layer3.0.bn1.bias": "layer3.0.bn1.bias",
+    },
+    "d2": {
+        "backbone.bottom_up.stem.conv1_1.weight": "conv1.0.weight",
+        "backbone.bottom_up.stem.conv1_2.norm.bias": "conv1.4.bias",
+        "backbone.bottom_up.stem.conv1_3.norm.weight": "bn1.weight",
+        "backbone.bottom_up.res2.0.conv1.weight": "layer1.0.conv1.weight",
+        "backbone.bottom_up.res2.0.conv1.norm.weight": "layer1.0.bn1.weight",
+        "backbone.bottom_up.res5.0.conv2.bn1.bias": "layer4.0.conv2.bn1.bias",
+        "backbone.bottom_up.res5.0.conv3.norm.running_var": "layer4.0.bn3.running_var",
+        "backbone.bottom_up.res3.0.shortcut.weight": "layer2.0.downsample.1.weight",
+        "backbone.bottom_up.res3.0.shortcut.norm.bias": "layer2.0.downsample.2.bias",
+    },
+    "gluon": {
+        "conv1.1.gamma": "conv1.1.weight",
+        "layer1.0.conv2.bn.beta": "layer1.0.conv2.bn0.bias",
+        "layer1.0.conv2.bn1.gamma": "layer1.0.conv2.bn1.weight",
+        "layer1.0.conv2.fc1.bias": "layer1.0.conv2.fc1.bias",
+        "fc.weight": "fc.weight",
+    },
+}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_round_trips_are_bitwise(
+    layout: str, suffix: str, model: nn.Module, state: State, tmp_path: Path
+) -> None:
+    path, back = tmp_path / f"there{suffix}", tmp_path / f"back{suffix}"
+    left_out = models.save_checkpoint(model, path, layout)
+    heads = {"fc.weight", "fc.bias"} if layout in ("mmdet", "d2") else set()
+    counters = {k for k in state if k.endswith("num_batches_tracked") and layout == "gluon"}
+    assert set(left_out) == heads | counters
+    written = models.read_checkpoint(path)
+    kept = {key: value for key, value in state.items() if key not in left_out}
+    assert_same(written.state, kept)
+    raw = safetensors.torch.load_file(path) if suffix == ".safetensors" else torch.load(path)
+    for theirs, official in NAMES.get(layout, {}).items():
+        assert torch.equal(raw[theirs], state[official])
+    assert not set(raw) & set(state) or layout in ("official", "timm", "mmdet", "gluon")
+    # Into a network; the parts that the layout lacks are left as they are.
+    twin = small(seed=1)
+    models.load_checkpoint(twin, path, leave_out=("fc",) if heads else ())
+    assert_same({k: v for k, v in twin.state_dict().items() if k in kept}, kept)
+    assert models.convert_checkpoint(path, back, "official") == []
+    assert_same(models.read_checkpoint(back).state, kept)
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+WRAPPERS: dict[str, Callable[[State], object]] = {
+    "itself": lambda s: s,
+    "ordered": OrderedDict,
+    "model": lambda s: {"model": s, "epoch": 3},
+    "model_state_dict": lambda s: {"epoch": 3, "model_state_dict": s},
+    "ema": lambda s: {"ema": s},
+    "nested": lambda s: {"state_dict": {"model": s}},
+    "averaged": lambda s: {
+        "model_ema": {"n_averaged": torch.tensor(3), **{f"module.{k}": v for k, v in s.items()}}
+    },
+    "weights and ema": lambda s: {
+        "state_dict_ema": {k: torch.zeros_like(v) for k, v in s.items()},
+        "state_dict": s,
+    },
+}
+PREFIXES = ("module.", "_orig_mod.", "module._orig_mod.", "model.", "backbone.", "net.encoder.")
+
+
+@pytest.mark.parametrize("layout", ["official", "mm", "d2"])
+def test_wrappers_and_prefixes(layout: str, state: State, tmp_path: Path) -> None:
+    state = {key: value.flatten()[:1].clone() for key, value in state.items()}
+    content = LAYOUTS[layout].from_official(state)
+    expected = {k: v for k, v in state.items() if layout != "d2" or k[:3] != "fc."}
+    path = tmp_path / "file.pth"
+
+    def assert_read(wrap: Callable[[State], object], prefix: str) -> None:
+        torch.save(wrap({f"{prefix}{key}": value for key, value in content.items()}), path)
+        assert_same(models.read_checkpoint(path).state, expected)
+
+    for wrap in WRAPPERS.values():
+        assert_read(wrap, "module.")
+    for prefix in ("", *PREFIXES):
+        assert_read(WRAPPERS["model"], prefix)
+    torch.save({k.replace("0.conv2.", "0.conv2._orig_mod."): v for k, v in content.items()}, path)
+    assert_same(models.read_checkpoint(path).state, expected)
+
+
+def test_one_of_several_state_dicts_is_asked_for(state: State, tmp_path: Path) -> None:
+    path = tmp_path / "both.pth"
+    torch.save({"state_dict": state, "ema": {k: v + 1 for k, v in state.items()}}, path)
+    found = models.read_checkpoint(path, entry="ema")
+    assert_same(found.state, {k: v + 1 for k, v in state.items()})
+    with pytest.raises(CheckpointError, match=r"under 'best'; it has 'state_dict', 'ema'$"):
+        models.read_checkpoint(path, entry="best")
+
+
+def test_a_part_of_a_detector(state: State, tmp_path: Path) -> None:
+    path = tmp_path / "detector.pth"
+    body = {f"backbone.{k}": v for k, v in LAYOUTS["mmdet"].from_official(state).items()}
+    torch.save({"state_dict": body | {"neck.weight": torch.ones(1)}}, path)
+    options = {"planes": SMALL["planes"]}
+    with pytest.raises(CheckpointError) as caught:
+        models.backbone("resnest14", path, **options)
+    end = "1 unexpected (neck.weight); prefix='backbone.' takes what stands under it alone"
+    assert str(caught.value).endswith(end)
+    part = models.read_checkpoint(path, prefix="backbone.")
+    assert part.layout.name == "mmdet"
+    found = models.backbone("resnest14", part, **options).state_dict()
+    assert_same(found, {key: value for key, value in state.items() if key[:3] != "fc."})
+    with pytest.raises(CheckpointError, match=r"nothing in it begins with 'body.'"):
+        models.read_checkpoint(path, prefix="body.")
+
+
+def test_a_head_of_another_size_is_left_out_by_name(model: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "ten.pth"
+    models.save_checkpoint(model, path)
+    narrow = {"planes": SMALL["planes"], "num_classes": 3}
+    with pytest.raises(CheckpointError, match=r"2 of another .*; leave_out=\('fc',\) keeps the"):
+        models.create("resnest14", path, **narrow)
+    other = models.create("resnest14", path, leave_out=("fc",), **narrow)
+    assert other.fc.out_features == 3
+    assert torch.equal(other.layer4[0].bn3.weight, model.layer4[0].bn3.weight)
+    with pytest.raises(CheckpointError, match=r"^leave_out: the model has no 'head'$"):
+        models.load_checkpoint(model, path, leave_out=("head",))
+
+
+def test_frozen_norms_have_no_counters(state: State, model: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "frozen.pth"
+    bare = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    torch.save(bare, path)
+    twin = small(seed=1)
+    models.load_checkpoint(twin, path)
+    assert_same({k: v for k, v in twin.state_dict().items() if k in bare}, bare)
+    torch.save(state, path)
+    frozen = small(norm_layer=lambda features: nn.GroupNorm(4, features))
+    with pytest.raises(CheckpointError, match=r"\d+ unexpected \(conv1.1.running_mean, "):
+        models.load_checkpoint(frozen, path)
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    handler = functools.partial(QuietHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_urls(server: str, state: State, tmp_path: Path) -> None:
+    path = tmp_path / "resnest.pth"
+    torch.save(state, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    url = f"{server}/resnest.pth"
+    with pytest.raises(CheckpointError, match=r"a URL is downloaded only with its sha256$"):
+        models.create("resnest14", url, **SMALL)
+    with pytest.raises(CheckpointError, match=f"expected the sha256 {'0' * 64}, got {digest}$"):
+        models.read_checkpoint(url, sha256="0" * 64)
+    assert not list((tmp_path / "hub/checkpoints").iterdir())
+    for given in (digest, digest[:8].upper()):
+        found = models.create("resnest14", url, sha256=given, **SMALL)
+        assert_same(found.state_dict(), state)
+    path.unlink()  # what was downloaded once is not downloaded again, and is verified again
+    assert_same(models.read_checkpoint(url, sha256=digest).state, state)
+    (kept,) = (tmp_path / "hub/checkpoints").iterdir()
+    kept.write_bytes(b"other")
+    with pytest.raises(CheckpointError, match="expected the sha256"):
+        models.read_checkpoint(url, sha256=digest)
+    with pytest.raises(CheckpointError, match=r"cannot be downloaded \(HTTP Error 404"):
+        models.read_checkpoint(url, sha256=digest)
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match="expected the sha256 00000000, got "):
+        models.read_checkpoint(path, sha256="00000000")
+
+
+def without(*keys: str) -> Callable[[State], State]:
+    return lambda state: {key: value for key, value in state.items() if key not in keys}
+
+
+# What is in the file, and what is said of it. A file of bytes is written as it is.
+WRONG: dict[str, tuple[object, str]] = {
+    "empty": (b"", "truncated, damaged, or not a checkpoint"),
+    "text": (b"weights", "truncated, damaged, or not a checkpoint"),
+    "a web page": (b"<!DOCTYPE html><html>", "truncated, damaged, or not a checkpoint"),
+    "half": ("half", "truncated, damaged, or not a checkpoint"),
+    "a zip of something else": (b"PK\x03\x04" + bytes(40), "truncated, damaged, or not a"),
+    "a list": (lambda s: list(s.values()), "expected a state_dict, got list"),
+    "nothing": (lambda s: {}, "got dict without entries"),
+    "an empty entry": (lambda s: {"state_dict": {}}, "got dict without entries"),
+    "no tensors": (lambda s: {"epoch": 3}, "tensors by name, got int under 'epoch'"),
+    "a number among them": (lambda s: s | {"step": 7}, "got int under 'step'"),
+    "numbers as names": (lambda s: dict(enumerate(s.values())), "got a torch.float32, .* under 0"),
+    "sparse": (
+        lambda s: s | {"fc.bias": torch.eye(2).to_sparse()},
+        "torch.sparse_coo tensor on cpu",
+    ),
+    "complex": (lambda s: s | {"fc.bias": torch.ones(10) * 1j}, "a torch.complex64"),
+    "objects": (lambda s: {"state_dict": s, "a": SimpleNamespace()}, "holds types.SimpleNamespace"),
+    "a whole model": (lambda s: nn.Linear(1, 1), "holds torch.nn.modules.linear.Linear"),
+    "another network": (lambda s: nn.Linear(1, 1).state_dict(), r"\d+ missing .*; 2 unexpected"),
+    "a missing tensor": (without("layer1.0.bn3.bias"), r": 1 missing \(layer1.0.bn3.bias\)$"),
+    "a missing counter": (without("bn1.num_batches_tracked"), "1 missing .bn1.num_batches_tracked"),
+    "no classifier": (without("fc.weight", "fc.bias"), r"2 missing .*; leave_out=\('fc',\) keeps"),
+    "one more": (lambda s: s | {"fc2.bias": torch.ones(1)}, r": 1 unexpected \(fc2.bias\)$"),
+    "another shape": (
+        lambda s: s | {"bn1.bias": torch.ones(9)},
+        r": 1 of another shape \(bn1.bias \(9,\) for \(64,\)\)$",
+    ),
+    "a transposed kernel": (
+        lambda s: s | {"conv1.0.weight": s["conv1.0.weight"].permute(2, 3, 1, 0)},
+        r"1 of another shape \(conv1.0.weight \(3, 3, 3, 32\) for \(32, 3, 3, 3\)\)$",
+    ),
+    "another depth": (
+        lambda s: s | {k.replace("layer1.0", "layer1.1"): v for k, v in s.items()},
+        r"\d+ unexpected \(layer1.1.conv1.weight, ",
+    ),
+    "safetensors, half": ("half.safetensors", "truncated, damaged, or not safetensors"),
+    "safetensors, text": (b"weights", "truncated, damaged, or not safetensors"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_file_is_one_clear_sentence(name: str, state: State, tmp_path: Path) -> None:
+    content, message = WRONG[name]
+    path = tmp_path / ("file.safetensors" if "safetensors" in name else "file.pth")
+    if content == "half.safetensors":
+        safetensors.torch.save_file(state, path)
+    elif content == "half":
+        torch.save(state, path)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content(state), path)  # type: ignore[operator]
+    if isinstance(content, str):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    model = small(seed=1)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=message) as caught:
+        models.load_checkpoint(model, path)
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+    assert_same(model.state_dict(), before)
+
+
+def test_wrong_files_to_write(model: nn.Module, state: State, tmp_path: Path) -> None:
+    path = tmp_path / "kept.pth"
+    path.write_text("before")
+    with pytest.raises(
+        CheckpointError, match="expected one of mm, mmdet, d2, gluon, official, tim"
+    ):
+        models.save_checkpoint(model, path, "tensorflow")
+    with pytest.raises(CheckpointError, match=r"Linear: not the weights of a ResNeSt: 2 unknown"):
+        models.save_checkpoint(nn.Linear(1, 1), path)
+    torch.save({key: state[key] for key in ("fc.weight", "fc.bias")}, tmp_path / "head.pth")
+    with pytest.raises(CheckpointError, match=r"not the weights of a ResNeSt: no blocks"):
+        models.convert_checkpoint(tmp_path / "head.pth", path, "mm")
+    assert path.read_text() == "before"
+    for absent in (tmp_path / "no/such/file.pth", tmp_path / "no/such/file.safetensors"):
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            models.save_checkpoint(model, absent)
+    with pytest.raises(
+        CheckpointError, match=r"sha256: expected 8 to 64 hexadecimal digits, got 'x'"
+    ):
+        models.read_checkpoint(path, sha256="x")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["head.pth", "kept.pth"]

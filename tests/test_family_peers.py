@@ -1,0 +1,149 @@
+"""The family beside the official package's networks and timm's; run with ``-m peers``."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_fuse import randomise
+from torch import Tensor, nn
+
+import resnest_fused as rf
+from resnest_fused import models
+from resnest_fused.models.random_norms import randomize_norms
+from resnest_fused.models.variants import VARIANTS
+
+pytestmark = pytest.mark.peers
+
+OFFICIAL = [name for name in VARIANTS if name not in ("resnest14", "resnest26", "resnest152")]
+TIMM = [
+    *("resnest14", "resnest26", "resnest50", "resnest101", "resnest200", "resnest269"),
+    *("resnest50_fast_4s2x40d", "resnest50_fast_1s4x24d"),
+]
+
+
+def official(name: str, **options: object) -> nn.Module:
+    return getattr(importlib.import_module("resnest.torch"), name)(**options)
+
+
+def timm(name: str, **options: object) -> nn.Module:
+    return importlib.import_module("timm").create_model(VARIANTS[name].timm, **options)
+
+
+def prepare(peer: nn.Module) -> Tensor:
+    """Random norms with statistics to match, in float64; returns pictures to compare by."""
+    randomize_norms(peer, 64, seed=0)
+    peer.double()
+    return torch.randn(2, 3, 48, 48, dtype=torch.float64)
+
+
+def take_over(name: str, peer: nn.Module, **options: object) -> models.ResNeSt:
+    """Our network with the peer's weights, loaded strictly both ways."""
+    with torch.device("meta"):
+        ours = models.create(name, fused=False, **options)
+    ours.load_state_dict(peer.state_dict(), strict=True, assign=True)
+    assert list(ours.state_dict()) == list(peer.state_dict())
+    peer.load_state_dict(ours.state_dict(), strict=True)
+    return ours.eval()
+
+
+@torch.no_grad()
+def assert_equal(ours: nn.Module, peer: nn.Module, x: Tensor) -> None:
+    expected = peer.eval()(x)
+    scale = expected.abs().max()
+    assert (ours(x) - expected).abs().max() <= 1e-11 * scale
+    assert rf.fuse(ours)
+    assert (ours(x) - expected).abs().max() <= 1e-10 * scale
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official(name: str) -> None:
+    peer = official(name)
+    x = prepare(peer)
+    assert_equal(take_over(name, peer), peer, x)
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm(name: str) -> None:
+    peer = timm(name)
+    x = prepare(peer)
+    assert_equal(take_over(name, peer), peer, x)
+
+
+@pytest.mark.parametrize(("stride", "option"), [(16, {"dilation": 2}), (8, {"dilated": True})])
+def test_official_dilated(stride: int, option: dict[str, object]) -> None:
+    peer = official("resnest50", **option)
+    x = prepare(peer)
+    assert_equal(take_over("resnest50", peer, output_stride=stride), peer, x)
+    other = take_over("resnest50", peer, output_stride=stride, dilation_style="mm")
+    assert (other(x) - peer(x)).abs().max() > 1e-3 * peer(x).abs().max()
+
+
+@pytest.mark.parametrize("stride", [16, 8])
+def test_timm_dilated(stride: int) -> None:
+    peer = timm("resnest26", output_stride=stride)
+    x = prepare(peer)
+    options = {"output_stride": stride, "dilation_style": "timm"}
+    assert_equal(take_over("resnest26", peer, **options), peer, x)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({"radix": 0}, {"radix": 0}),
+        ({"radix": 4, "cardinality": 2}, {"radix": 4, "groups": 2}),
+        ({"deep_stem": False, "avg_down": False}, {"deep_stem": False, "avg_down": False}),
+        ({"avd": False, "num_classes": 7}, {"avd": False, "num_classes": 7}),
+    ],
+)
+def test_official_options(ours: dict[str, object], theirs: dict[str, object]) -> None:
+    network = importlib.import_module("resnest.torch.resnet")
+    options = {"radix": 2, "deep_stem": True, "stem_width": 32, "avg_down": True, "avd": True}
+    peer = network.ResNet(network.Bottleneck, [1, 1, 1, 1], **options | theirs)
+    x = prepare(peer)
+    with torch.device("meta"):
+        model = models.resnest14(**ours, fused=False)
+    model.load_state_dict(peer.state_dict(), strict=True, assign=True)
+    found, expected = model.eval()(x), peer.eval()(x)
+    assert (found - expected).abs().max() <= 1e-11 * expected.abs().max()
+
+
+def test_timm_s_registry_builds_ours() -> None:
+    import timm as package
+
+    assert len(package.list_models("fused_resnest*")) == len(VARIANTS)
+    for stride in (32, 8):
+        peer = randomise(package.create_model("resnest14d", output_stride=stride)).eval()
+        ours = package.create_model("fused_resnest14d", output_stride=stride).eval()
+        assert type(ours) is models.ResNeSt and not any(b.bn3.weight.any() for b in ours.blocks())
+        ours.load_state_dict(peer.state_dict(), strict=True)
+        x = torch.randn(1, 3, 64, 64)
+        torch.testing.assert_close(ours(x), peer(x), rtol=1e-4, atol=1e-4)
+        config = package.data.resolve_model_data_config
+        assert config(ours) == config(peer)
+    for name in ("fused_resnest14d", "resnest14d"):
+        body = package.create_model(name, features_only=True, out_indices=(1, 3))
+        assert body.feature_info.channels() == [256, 1024]
+        assert [m.shape[1:] for m in body.eval()(x)] == [(256, 16, 16), (1024, 4, 4)]
+    options = {"num_classes": 3, "in_chans": 1, "drop_path_rate": 0.1, "act_layer": "silu"}
+    model = package.create_model("fused_resnest50d_1s4x24d", **options)
+    assert model(torch.randn(2, 1, 64, 64)).shape == (2, 3)
+    assert isinstance(model.layer1[0].conv2.act0, nn.SiLU)
+    assert copy.deepcopy(model).pretrained_cfg["classifier"] == "fc"
+
+
+IMPORT = """
+import sys
+import resnest_fused
+assert not {"timm", "torchvision", "PIL", "numpy.random", "resnest"} & set(sys.modules)
+import timm
+assert "fused_resnest269e" in timm.list_models()
+"""
+
+
+def test_timm_is_not_imported_with_us() -> None:
+    subprocess.run([sys.executable, "-c", IMPORT], check=True)
