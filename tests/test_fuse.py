@@ -422,13 +422,13 @@ def test_subclass_is_left_alone():
             return 2 * super().forward(x)
 
     reason = reason_left_alone(Doubled(8))
-    assert reason.startswith("a subclass of resnest_fused.reference.SplitAttention")
+    assert reason.startswith("fused it would compute something else, in eval: outputs")
 
 
 @pytest.mark.parametrize("name", ["SplAtConv2d", "SplitAttn", "Split_Attention", "MySplatBlock"])
 def test_unknown_class_that_looks_like_split_attention(name):
     module = type(name, (nn.Module,), {})()
-    assert reason_left_alone(module) == "unknown class"
+    assert reason_left_alone(module).startswith("its parts were not found under the names")
 
 
 def test_one_module_left_alone_does_not_keep_others():
