@@ -25,6 +25,24 @@ class FrozenBatchNorm2d(torch.nn.Module):
         return x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
 '''
 
+DETECTRON2_CONV = '''
+import torch
+
+class Conv2d(torch.nn.Conv2d):
+    """A convolution that may have a norm and an activation behind it, as keyword arguments."""
+
+    def __init__(self, *args, norm=None, activation=None, **options):
+        super().__init__(*args, **options)
+        self.norm, self.activation = norm, activation
+
+    def forward(self, x):
+        options = self.stride, self.padding, self.dilation, self.groups
+        x = torch.nn.functional.conv2d(x, self.weight, self.bias, *options)
+        for after in (self.norm, self.activation):
+            x = x if after is None else after(x)
+        return x
+'''
+
 
 def define(module: str, source: str) -> ModuleType:
     """Make a module of this name from its source, as if its package were imported."""
