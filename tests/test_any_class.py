@@ -256,6 +256,45 @@ def test_what_computes_something_else_is_left_alone(kind, reason):
     assert reason in reason_left_alone(kind())
 
 
+class Unused(Block):
+    """Its norms are nothing, and it calls only one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn0, self.bn1 = nn.Identity(), nn.Identity()
+
+    def before_gap(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn0(self.conv(x)))
+
+    def logits(self, gap: Tensor) -> Tensor:
+        return self.fc2(self.relu(self.fc1(gap)))
+
+
+class Used(Unused):
+    def logits(self, gap: Tensor) -> Tensor:
+        return self.fc2(self.relu(self.bn1(self.fc1(gap))))
+
+
+def test_a_norm_that_takes_the_place_of_nothing_later():
+    assert "off by" in reason_left_alone(Unused())
+    plain = randomise(Used()).double()
+    fused = copy.deepcopy(plain)
+    assert rf.fuse(fused)
+    for module in (plain, fused):
+        module.bn0, module.bn1 = nn.BatchNorm2d(16).double(), nn.BatchNorm2d(8).double()
+    assert_same(fused, plain, features(8, 4, 6, 5))
+
+
+def test_no_proof_while_hooks_for_all_modules_are_registered():
+    """Then everything is called, and the proof would prove nothing."""
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert "hooks for all modules are registered" in reason_left_alone(Dead())
+    finally:
+        handle.remove()
+    assert "off by" in reason_left_alone(Dead())
+
+
 def test_verify_proves_too(monkeypatch):
     """With a fresh norm, in eval, a dead one is not seen on the model's own inputs."""
     module, x = Block().eval(), features(2, 4, 5, 5)

@@ -1,6 +1,6 @@
 """fuse on whole networks of other packages, as they are installed; run with ``-m peers``.
 
-They run in float64, where fused and unfused must agree to 1e-12. detectron2 is on no package index:
+They run in float64, where nothing but rounding may differ. detectron2 is on no package index:
 its layers are a stand-in of ours, inside a copy of the official split attention.
 """
 
@@ -69,6 +69,14 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, bool, tuple[int, int]]] 
 }
 
 
+def tame(network: nn.Module) -> nn.Module:
+    """Norms with small weights, as trained ones are: else a hundred layers amplify rounding."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.data *= 0.3
+    return network
+
+
 def last(outputs: Any) -> Tensor:
     """The network's output, or the last of several."""
     return outputs[-1] if isinstance(outputs, list | tuple) else outputs
@@ -91,7 +99,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize(("make", "modules", "proven", "folded"), NETWORKS.values(), ids=NETWORKS)
 def test_whole_networks(make, modules, proven, folded):
     torch.manual_seed(0)
-    plain = randomise(make()).double()
+    plain = tame(randomise(make())).double()
     network, x = copy.deepcopy(plain), torch.randn(4, 3, 64, 64).double()
     report = rf.fuse(network)
     assert len(report) == modules and not report.left_alone, report
