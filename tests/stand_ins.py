@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 FROZEN_NORM = '''
 import torch
@@ -53,3 +55,24 @@ def define(module: str, source: str) -> ModuleType:
 
 
 FrozenBatchNorm2d = define("detectron2.layers.batch_norm", FROZEN_NORM).FrozenBatchNorm2d
+
+
+class _Stub(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def called(*_: Any, **__: Any) -> None:
+            raise NotImplementedError(f"{self.__name__}.{name}")
+
+        return called
+
+
+def stub_mmcv() -> None:
+    """Stand in for MMCV's compiled functions, which backbones import and do not call.
+
+    It must be done before anything of MMCV is imported.
+    """
+    if "mmcv._ext" not in sys.modules:
+        stub = sys.modules["mmcv._ext"] = _Stub("mmcv._ext")
+        stub.__spec__ = ModuleSpec("mmcv._ext", None)

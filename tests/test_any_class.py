@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from stand_ins import define
+from stand_ins import define, stub_mmcv
 from test_fuse import assert_folds, features, randomise, reason_left_alone, step
 from torch import Tensor, nn
 
@@ -496,6 +496,7 @@ def source_of(module: str) -> str:
     if module == TIMM:
         return source.replace("from .", "from timm.layers.")
     if module == OPENMMLAB:
+        stub_mmcv()
         # The class and its softmax alone: the rest of the file needs the whole package.
         body = source[source.index("class RSoftmax") : source.index("class Bottleneck")]
         head = "import torch, torch.nn as nn, torch.nn.functional as F\n"

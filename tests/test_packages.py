@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import copy
 import importlib
-import sys
 from collections.abc import Callable
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from stand_ins import DETECTRON2_CONV, define
+from stand_ins import DETECTRON2_CONV, define, stub_mmcv
 from test_any_class import OFFICIAL, assert_proven, pasted
 from test_fuse import features, randomise
 from torch import Tensor, nn
@@ -24,25 +21,14 @@ from torch import Tensor, nn
 import resnest_fused as rf
 
 pytestmark = pytest.mark.peers
+stub_mmcv()
 
 
 def mmpretrain(depth: int) -> nn.Module:
     return importlib.import_module("mmpretrain.models.backbones").ResNeSt(depth)
 
 
-class Stub(ModuleType):
-    """Stands in for MMCV's compiled functions, which the backbones import and do not call."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return lambda *_, **__: pytest.fail(f"mmcv._ext.{name} was called")
-
-
 def mmdet(depth: int) -> nn.Module:
-    if "mmcv._ext" not in sys.modules:
-        stub = sys.modules["mmcv._ext"] = Stub("mmcv._ext")
-        stub.__spec__ = ModuleSpec("mmcv._ext", None)
     backbones = importlib.import_module("mmdet.models.backbones")
     return backbones.ResNeSt(depth=depth, stem_channels=64, norm_eval=False)
 
