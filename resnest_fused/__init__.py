@@ -19,8 +19,16 @@ def _command_starts() -> bool:
 if TYPE_CHECKING or not _command_starts():
     from resnest_fused import models
     from resnest_fused.backends import BackendStatus, backends, use_backend
-    from resnest_fused.functional import split_attention
-    from resnest_fused.fusing import FuseEntry, FuseReport, VerifyReport, fuse, unfuse, verify
+    from resnest_fused.functional import attend, split_attention
+    from resnest_fused.fusing import (
+        FuseEntry,
+        FuseReport,
+        VerifyReport,
+        fuse,
+        register,
+        unfuse,
+        verify,
+    )
     from resnest_fused.modules import FusedSplitAttention, FusedSplitAttentionConv2d
     from resnest_fused.reference import BatchNormArgs, SplitAttention, SplitAttentionConv2d
 
@@ -34,9 +42,11 @@ __all__ = [
     "SplitAttention",
     "SplitAttentionConv2d",
     "VerifyReport",
+    "attend",
     "backends",
     "fuse",
     "models",
+    "register",
     "split_attention",
     "unfuse",
     "use_backend",

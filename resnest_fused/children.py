@@ -19,10 +19,16 @@ from torch import Tensor, nn
 
 # From the modules that define them, since toolkits put classes of their own into torch.nn.
 from torch.nn.modules.activation import ReLU
-from torch.nn.modules.batchnorm import BatchNorm2d, SyncBatchNorm
+from torch.nn.modules.batchnorm import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    SyncBatchNorm,
+    _BatchNorm,
+)
 from torch.nn.modules.container import Sequential
-from torch.nn.modules.conv import Conv2d
-from torch.nn.modules.linear import Identity
+from torch.nn.modules.conv import Conv1d, Conv2d, Conv3d
+from torch.nn.modules.linear import Identity, Linear
 
 from resnest_fused.reference import BatchNormArgs
 
@@ -51,9 +57,15 @@ def own_method(kind: type, name: str = "forward") -> Any:
 
 _FORWARDS: dict[type, Any] = {
     kind: own_method(kind) if kind.__module__.startswith("torch.nn.") else None
-    for kind in (Conv2d, BatchNorm2d, SyncBatchNorm, ReLU, Identity, Sequential)
+    for kind in (
+        *(Conv1d, Conv2d, Conv3d, Linear),
+        *(_BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm),
+        *(ReLU, Identity, Sequential),
+    )
 }
-_CONV_FORWARD = own_method(Conv2d, "_conv_forward")
+_CONV_FORWARDS: dict[type, Any] = {
+    kind: own_method(kind, "_conv_forward") for kind in (Conv1d, Conv2d, Conv3d)
+}
 _CALL, _CALL_IMPL = own_method(nn.Module, "__call__"), own_method(nn.Module, "_call_impl")
 
 
@@ -99,10 +111,10 @@ def _calls_its_forward(kind: Any) -> bool:
     )
 
 
-def computes_as_conv(kind: Any) -> bool:
+def computes_as_conv(kind: Any, original: type = Conv2d) -> bool:
     """Whether a class is ``nn.Conv2d`` or computes the same from its weight and bias."""
     # A parametrized one does too: its weight is computed whenever it is read.
-    return computes_as(kind, Conv2d) and kind._conv_forward is _CONV_FORWARD
+    return computes_as(kind, original) and kind._conv_forward is _CONV_FORWARDS[original]
 
 
 def is_sequence(module: Any) -> bool:
@@ -158,12 +170,9 @@ def is_relu(module: Any) -> bool:
 
 
 def is_pointwise(fc: Any, cardinality: int) -> bool:
-    """Whether ``fc`` is a 1x1 convolution in ``cardinality`` groups."""
+    """Whether ``fc`` is a 1x1 convolution in ``cardinality`` groups, over any map or none."""
     return (
-        computes_as_conv(type(fc))
-        and fc.kernel_size == (1, 1)
-        and fc.padding == (0, 0)
-        and fc.groups == cardinality
+        _mixes_channels(fc, cardinality)
         and intercepted(fc) is None
         # A parametrized one computes them when they are read, maybe another value each time.
         and (
@@ -173,6 +182,29 @@ def is_pointwise(fc: Any, cardinality: int) -> bool:
     )
 
 
+_ONES, _ZEROS = ((1, 1), (1,), (1, 1, 1)), ((0, 0), (0,), (0, 0, 0))
+# Has a forward of its own, which is a convolution unless it has a norm or an activation.
+_DETECTRON2 = ("detectron2.layers.wrappers.Conv2d",)
+
+
+def _mixes_channels(fc: Any, cardinality: int) -> bool:
+    kind = type(fc)
+    if not (
+        computes_as_conv(kind)
+        or computes_as_conv(kind, Conv1d)
+        or computes_as_conv(kind, Conv3d)
+        or (is_found_at(kind, _DETECTRON2) and fc.norm is None and fc.activation is None)
+    ):
+        return cardinality == 1 and computes_as(kind, Linear)
+    return fc.kernel_size in _ONES and fc.padding in _ZEROS and fc.groups == cardinality
+
+
+def weight_of(fc: Any) -> Any:
+    """The weight of a pointwise ``fc`` as that of a Conv2d."""
+    weight = tensor_of(fc, "weight")
+    return weight if weight.dim() == 4 else weight.reshape(*weight.shape[:2], 1, 1)
+
+
 # Their weight and bias are buffers too.
 _FROZEN_NORMS = (
     "torchvision.ops.misc.FrozenBatchNorm2d",
@@ -180,13 +212,13 @@ _FROZEN_NORMS = (
 )
 
 
-def _is_found_at(kind: Any, paths: tuple[str, ...]) -> bool:
+def is_found_at(kind: Any, paths: tuple[str, ...]) -> bool:
     """Whether a class is found at one of these paths, and has the forward that is defined there."""
     return kind.forward is _find_forward(kind, paths) and _calls_its_forward(kind)
 
 
 # The compiler takes the result as a constant, like that of native.gpu_unavailable.
-_is_found_at._dynamo_marked_constant = True  # type: ignore[attr-defined]
+is_found_at._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -197,23 +229,27 @@ def _find_forward(kind: type, paths: tuple[str, ...]) -> Any:
     return own_method(kind) if getattr(home, kind.__qualname__, None) is kind else None
 
 
-def is_r_softmax(module: Any, kinds: tuple[str, ...], radix: int, cardinality: int) -> bool:
-    """Whether ``module`` is of one of these classes, with this radix and cardinality."""
+def is_r_softmax(
+    module: Any, kind: Any, forward: Any, groups_name: str, radix: int, cardinality: int
+) -> bool:
+    """Whether ``module`` is of this class, with this forward, radix and cardinality."""
     return (
-        _is_found_at(type(module), kinds)
+        type(module) is kind
+        and kind.forward is forward
+        and _calls_its_forward(kind)
         and module.radix == radix
-        and module.cardinality == cardinality
+        and getattr(module, groups_name) == cardinality
         and intercepted(module) is None
     )
 
 
 def _norm_kind(kind: Any) -> str | None:
     """The batch normalisation that a class computes: "plain", "sync", "frozen", or None."""
-    if computes_as(kind, BatchNorm2d):
+    if computes_as(kind, _BatchNorm):
         return "plain"
     if computes_as(kind, SyncBatchNorm):
         return "sync"
-    return "frozen" if _is_found_at(kind, _FROZEN_NORMS) else None
+    return "frozen" if is_found_at(kind, _FROZEN_NORMS) else None
 
 
 def tensor_of(module: nn.Module, name: str) -> Any:

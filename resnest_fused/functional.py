@@ -1,4 +1,4 @@
-"""The public function ``split_attention``: its contract, its checks, its dispatch."""
+"""The public ``split_attention`` and ``attend``: their contract, checks and dispatch."""
 
 from __future__ import annotations
 
@@ -191,7 +191,23 @@ def attend(
     training: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """:func:`split_attention` with any map from gap to logits instead of the two FCs.
+    """:func:`split_attention` around any map from gap to logits, instead of the two FCs.
+
+    With B batch, R radix, K cardinality, C channels (arXiv:2004.08955)::
+
+        z[b,r,c,p] = relu(bn0(x)) when bn0 is given, else relu(x) or x
+        gap[b,c]   = mean_p sum_r z[b,r,c,p]
+        logits     = mlp(gap)                       laid out (B, K, R, C/K)
+        a[b,r,c]   = softmax(logits); by default the softmax over r (R = 1: sigmoid)
+        out[b,c,p] = sum_r a[b,r,c] z[b,r,c,p]
+
+    For example, with another activation between the FCs::
+
+        fc1, fc2 = nn.Conv2d(64, 32, 1), nn.Conv2d(32, 128, 1)
+        x = torch.randn(8, 128, 56, 56)
+        out = rf.attend(x, lambda gap: fc2(F.silu(fc1(gap))), radix=2)  # (8, 64, 56, 56)
+
+    x is read and written as often as by :func:`split_attention`. Gradients flow through ``mlp``.
 
     Args:
         x, radix, cardinality, bn0, relu, training, backend: as in :func:`split_attention`.
@@ -200,10 +216,16 @@ def attend(
         softmax: called once with the logits; returns the attention, R*C numbers for each sample,
             radix-major. None for the softmax over radix (R = 1: the sigmoid).
 
+    Returns:
+        ``(B, C, H, W)`` in x's dtype and memory format.
+
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`split_attention`; ValueError when the logits
-            or the attention do not have that shape.
+            or the attention do not have that shape, TypeError when they are no tensors.
     """
+    for name, function in (("mlp", mlp), ("softmax", softmax)):
+        if not (callable(function) or (function is None and name == "softmax")):
+            raise TypeError(f"{name}: expected a function, got {type(function).__name__}")
     if type(x) is not Tensor and has_torch_function_unary(x):
         return handle_torch_function(
             attend,
@@ -225,12 +247,16 @@ def attend(
     def attention_of(gap: Tensor) -> Tensor:
         logits = mlp(gap)
         expected = (x.shape[0], x.shape[1], 1, 1)
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"logits: expected a tensor, got {type(logits).__name__}")
         if logits.shape != expected:
             raise ValueError(f"logits: expected shape {expected}, got {tuple(logits.shape)}")
         if softmax is None:
             wide = torch.promote_types(logits.dtype, gap.dtype)
             return reference.r_softmax(logits.to(wide), radix, cardinality)
         attention = softmax(logits)
+        if not isinstance(attention, Tensor):
+            raise TypeError(f"attention: expected a tensor, got {type(attention).__name__}")
         if attention.numel() != logits.numel():
             raise ValueError(
                 f"attention: expected {x.shape[1]} numbers for each of {x.shape[0]} samples, got "

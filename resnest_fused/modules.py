@@ -12,13 +12,16 @@ from resnest_fused.children import (
     RELU,
     batch_norm_args,
     calls_are_watched,
+    intercepted,
     is_nothing,
     is_pointwise,
     is_r_softmax,
     is_relu,
     tensor_of,
+    weight_of,
 )
 from resnest_fused.functional import attend, split_attention
+from resnest_fused.layout import Layout, read
 from resnest_fused.reference import SplitAttention, SplitAttentionConv2d
 from resnest_fused.tracing import as_one_node, is_traced
 
@@ -34,7 +37,6 @@ def fused_attention(
     act1: Any,
     fc2: Any,
     softmax: Any = None,
-    r_softmaxes: tuple[str, ...] = (),
     radix: int,
     cardinality: int,
     backend: str,
@@ -47,11 +49,11 @@ def fused_attention(
     modules are called. The number of reads and writes of the map stays the same.
 
     Args:
-        x: ``(B, radix*channels, H, W)``.
+        x: ``(B, radix*channels, *size)``, a map of one, two or three dimensions.
         bn0, drop, act0: modules that are applied to x first, or None.
-        fc1, bn1, act1, fc2: the map from gap ``(B, channels, 1, 1)`` to logits; bn1 may be None.
+        fc1, bn1, act1, fc2: the map from gap ``(B, channels, 1, 1)`` to logits; bn1 and act1 may be
+            None. There are as many ones as the map has dimensions, and none for linear layers.
         softmax: from logits to attention, radix-major; None for the r-softmax.
-        r_softmaxes: the peer's classes of r-softmax, as ``package.module.Class``.
         radix, cardinality, backend: as in :func:`resnest_fused.split_attention`.
     """
     absorbs = not calls_are_watched()
@@ -61,8 +63,9 @@ def fused_attention(
         for module in (bn0, drop, None if relu else act0):
             if module is not None:
                 x = module(x)
-    if absorbs and softmax is not None and is_r_softmax(softmax, r_softmaxes, radix, cardinality):
-        softmax = None
+    size = x.shape[2:]
+    if len(size) != 2:
+        x = x[:, :, None] if len(size) == 1 else x.flatten(3)
     norm1 = batch_norm_args(bn1) if absorbs else None
     if (
         absorbs
@@ -72,11 +75,11 @@ def fused_attention(
         and is_pointwise(fc1, cardinality)
         and is_pointwise(fc2, cardinality)
     ):
-        return split_attention(
+        out = split_attention(
             x,
-            tensor_of(fc1, "weight"),
+            weight_of(fc1),
             tensor_of(fc1, "bias"),
-            tensor_of(fc2, "weight"),
+            weight_of(fc2),
             tensor_of(fc2, "bias"),
             radix=radix,
             cardinality=cardinality,
@@ -85,27 +88,37 @@ def fused_attention(
             relu=relu,
             backend=backend,
         )
+        return out if len(size) == 2 else out.reshape(*out.shape[:2], *size)
 
     def mlp(gap: Tensor) -> Tensor:
-        hidden = fc1(_as_input(gap, x, fc1))
+        hidden = fc1(_as_input(gap, x, fc1, len(size)))
         if bn1 is not None:
             hidden = bn1(hidden)
-        return fc2(act1(hidden))
+        logits = fc2(hidden if act1 is None else act1(hidden))
+        return logits if logits.dim() == 4 else logits.reshape(*logits.shape[:2], 1, 1)
 
-    return attend(
+    def own_softmax(logits: Tensor) -> Tensor:
+        return softmax(logits.reshape(*logits.shape[:2], *[1] * len(size)))
+
+    out = attend(
         x,
         mlp,
-        softmax,
+        softmax if softmax is None or len(size) == 2 else own_softmax,
         radix=radix,
         cardinality=cardinality,
         bn0=norm0,
         relu=relu,
         backend=backend,
     )
+    return out if len(size) == 2 else out.reshape(*out.shape[:2], *size)
 
 
-def _as_input(gap: Tensor, x: Tensor, fc1: nn.Module) -> Tensor:
-    """gap in fc1's dtype; under autocast unchanged, since autocast casts it."""
+def _as_input(gap: Tensor, x: Tensor, fc1: nn.Module, dimensions: int) -> Tensor:
+    """gap in fc1's shape and dtype; under autocast in its own dtype, since autocast casts it."""
+    if isinstance(fc1, nn.Linear):
+        gap = gap.flatten(1)
+    elif dimensions != 2:
+        gap = gap.reshape(*gap.shape[:2], *[1] * dimensions)
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return gap
     parameter = next(fc1.parameters(), None)
@@ -121,8 +134,11 @@ class FusedModule(nn.Module):
     """
 
     backend: str = "auto"
-    # The unfused class's forward when this class was made; each fused class has its own.
+    # Each fused class has its own: the unfused class's forward when this class was made, where the
+    # parts are, and the forward of the r-softmax that the op may replace.
     _unfused_forward: Callable[..., Any]
+    _layout: Layout
+    _r_softmax_forward: Callable[..., Any] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """The unfused module's result; while ``torch.fx`` traces, one node that calls this one."""
@@ -131,10 +147,51 @@ class FusedModule(nn.Module):
         unfused = vars(self).get("_unfused_class")
         if unfused is not None and unfused.forward is not self._unfused_forward:
             return unfused.forward(self, x)  # it was replaced after fuse
-        return self._fused_forward(x)
+        at = self._layout
+        if at.others and self._needs_all(at.others):
+            return self._unfused_forward(self, x)
+        norms = at.norms_if is None or read(self, at.norms_if)
+        drops = at.drop_if is None or read(self, at.drop_if)
+        # timm's own softmax alone holds the cardinality, and only with that softmax it is used.
+        radix, cardinality = read(self, at.radix), read(self, at.cardinality, 1)
+        softmax = read(self, at.softmax)
+        if (
+            at.r_softmax is not None
+            and is_r_softmax(
+                softmax,
+                at.r_softmax,
+                self._r_softmax_forward,
+                at.groups_name,
+                radix,
+                cardinality,
+            )
+            and not calls_are_watched()
+        ):
+            softmax = None
+        return fused_attention(
+            x if at.conv is None else read(self, at.conv)(x),
+            bn0=read(self, at.bn0) if norms else None,
+            drop=read(self, at.drop) if drops else None,
+            act0=read(self, at.act0),
+            fc1=read(self, at.fc1),
+            bn1=read(self, at.bn1) if norms else None,
+            act1=read(self, at.act1),
+            fc2=read(self, at.fc2),
+            softmax=softmax,
+            radix=radix,
+            cardinality=cardinality,
+            backend=self.backend,
+        )
 
-    def _fused_forward(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+    def _needs_all(self, others: tuple[Any, ...]) -> bool:
+        """Whether submodules that the op replaces silently must be called."""
+        if calls_are_watched():
+            return True
+        for path, kind in others:
+            child = read(self, path)
+            if type(child) is not kind or intercepted(child) is not None:
+                return True
+        return False
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise RuntimeError(
@@ -143,7 +200,17 @@ class FusedModule(nn.Module):
         )
 
 
-class FusedSplitAttention(FusedModule, SplitAttention):
+class _OwnModule(FusedModule):
+    """A module of this package, which has no child for an activation that is a ReLU."""
+
+    act1: nn.Module | None
+
+    @property
+    def _act1(self) -> Any:
+        return RELU if self.act1 is None else self.act1
+
+
+class FusedSplitAttention(_OwnModule, SplitAttention):
     """:class:`SplitAttention` by one fused op, with the same arguments, state_dict and results.
 
     ::
@@ -161,22 +228,17 @@ class FusedSplitAttention(FusedModule, SplitAttention):
     """
 
     _unfused_forward = staticmethod(SplitAttention.forward)
-
-    def _fused_forward(self, x: Tensor) -> Tensor:
-        modules = self._modules
-        return fused_attention(
-            x,
-            fc1=modules["fc1"],
-            bn1=self.bn1,
-            act1=RELU,
-            fc2=modules["fc2"],
-            radix=self.radix,
-            cardinality=self.cardinality,
-            backend=self.backend,
-        )
+    _layout = Layout(
+        fc1=("fc1",),
+        bn1=("bn1",),
+        act1=("_act1",),
+        fc2=("fc2",),
+        radix=("radix",),
+        cardinality=("cardinality",),
+    )
 
 
-class FusedSplitAttentionConv2d(FusedModule, SplitAttentionConv2d):
+class FusedSplitAttentionConv2d(_OwnModule, SplitAttentionConv2d):
     """:class:`SplitAttentionConv2d` in two steps: the convolution, and one op for the rest.
 
     ::
@@ -191,18 +253,10 @@ class FusedSplitAttentionConv2d(FusedModule, SplitAttentionConv2d):
     """
 
     _unfused_forward = staticmethod(SplitAttentionConv2d.forward)
+    _layout = FusedSplitAttention._layout._replace(
+        conv=("conv",), bn0=("bn0",), drop=("drop",), act0=("_act0",)
+    )
 
-    def _fused_forward(self, x: Tensor) -> Tensor:
-        return fused_attention(
-            self.conv(x),
-            bn0=self.bn0,
-            drop=self.drop,
-            act0=RELU if self.act0 is None else self.act0,
-            fc1=self.fc1,
-            bn1=self.bn1,
-            act1=RELU if self.act1 is None else self.act1,
-            fc2=self.fc2,
-            radix=self.radix,
-            cardinality=self.cardinality,
-            backend=self.backend,
-        )
+    @property
+    def _act0(self) -> Any:
+        return RELU if self.act0 is None else self.act0

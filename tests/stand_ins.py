@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 FROZEN_NORM = '''
 import torch
@@ -25,6 +27,24 @@ class FrozenBatchNorm2d(torch.nn.Module):
         return x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
 '''
 
+DETECTRON2_CONV = '''
+import torch
+
+class Conv2d(torch.nn.Conv2d):
+    """A convolution that may have a norm and an activation behind it, as keyword arguments."""
+
+    def __init__(self, *args, norm=None, activation=None, **options):
+        super().__init__(*args, **options)
+        self.norm, self.activation = norm, activation
+
+    def forward(self, x):
+        options = self.stride, self.padding, self.dilation, self.groups
+        x = torch.nn.functional.conv2d(x, self.weight, self.bias, *options)
+        for after in (self.norm, self.activation):
+            x = x if after is None else after(x)
+        return x
+'''
+
 
 def define(module: str, source: str) -> ModuleType:
     """Make a module of this name from its source, as if its package were imported."""
@@ -35,3 +55,24 @@ def define(module: str, source: str) -> ModuleType:
 
 
 FrozenBatchNorm2d = define("detectron2.layers.batch_norm", FROZEN_NORM).FrozenBatchNorm2d
+
+
+class _Stub(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def called(*_: Any, **__: Any) -> None:
+            raise NotImplementedError(f"{self.__name__}.{name}")
+
+        return called
+
+
+def stub_mmcv() -> None:
+    """Stand in for MMCV's compiled functions, which backbones import and do not call.
+
+    It must be done before anything of MMCV is imported.
+    """
+    if "mmcv._ext" not in sys.modules:
+        stub = sys.modules["mmcv._ext"] = _Stub("mmcv._ext")
+        stub.__spec__ = ModuleSpec("mmcv._ext", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from types import MethodType
@@ -80,24 +81,24 @@ def square_errors(results: dict[str, Tensor], exact: dict[str, Tensor]) -> Count
 
 
 def assert_as_exact(model: nn.Module, plain: nn.Module, inputs: list[Tensor]) -> None:
-    """``model`` errs against float64 by at most 1.5 times what ``plain`` does, and an ulp.
+    """``model`` gives what ``plain`` gives in float64, but for rounding, as it is and in float64.
 
-    Over several inputs, because with a single one either can be exact by luck.
+    A gradient may be off by 10^4 ulps, as it is a difference of larger numbers. In float64 that is
+    far below what another computation would give.
     """
-    exact = copy.deepcopy(plain).double()
-    for training in (False, True):
-        ours, theirs = Counter(), Counter()
-        for x in inputs:
-            found, expected, truth = (step(each, x, training) for each in (model, plain, exact))
+    exact, double = copy.deepcopy(plain).double(), copy.deepcopy(model).double()
+    for training, x in itertools.product((False, True), inputs):
+        expected, truth = step(plain, x, training), step(exact, x, training)
+        for each in (double, model):
+            found = step(each, x, training)
             assert found.keys() == expected.keys() == truth.keys()
-            for name, tensor in found.items():
-                assert tensor.dtype == expected[name].dtype, name
-                assert tensor.is_floating_point() or torch.equal(tensor, expected[name]), name
-            ours += square_errors(found, truth)
-            theirs += square_errors(expected, truth)
-        for kind, error in ours.items():
-            allowed = 1.5 * theirs[kind] ** 0.5 + torch.finfo(found["out"].dtype).eps
-            assert error**0.5 <= allowed, (kind, training)
+            for name, true in truth.items():
+                assert each is double or found[name].dtype == expected[name].dtype, name
+                if not true.is_floating_point():
+                    assert torch.equal(found[name], true), name
+            limit = 1e4 * torch.finfo(found["out"].dtype).eps
+            for kind, error in square_errors(found, truth).items():
+                assert error**0.5 <= limit, (kind, training)
 
 
 def assert_fuses(model: nn.Module, inputs: list[Tensor]) -> None:
@@ -422,13 +423,13 @@ def test_subclass_is_left_alone():
             return 2 * super().forward(x)
 
     reason = reason_left_alone(Doubled(8))
-    assert reason.startswith("a subclass of resnest_fused.reference.SplitAttention")
+    assert reason.startswith("fused it would compute something else, in eval: outputs")
 
 
 @pytest.mark.parametrize("name", ["SplAtConv2d", "SplitAttn", "Split_Attention", "MySplatBlock"])
 def test_unknown_class_that_looks_like_split_attention(name):
     module = type(name, (nn.Module,), {})()
-    assert reason_left_alone(module) == "unknown class"
+    assert reason_left_alone(module).startswith("its parts were not found under the names")
 
 
 def test_one_module_left_alone_does_not_keep_others():

@@ -26,9 +26,7 @@ from resnest_fused.children import (
     own_method,
 )
 from resnest_fused.fusing import registry
-
-# In split-attention modules of every kind.
-_ATTENTION = (("conv", "bn0"), ("fc1", "bn1"))
+from resnest_fused.layout import Layout, Path, read
 
 
 class _Pair(NamedTuple):
@@ -66,11 +64,13 @@ def fold_attention(module: nn.Module, shared: Set[nn.Module]) -> list[str]:
     Returns:
         The reasons of those that could not be folded; empty when all are folded.
     """
+    layout: Layout = type(module)._layout  # type: ignore[attr-defined]
     reasons = []
-    for pair in _named_pairs(module, _ATTENTION):
-        reason = _fold(pair, shared)
+    for conv, norm in ((layout.conv, layout.bn0), (layout.fc1, layout.bn1)):
+        pair = _pair(module, conv, norm)
+        reason = pair and _fold(pair, shared)
         if reason is not None:
-            reasons.append(f"{pair.norm_name} not folded: {reason}")
+            reasons.append(f"{'.'.join(norm or ())} not folded: {reason}")
     return reasons
 
 
@@ -105,18 +105,25 @@ def count_folded(model: nn.Module) -> int:
     return sum(isinstance(module, FoldedNorm) for module in model.modules())
 
 
-def _named_pairs(module: nn.Module, names: tuple[tuple[str, str], ...]) -> list[_Pair]:
-    found = []
-    for conv_name, norm_name in names:
-        parent = module
-        if module._modules.get(norm_name) is None or module._modules.get(conv_name) is None:
-            continue
-        conv: Any = module._modules[conv_name]
-        # A stem of several convolutions ends in the one that the norm follows.
-        if is_sequence(conv) and len(conv) and intercepted(conv) is None:
-            parent, conv_name = conv, list(conv._modules)[-1]
-        found.append(_Pair(parent, conv_name, module, norm_name))
-    return found
+def _pair(module: nn.Module, conv: Path | None, norm: Path | None) -> _Pair | None:
+    """The convolution and the norm at these paths; None if one of them is not there."""
+    places = [_place(module, path) if path else None for path in (conv, norm)]
+    if places[0] is None or places[1] is None:
+        return None
+    (conv_parent, conv_name), norm_place = places[0], places[1]
+    inner: Any = conv_parent._modules[conv_name]
+    # A stem of several convolutions ends in the one that the norm follows.
+    if is_sequence(inner) and len(inner) and intercepted(inner) is None:
+        conv_parent, conv_name = inner, list(inner._modules)[-1]
+    return _Pair(conv_parent, conv_name, *norm_place)
+
+
+def _place(module: nn.Module, path: Path) -> tuple[nn.Module, str] | None:
+    """The parent of the child at a path, and its name there, which a property may give another."""
+    parent, child = read(module, path[:-1], None), read(module, path, None)
+    if not isinstance(parent, nn.Module) or child is None:
+        return None
+    return next(((parent, name) for name, each in parent._modules.items() if each is child), None)
 
 
 def _pairs_of_network(module: nn.Module) -> list[_Pair]:
@@ -124,7 +131,10 @@ def _pairs_of_network(module: nn.Module) -> list[_Pair]:
         names = list(module._modules)
         return [_Pair(module, a, module, b) for a, b in itertools.pairwise(names)]
     pairs = registry.fold_pairs(type(module))
-    return _named_pairs(module, pairs) if pairs and _runs_as_written(module) else []
+    if not (pairs and _runs_as_written(module)):
+        return []
+    found = [_pair(module, tuple(a.split(".")), tuple(b.split("."))) for a, b in pairs]
+    return [pair for pair in found if pair is not None]
 
 
 def _runs_as_written(module: nn.Module) -> bool:

@@ -1,23 +1,202 @@
-"""Tries out on synthetic inputs, before a module is fused, whether it would compute the same."""
+"""Proves on synthetic inputs, before a module is fused, that it computes split attention.
+
+The module's copy and its fused form run in float64 on maps of several sizes, in eval and in
+training mode, forward and backward. Every parameter, every norm's affine parameters and running
+statistics are random: in a fresh norm they make it the identity, which would hide that it is not
+called. The convolution in front is replaced by a small affine map, which both forms call: unlike
+an identity it shows where it is called.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import BatchNorm2d, SyncBatchNorm
 from torch.nn.modules.linear import Identity
 
+from resnest_fused.children import calls_are_watched, computes_as
+from resnest_fused.fusing import folding
+from resnest_fused.fusing.recognition import features_of
+from resnest_fused.fusing.wrapping import core
+from resnest_fused.layout import Layout, read
 from resnest_fused.measure import agreement
 from resnest_fused.measure.agreement import Call, Form, Incomparable
+from resnest_fused.modules import FusedModule
 
-# Batch, height and width. There are more than two samples, since normalising two gives +1 and -1.
-_SHAPES = ((5, 6, 5), (3, 1, 1), (4, 9, 12))
+# There are more than two samples, since normalising two gives +1 and -1.
+_BATCHES = (5, 3, 4)
+# By the number of the map's dimensions.
+_SIZES: dict[int, tuple[tuple[int, ...], ...]] = {
+    1: ((4,), (1,), (7,)),
+    2: ((3, 4), (1, 1), (5, 7)),
+    3: ((3, 4, 2), (1, 1, 1), (2, 3, 5)),
+}
 _LAYOUTS = (torch.contiguous_format, torch.channels_last, torch.contiguous_format)
 
-_UNTRIED = "it cannot be tried out"
+
+class Unproven(Exception):
+    """The module could not be tried out."""
+
+
+class _Affine(nn.Module):
+    """Stands in for the convolution: a x + b, with a number of each for every feature."""
+
+    def __init__(self, features: int, dimensions: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(features, *[1] * dimensions))
+        self.shift = nn.Parameter(torch.empty(features, *[1] * dimensions))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
+
+
+def difference(
+    module: nn.Module, layout: Layout, fused: type[FusedModule], backend: str = "auto"
+) -> str | None:
+    """By how much ``module`` would differ if ``fused`` were its class; None if it would not.
+
+    The module stays as it is, and so do random generators. Its own hooks and those of its children
+    do not run, since they run around the fused module too.
+
+    Raises:
+        Unproven: the module could not be tried out; the message gives the reason.
+    """
+    if calls_are_watched():
+        # Every child would be called then, and the op's own work would not be tried.
+        raise Unproven("hooks for all modules are registered; fuse the model before")
+    random = agreement.RandomStates([*module.parameters(), *module.buffers()])
+    try:
+        with torch.inference_mode(False):
+            return _difference(module, layout, fused, backend)
+    except Incomparable as error:
+        raise Unproven(str(error)) from error
+    finally:
+        random.restore()
+
+
+# What was found equal, in this process; and what differs, in one call of fuse or verify.
+_proven: WeakKeyDictionary[type[nn.Module], set[Any]] = WeakKeyDictionary()
+Disproved = dict[Any, str]
+
+
+def difference_by_class(
+    module: nn.Module,
+    layout: Layout,
+    fused: type[FusedModule],
+    backend: str,
+    disproved: Disproved,
+) -> str | None:
+    """:func:`difference`, found once for modules of one class and configuration."""
+    kind: Any = core(type(module))
+    try:
+        configuration = tuple(_configuration(module, read(module, layout.conv)))
+    except _Varied:
+        return difference(module, layout, fused, backend)
+    key = kind.forward, layout, backend, configuration
+    if key in _proven.get(kind, ()):
+        return None
+    if key not in disproved:
+        found = difference(module, layout, fused, backend)
+        if found is None:
+            _proven.setdefault(kind, set()).add(key)
+            return None
+        disproved[key] = found
+    return disproved[key]
+
+
+def _difference(
+    module: nn.Module, layout: Layout, fused: type[FusedModule], backend: str
+) -> str | None:
+    radix, features = read(module, layout.radix), _features(module, layout)
+    if features is None or not isinstance(radix, int) or radix < 1:
+        raise Unproven("the number of its features is unknown")
+    if folding.count_folded(module):
+        raise Unproven("it has folded norms")
+    device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
+    if device is None or device.type == "meta":
+        device = torch.device("cpu")
+    dimensions = _dimensions(module, layout)
+    generator = torch.Generator("cpu").manual_seed(0)
+    twin = _twin(module, layout, features, dimensions, device, generator)
+
+    @contextlib.contextmanager
+    def as_fused() -> Iterator[None]:
+        with agreement.preserved(twin):
+            twin.__class__ = fused
+            vars(twin)["backend"] = backend
+            yield
+
+    forms = Form("unfused", twin, contextlib.nullcontext), Form("fused", twin, as_fused)
+    calls = []
+    for batch, size, memory in zip(_BATCHES, _SIZES[dimensions], _LAYOUTS, strict=True):
+        call = _call((batch, *size), features, radix, memory, device, generator)
+        calls.append(call)
+        for training in (False, True):
+            problem = _compared(forms, call, training)
+            if problem is not None:
+                return problem
+    # A norm may take the place of nothing later: then it is called where the forward calls nothing.
+    nothing = [part for part in ("bn0", "drop", "bn1") if _is_identity(twin, layout, part)]
+    for part in nothing:
+        width, depth = features, dimensions
+        if part == "bn1":
+            fc1 = read(twin, layout.fc1)
+            width, depth = features_of(fc1) or 1, 0 if isinstance(fc1, nn.Linear) else dimensions
+        *parents, name = getattr(layout, part)
+        probe = _Affine(width, depth)
+        for parameter in probe.parameters():
+            parameter.data = _draw(torch.randn, parameter.shape, generator).to(device)
+        setattr(read(twin, tuple(parents)), name, probe)
+    return _compared(forms, calls[0], training=False) if nothing else None
+
+
+def _compared(forms: tuple[Form, Form], call: Call, training: bool) -> str | None:
+    forms[0].module.train(training)
+    checks, _ = agreement.compare(*forms, call)
+    worst = agreement.worst(checks)
+    if worst.passed:
+        return None
+    mode = "training" if training else "eval"
+    return f"fused it would compute something else, in {mode}: {worst}"
+
+
+def _is_identity(module: nn.Module, layout: Layout, part: str) -> bool:
+    path = getattr(layout, part)
+    # A property gives a norm another name, which cannot be set.
+    if path is None or type(read(module, path)) is not Identity:
+        return False
+    return path[-1] in read(module, path[:-1])._modules
+
+
+def _features(module: nn.Module, layout: Layout) -> int | None:
+    """radix * channels, the number of features that enter the attention; None if unknown."""
+    for part in (layout.fc2, layout.conv):
+        features = features_of(read(module, part, None))
+        if features is not None:
+            return features
+    channels, radix = getattr(module, "channels", None), read(module, layout.radix)
+    return radix * channels if isinstance(channels, int) and isinstance(radix, int) else None
+
+
+def _dimensions(module: nn.Module, layout: Layout) -> int:
+    """Those of the maps: 1, 2 or 3."""
+    for part in (layout.conv, layout.bn0, layout.fc1):
+        layer = read(module, part, None)
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, Tensor) and 3 <= weight.dim() <= 5:
+            return weight.dim() - 2
+        for dimensions, kind in enumerate((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), 1):
+            if isinstance(layer, kind):
+                return dimensions
+    return 2
 
 
 def _draw(
@@ -27,94 +206,106 @@ def _draw(
     return random(tuple(shape), generator=generator, dtype=torch.float64, device="cpu")
 
 
-def difference(module: nn.Module, fused: type[nn.Module], backend: str) -> str | None:
-    """By how much ``module`` would differ if ``fused`` were its class; None if it would not.
-
-    Both classes run in float64 on maps of several sizes, in eval and in training mode, forward and
-    backward. Random parameters and running statistics take the place of the module's own. The
-    convolution in front is left out, as both call it. Module and random generators stay unchanged.
-    """
-    radix = getattr(module, "radix", None)
-    features = _features(module, radix)
-    if features is None or not isinstance(radix, int):
-        return f"{_UNTRIED}: the number of its features is unknown"
-    tensors = [*module.parameters(), *module.buffers()]
-    device = tensors[0].device if tensors else torch.device("cpu")
-    if device.type == "meta":
-        return f"{_UNTRIED}: it is on the meta device"
-
-    @contextlib.contextmanager
-    def as_fused() -> Iterator[None]:
-        with agreement.preserved(module):
-            module.__class__ = fused
-            vars(module)["backend"] = backend
-            yield
-
-    forms = Form("unfused", module, contextlib.nullcontext), Form("fused", module, as_fused)
-    random = agreement.RandomStates(tensors)
-    generator = torch.Generator("cpu").manual_seed(0)
+def _twin(
+    module: nn.Module,
+    layout: Layout,
+    features: int,
+    dimensions: int,
+    device: torch.device,
+    generator: torch.Generator,
+) -> nn.Module:
+    """A copy of the module with random numbers, without hooks and without its convolution."""
+    with torch.device(device):
+        twin_conv = _Affine(features, dimensions)
+    kind: Any = core(type(module))
+    if issubclass(kind, FusedModule):
+        kind = kind.__bases__[-1]  # its unfused class
+    twin = kind.__new__(kind)
+    # What the copy must not share, nor copy.
+    memo: dict[int, Any] = {id(module): twin}
+    for child in module.modules():
+        for name, value in vars(child).items():
+            if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
+                memo[id(value)] = OrderedDict()
+    for parameter in module.parameters():
+        memo[id(parameter)] = parameter
+    for buffer in module.buffers():
+        memo[id(buffer)] = buffer
+    conv = read(module, layout.conv)
+    if conv is not None:
+        memo[id(conv)] = twin_conv
     try:
-        with torch.inference_mode(False), agreement.preserved(module):
-            _randomise(module, generator)
-            for shape, layout in zip(_SHAPES, _LAYOUTS, strict=True):
-                call = _call(shape, features, radix, layout, device, generator)
-                for training in (False, True):
-                    module.train(training)
-                    checks, _ = agreement.compare(*forms, call)
-                    worst = agreement.worst(checks)
-                    if not worst.passed:
-                        mode = "training" if training else "eval"
-                        return f"fused it would compute something else, in {mode}: {worst}"
-    except Incomparable as error:
-        return f"{_UNTRIED}: {error}"
-    finally:
-        random.restore()
-    return None
+        vars(twin).update(copy.deepcopy(vars(module), memo))
+    except Exception as error:
+        raise Unproven(f"it cannot be copied: {type(error).__name__}: {error}") from error
+    for child in twin.modules():
+        if computes_as(type(child), SyncBatchNorm):
+            child.__class__ = BatchNorm2d  # which it is for one process; it runs on the CPU too
 
+    def parameter_of(tensor: Tensor) -> Tensor:
+        fan_in = tensor[0].numel() if tensor.dim() > 1 and len(tensor) else 1
+        return (_draw(torch.randn, tensor.shape, generator) / fan_in**0.5).to(device)
 
-def _features(module: nn.Module, radix: Any) -> int | None:
-    """radix * channels, the number of features that enter the attention; None if unknown."""
-    for name in ("conv", "fc2"):
-        features = getattr(getattr(module, name, None), "out_channels", None)
-        if isinstance(features, int):
-            return features
-    channels = getattr(module, "channels", None)
-    return radix * channels if isinstance(channels, int) and isinstance(radix, int) else None
-
-
-def _randomise(module: nn.Module, generator: torch.Generator) -> None:
-    if "conv" in module._modules:
-        module._modules["conv"] = Identity()
-
-    def parameter(tensor: Tensor) -> Tensor:
-        fan_in = tensor[0].numel() if tensor.dim() > 1 else 1
-        values = _draw(torch.randn, tensor.shape, generator)
-        return (values / fan_in**0.5).to(tensor.device)
-
-    def buffer(name: str, tensor: Tensor) -> Tensor:
+    def buffer_of(name: str, tensor: Tensor) -> Tensor:
         # The buffers of a normalisation; a frozen one has its weight and bias among them.
         if name not in ("running_mean", "running_var", "weight", "bias"):
+            if tensor.is_meta:
+                return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
             return agreement.copied(tensor, torch.float64)
         values = _draw(torch.rand, tensor.shape, generator)
-        return (values + (0.5 if name in ("running_var", "weight") else -0.5)).to(tensor.device)
+        return (values + (0.5 if name in ("running_var", "weight") else -0.5)).to(device)
 
-    agreement.stand_in(module, parameter, buffer)
-    module.requires_grad_()
+    agreement.stand_in(twin, parameter_of, buffer_of)
+    return twin.requires_grad_()
 
 
 def _call(
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     features: int,
     radix: int,
-    layout: torch.memory_format,
+    memory: torch.memory_format,
     device: torch.device,
     generator: torch.Generator,
 ) -> Call:
     batch, *size = shape
+    if len(size) != 2:
+        memory = torch.contiguous_format
 
     def draw(*sizes: int) -> Tensor:
-        return _draw(torch.randn, sizes, generator).to(device, memory_format=layout)
+        return _draw(torch.randn, sizes, generator).to(device, memory_format=memory)
 
     # The samples differ in their means, since bn1 divides by the spread of these.
-    x = draw(batch, features, *size) + draw(batch, features, 1, 1)
+    x = draw(batch, features, *size) + draw(batch, features, *[1] * len(size))
     return Call((x.requires_grad_(),), {}, (draw(batch, features // radix, *size),))
+
+
+class _Varied(Exception):
+    """The module holds something that may differ between modules that look alike."""
+
+
+_OF_MODULES = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
+
+
+def _configuration(module: nn.Module, conv: Any) -> Iterator[Any]:
+    """All that distinguishes modules of one class, other than the values of their tensors."""
+    left_out = set(conv.modules()) if isinstance(conv, nn.Module) else set()
+    for name, child in module.named_modules():
+        if child in left_out:
+            continue
+        yield name, type(child), type(child).forward
+        for key, value in vars(child).items():
+            if key in ("_parameters", "_buffers"):
+                for tensor_name, tensor in value.items():
+                    yield tensor_name, None if tensor is None else tensor.shape
+            elif key not in _OF_MODULES and key != "_modules":
+                yield key, _simple(value)
+
+
+def _simple(value: Any) -> Any:
+    if isinstance(value, bool | int | float | str | None | types.FunctionType | type | torch.dtype):
+        return value
+    if isinstance(value, list | tuple):
+        return type(value), *map(_simple, value)
+    if isinstance(value, dict):
+        return tuple((_simple(key), _simple(item)) for key, item in value.items())
+    raise _Varied

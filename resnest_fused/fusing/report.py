@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from resnest_fused.fusing import registry
-
 _NAMED = 3  # how many fused modules of one class are named; of more the first and the last
 
 
@@ -20,6 +18,7 @@ class FuseEntry(NamedTuple):
         reason: why the module was left alone, or that it already was fused. None for newly fused.
             With ``fold`` also which norm could not be folded, and why.
         folded: whether the module has a norm that is folded now.
+        proven: whether it was proven now that the module computes the same when it is fused.
     """
 
     name: str
@@ -27,6 +26,7 @@ class FuseEntry(NamedTuple):
     fused: bool
     reason: str | None
     folded: bool = False
+    proven: bool = False
 
 
 @dataclass(frozen=True, repr=False)
@@ -75,7 +75,7 @@ class FuseReport:
 
     def __str__(self) -> str:
         if not self.entries:
-            return f"no split-attention module found; known are {', '.join(registry.KNOWN)}"
+            return "no split-attention module found; see resnest_fused.register"
         # Modules in one group differ in their names alone.
         groups: dict[FuseEntry, list[str]] = {}
         for entry in (*self.fused, *self.left_alone):
@@ -86,6 +86,8 @@ class FuseReport:
 
 def _line(group: FuseEntry, names: list[str]) -> str:
     what = "left alone" if not group.fused else "fused and folded" if group.folded else "fused"
+    if group.proven:
+        what = f"proven and {what}"
     listed = names
     if group.fused and len(names) > _NAMED:
         listed = [names[0], "...", names[-1]]

@@ -7,6 +7,7 @@ class derives from the peer's own, so ``isinstance`` holds.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 
@@ -14,9 +15,12 @@ from torch import nn
 
 from resnest_fused.backends import check_name
 from resnest_fused.children import own_method, path_of
-from resnest_fused.fusing import folding, proof, registry
+from resnest_fused.fusing import folding, proof, recognition
+from resnest_fused.fusing.peers import fused_class
 from resnest_fused.fusing.report import FuseEntry, FuseReport
 from resnest_fused.fusing.wrapping import core, with_core
+from resnest_fused.layout import Layout, read
+from resnest_fused.modules import FusedModule
 
 
 def fuse(
@@ -29,10 +33,16 @@ def fuse(
         model = timm.create_model("resnest50d", pretrained=True)
         print(rf.fuse(model))
 
-    Known are our own ``SplitAttention`` and ``SplitAttentionConv2d``, ``SplAtConv2d`` of the
-    official ``resnest`` package and ``SplitAttn`` of timm. The model itself may be one of them.
-    Results, parameters, state_dict, hooks and ``isinstance`` stay the same. deepcopy and pickle
-    work. A module whose result would change is left alone, and the report says why.
+    A split attention is known by what it computes, not by where its class is. Our own classes,
+    ``SplAtConv2d`` of the official ``resnest`` package and ``SplitAttn`` of timm are trusted. Any
+    other class is fused if its parts have known names (such as ``fc1``, ``fc2``, ``radix``), or
+    those given to :func:`resnest_fused.register`, and if a proof succeeds: a copy of the module, as
+    it is and fused, runs in float64 with random parameters and statistics, in eval and training.
+    Outputs, all gradients and buffers must agree. That takes some 0.1 seconds for each class and
+    configuration. If it fails, the module is left alone, and the report says how much it differs.
+
+    The model itself may be a split attention. Results, parameters, state_dict, hooks and
+    ``isinstance`` stay the same. deepcopy and pickle work.
 
     Everything after the convolution becomes one op if ``bn0`` is a batch normalisation and the
     activations are ReLU. Other norms, activations and softmaxes and an active DropBlock are called
@@ -58,11 +68,9 @@ def fuse(
             Folded weights have no gradients. A call in training mode raises, and so do
             ``state_dict()`` and ``load_state_dict()``: :func:`unfuse` first, which restores the
             original layers.
-        verify: try every module first, as it is and fused, in float64 on synthetic inputs. This
-            takes some time and memory. A module that would compute something else is left alone,
-            and the report says by how much it differs. The trial comes before folding.
-            :func:`resnest_fused.verify` checks fused modules with their folded norms on real
-            inputs. It does not check the norms that are folded elsewhere in the network.
+        verify: prove the trusted classes too, and every module by itself. The proof comes before
+            folding. :func:`resnest_fused.verify` checks fused modules with their folded norms on
+            real inputs. It does not check the norms that are folded elsewhere in the network.
 
     Returns:
         The report, one entry for each module; a module used in several places is reported once.
@@ -73,19 +81,15 @@ def fuse(
             The model is then untouched.
     """
     check_name(backend, "backend")
-    found = [(module, _examine(name, module)) for name, module in _named_modules(model)]
-    if verify:
-        found = [(module, _tried(module, entry, backend)) for module, entry in found]
+    found = list(_examined(model, backend, verify))
     if fold and any(module.training for module in model.modules()):
         raise ValueError("fold: expected a model in eval mode throughout; call model.eval() first")
     shared = folding.shared_modules(model)
     entries = []
-    for module, entry in found:
-        if entry is None:
-            continue
-        if entry.fused and entry.reason is None:
+    for module, entry, fused in found:
+        if fused is not None:
             original = core(type(module))
-            module.__class__ = with_core(type(module), registry.fused_class(original))
+            module.__class__ = with_core(type(module), fused)
             vars(module)["_unfused_class"] = original
         if _is_swapped(module):
             vars(module)["backend"] = backend
@@ -97,14 +101,6 @@ def fuse(
     if fold:
         folding.fold_network(model)
     return FuseReport(tuple(entries), folding.count_folded(model))
-
-
-def _tried(module: nn.Module, entry: FuseEntry | None, backend: str) -> FuseEntry | None:
-    """The entry after a trial, which leaves a module alone if its results would change."""
-    if entry is None or not entry.fused or entry.reason is not None:
-        return entry
-    problem = proof.difference(module, registry.fused_class(core(type(module))), backend)
-    return entry._replace(fused=problem is None, reason=problem)
 
 
 def unfuse(model: nn.Module) -> None:
@@ -136,6 +132,11 @@ def unfused_class(module: nn.Module) -> type[nn.Module] | None:
     return type(module).__bases__[-1] if _is_fused_class(type(module)) else None
 
 
+def layout_of(module: nn.Module) -> Layout | None:
+    """Where a fused module has its parts; None for a module that is not fused."""
+    return getattr(type(module), "_layout", None)
+
+
 def _is_swapped(module: nn.Module) -> bool:
     return "_unfused_class" in vars(module)
 
@@ -147,25 +148,75 @@ def _is_fused_class(cls: type) -> bool:
 
 def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        hint = "; OpenMMLab's eval() and train() return None" if model is None else ""
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}{hint}")
     return model.named_modules()
 
 
-def _examine(name: str, module: nn.Module) -> FuseEntry | None:
-    """The entry for one module before it is changed; None if it is no split attention."""
+# A module, what is reported of it, and the class that it gets, if any.
+_Examined = tuple[nn.Module, FuseEntry, type[FusedModule] | None]
+
+
+def _examined(model: nn.Module, backend: str, verify: bool) -> Iterator[_Examined]:
+    """Every split attention of the model, before anything is changed."""
+    # The parts of a module that becomes one op, which may look like a split attention themselves.
+    parts: set[nn.Module] = set()
+    disproved: proof.Disproved = {}
+    for name, module in _named_modules(model):
+        if module in parts:
+            continue
+        examined = _examine(name, module, backend, verify, disproved)
+        if examined is None:
+            continue
+        entry, fused = examined
+        yield module, entry, fused
+        layout = layout_of(module) if fused is None else fused._layout
+        if layout is not None:
+            parts.update(read(module, path) for path, _ in layout.others)
+
+
+def _examine(
+    name: str, module: nn.Module, backend: str, verify: bool, disproved: proof.Disproved
+) -> tuple[FuseEntry, type[FusedModule] | None] | None:
+    """The entry of one module, and the class that it gets; None if it is no split attention."""
     if _is_swapped(module):
-        return FuseEntry(name, path_of(vars(module)["_unfused_class"]), True, "already fused")
+        path = path_of(vars(module)["_unfused_class"])
+        return FuseEntry(name, path, True, "already fused"), None
     cls = core(type(module))
     if _is_fused_class(cls):
-        return FuseEntry(name, path_of(cls), True, "already fused, as built")
-    known = next((path_of(base) for base in cls.__mro__ if path_of(base) in registry.KNOWN), None)
-    if known == path_of(cls):
-        replaced = "forward" in vars(module) or own_method(cls) is None
-        reason = "its forward was replaced" if replaced else None
-    elif known is not None:
-        reason = f"a subclass of {known}, which may compute something else"
-    elif re.search("splat|split_?att", cls.__name__, re.IGNORECASE):
-        reason = "unknown class"
-    else:
+        return FuseEntry(name, path_of(cls), True, "already fused, as built"), None
+    try:
+        layout = recognition.find(module)
+    except AttributeError as error:
+        return FuseEntry(name, path_of(cls), False, f"not as registered: {error}"), None
+    if layout is None and not _is_called_like_one(cls):
         return None
-    return FuseEntry(name, path_of(cls), reason is None, reason)
+    left_alone = FuseEntry(name, path_of(cls), False, None)
+    if layout is None:
+        return left_alone._replace(reason=_UNKNOWN), None
+    known = recognition.is_known(cls)
+    if "forward" in vars(module) or (known and own_method(cls) is None):
+        return left_alone._replace(reason="its forward was replaced"), None
+    fused = fused_class(cls, layout)
+    if not known or verify:
+        problem = recognition.problem_of_forward(cls)
+        if problem is None:
+            try:
+                problem = (
+                    proof.difference(module, layout, fused, backend)
+                    if verify
+                    else proof.difference_by_class(module, layout, fused, backend, disproved)
+                )
+            except proof.Unproven as error:
+                problem = f"it cannot be tried out: {error}"
+        if problem is not None:
+            return left_alone._replace(reason=problem), None
+    return left_alone._replace(fused=True, proven=not known or verify), fused
+
+
+@functools.lru_cache(1024)
+def _is_called_like_one(cls: type) -> bool:
+    return re.search("splat|split_?att", cls.__name__, re.IGNORECASE) is not None
+
+
+_UNKNOWN = "its parts were not found under the names that are known; see resnest_fused.register"

@@ -15,8 +15,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from resnest_fused.children import path_of
-from resnest_fused.fusing import folding
-from resnest_fused.fusing.swap import unfused_class
+from resnest_fused.fusing import folding, proof
+from resnest_fused.fusing.swap import layout_of, unfused_class
+from resnest_fused.fusing.wrapping import core
 from resnest_fused.measure import agreement
 from resnest_fused.measure.agreement import Call, Check, Form, Incomparable, tensors_of
 from resnest_fused.modules import FusedModule
@@ -32,6 +33,8 @@ class VerifyEntry(NamedTuple):
             that ran several times has the worst check of each quantity.
         problem: why the module was not compared, or not to the end; None when it was.
         remark: what was not checked although the module was compared, and why; None for nothing.
+        disproof: by how much the module differs from its unfused self in the proof that
+            :func:`resnest_fused.fuse` makes of unknown classes; None if it does not.
     """
 
     name: str
@@ -39,11 +42,12 @@ class VerifyEntry(NamedTuple):
     checks: tuple[Check, ...]
     problem: str | None = None
     remark: str | None = None
+    disproof: str | None = None
 
     @property
     def passed(self) -> bool:
         """Whether the module was compared and every quantity is within its bound."""
-        return self.problem is None and not self.failed
+        return self.problem is None and not self.failed and self.disproof is None
 
     @property
     def failed(self) -> tuple[Check, ...]:
@@ -54,13 +58,15 @@ class VerifyEntry(NamedTuple):
         name = f"{self.name or '(the model itself)'}, {self.kind}"
         if self.problem is not None:
             text = f"not compared: {name}: {self.problem}"
-        elif self.failed:
+        elif not self.passed:
             text = f"DIFFERS: {name}"
         else:
             nearest = agreement.worst(self.checks)
             text = f"agrees: {name}: {len(self.checks)} quantities, nearest to its bound {nearest}"
         if self.remark is not None:
             text += f"; {self.remark}"
+        if self.disproof is not None:
+            text += f"\n    on random inputs and parameters: {self.disproof}"
         return "\n".join([text, *(f"    {check}" for check in self.failed)])
 
 
@@ -172,7 +178,11 @@ def verify(model: nn.Module, /, *inputs: Any, **options: Any) -> VerifyReport:
     try:
         with _eagerly():
             calls = _record(inner, list(found.values()), inputs, options)
-            entries = [_compare(name, module, calls[module]) for name, module in found.items()]
+            disproved: proof.Disproved = {}
+            entries = [
+                _proven(_compare(name, module, calls[module]), module, disproved)
+                for name, module in found.items()
+            ]
     finally:
         random.restore()
     return VerifyReport(tuple(entries))
@@ -217,6 +227,22 @@ def _compare(name: str, module: nn.Module, calls: list[Call]) -> VerifyEntry:
         remarks |= dict.fromkeys(text for text in (remark, backward) if text is not None)
     worst = tuple(agreement.worst(several) for several in checks.values())
     return entry._replace(checks=worst, problem=problem, remark="; ".join(remarks) or None)
+
+
+def _proven(entry: VerifyEntry, module: nn.Module, disproved: proof.Disproved) -> VerifyEntry:
+    """The entry after the proof that the fused class computes what the unfused one does."""
+    layout = layout_of(module)
+    if unfused_class(module) is None or layout is None or entry.problem is not None:
+        return entry
+    cls: Any = core(type(module))
+    try:
+        disproof = proof.difference_by_class(
+            module, layout, cls, vars(module).get("backend", "auto"), disproved
+        )
+    except proof.Unproven as error:
+        remarks = [*([entry.remark] if entry.remark else []), f"no proof: {error}"]
+        return entry._replace(remark="; ".join(remarks))
+    return entry._replace(disproof=disproof)
 
 
 def _record(

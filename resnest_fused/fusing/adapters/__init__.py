@@ -1,6 +1,5 @@
 """One file for each kind of peer, and the list of them; a new peer is a file and an entry here."""
 
-from resnest_fused.fusing.adapters import official, ours, timm
+from resnest_fused.fusing.adapters import official, openmmlab, ours, pytorchcv, timm
 
-# In the order in which reports name them.
-ADAPTERS = (ours.ADAPTER, official.ADAPTER, timm.ADAPTER)
+ADAPTERS = (ours.ADAPTER, official.ADAPTER, timm.ADAPTER, openmmlab.ADAPTER, pytorchcv.ADAPTER)

@@ -1,15 +1,13 @@
-"""What an adapter says about one kind of peer, and how a peer's fused classes are made."""
+"""What an adapter says about one kind of peer."""
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-
-from resnest_fused.modules import FusedModule
 
 # From an RGB picture to a part of a network's input, (3, size, size).
 Transform = Callable[[Any], Tensor]
@@ -56,57 +54,17 @@ class Adapter(NamedTuple):
 
     Attributes:
         name: the word in front of the colon in the names of its networks.
-        attentions: the peer's classes of split attention, by the names of their fused classes.
-        fused_class: the fused class of a name.
+        attentions: the peer's classes of split attention that are trusted without a proof.
+        r_softmaxes: the peer's classes of r-softmax that are.
         folds: the convolutions and norms in other classes of the peer, by class.
-        networks: the peer's networks; None where ``models`` has them.
+        networks: the peer's networks; None where ``models`` has them, or nothing has.
     """
 
     name: str
-    attentions: Mapping[str, str]
-    fused_class: Callable[[str], type[FusedModule]]
-    folds: Mapping[str, Pairs]
+    attentions: tuple[str, ...] = ()
+    r_softmaxes: tuple[str, ...] = ()
+    folds: Mapping[str, Pairs] = MappingProxyType({})
     networks: type[Networks] | None = None
-
-
-class PeerAttention(FusedModule):
-    """A peer's forward by the fused op, to be mixed into the peer's class, which has the children.
-
-    Attributes:
-        r_softmaxes: the peer's classes of r-softmax.
-    """
-
-    r_softmaxes: tuple[str, ...]
-    radix: int
-    conv: nn.Module
-    fc1: nn.Conv2d
-    fc2: nn.Conv2d
-    rsoftmax: Any
-
-
-def fused_classes(
-    home: str, attentions: Mapping[str, str], forward: type[PeerAttention]
-) -> Callable[[str], type[FusedModule]]:
-    """A function from the name of a peer's fused class to that class, made at the first call.
-
-    An adapter's file has it as its ``__getattr__``, since pickles find a class by file and name.
-
-    Args:
-        home: the adapter's file, as a module's name.
-        attentions: as in :class:`Adapter`.
-        forward: is mixed into each of the peer's classes.
-    """
-
-    @functools.cache
-    def fused_class(name: str) -> type[FusedModule]:
-        if name not in attentions:
-            raise AttributeError(f"module {home!r} has no attribute {name!r}")
-        module, _, kind = attentions[name].rpartition(".")
-        original = getattr(importlib.import_module(module), kind)
-        body = {"__module__": home, "_unfused_forward": staticmethod(original.forward)}
-        return type(name, (forward, original), body)
-
-    return fused_class
 
 
 def import_peer(module: str, requirement: str) -> Any:

@@ -4,49 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from resnest_fused.fusing.adapters.base import (
     BLOCK,
     STEM,
     Adapter,
     Networks,
-    PeerAttention,
     Transform,
-    fused_classes,
     import_peer,
 )
-from resnest_fused.modules import fused_attention
 
-_ATTENTIONS = {"FusedSplitAttn": "timm.layers.split_attn.SplitAttn"}
 _FOLDS = {
     "timm.models.resnest.ResNestBottleneck": BLOCK,
     "timm.models.resnet.ResNet": STEM,
 }
-
-
-class TimmForward(PeerAttention):
-    """The forward of ``SplitAttn``, by the fused op."""
-
-    r_softmaxes = ("timm.layers.split_attn.RadixSoftmax",)
-
-    def _fused_forward(self, x: Tensor) -> Tensor:
-        return fused_attention(
-            self.conv(x),
-            bn0=self.bn0,
-            drop=self.drop,
-            act0=self.act0,
-            fc1=self.fc1,
-            bn1=self.bn1,
-            act1=self.act1,
-            fc2=self.fc2,
-            softmax=self.rsoftmax,
-            r_softmaxes=self.r_softmaxes,
-            radix=self.radix,
-            # Only timm's own softmax holds it, and only with that softmax is it used.
-            cardinality=getattr(self.rsoftmax, "cardinality", 1),
-            backend=self.backend,
-        )
 
 
 class _Networks(Networks):
@@ -72,5 +44,10 @@ class _Networks(Networks):
         return config["input_size"][-1], data.create_transform(**config)
 
 
-__getattr__ = fused_classes(__name__, _ATTENTIONS, TimmForward)
-ADAPTER = Adapter("timm", _ATTENTIONS, __getattr__, _FOLDS, _Networks)
+ADAPTER = Adapter(
+    name="timm",
+    attentions=("timm.layers.split_attn.SplitAttn",),
+    r_softmaxes=("timm.layers.split_attn.RadixSoftmax",),
+    folds=_FOLDS,
+    networks=_Networks,
+)

@@ -1,0 +1,56 @@
+"""Makes the fused class of a peer's class, for one layout of its parts."""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+from typing import Any
+
+from torch import nn
+
+from resnest_fused import modules
+from resnest_fused.children import path_of
+from resnest_fused.layout import Layout
+from resnest_fused.modules import FusedModule
+
+# Our own modules have public fused classes.
+_OURS: dict[str, type[FusedModule]] = {
+    "resnest_fused.reference.SplitAttention": modules.FusedSplitAttention,
+    "resnest_fused.reference.SplitAttentionConv2d": modules.FusedSplitAttentionConv2d,
+}
+
+
+class PeerAttention(FusedModule):
+    """A peer's forward by the fused op, to be mixed into the peer's class, which has the children.
+
+    Pickles hold the peer's class and the layout, from which the fused class is made again.
+    """
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made = super().__reduce_ex__(protocol)
+        kind = type(self)
+        if "_layout" not in vars(kind) or made[:2] != (copyreg.__newobj__, (kind,)):  # type: ignore[attr-defined]
+            return made
+        return (_new, (kind.__bases__[-1], self._layout), *made[2:])
+
+
+def fused_class(original: Any, layout: Layout) -> type[FusedModule]:
+    """The class that modules of this class and layout get when they are fused."""
+    return _OURS.get(path_of(original)) or _made(original, layout)
+
+
+@functools.cache
+def _made(original: Any, layout: Layout) -> type[PeerAttention]:
+    body: dict[str, Any] = {
+        "__module__": original.__module__,
+        "_unfused_forward": staticmethod(original.forward),
+        "_layout": layout,
+    }
+    if layout.r_softmax is not None:
+        body["_r_softmax_forward"] = staticmethod(layout.r_softmax.forward)
+    return type(f"Fused{original.__name__}", (PeerAttention, original), body)
+
+
+def _new(original: type[nn.Module], layout: Layout) -> nn.Module:
+    """An empty module of the fused class, whose state the pickle brings."""
+    return nn.Module.__new__(fused_class(original, layout))
