@@ -171,7 +171,8 @@ WRONG = {
     "frozen_stages": (5, "expected -1 to 4, got 5"),
     "conv_layer": ([nn.Conv2d] * 4, "expected one or five, got 4"),
     "out_indices": ((1, 5), r"expected different numbers from 0 to 4, .*, got \(1, 5\)"),
-    "layers": ((1, 2, 3), r"expected four numbers from 1 on, got \(1, 2, 3\)"),
+    "layers": ((1, 2, 3), r"expected four numbers from 0 on, got \(1, 2, 3\)"),
+    "planes": ((8, 8, 8, 0), r"expected four numbers from 1 on, got \(8, 8, 8, 0\)"),
 }
 
 

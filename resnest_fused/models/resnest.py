@@ -303,7 +303,7 @@ class ResNeSt(nn.Module):
                 )
                 channels = width * _EXPANSION
                 blocks += 1
-            reduction *= plan.stride
+            reduction *= plan.stride if stage else 1
             self.add_module(STAGES[index], nn.Sequential(*stage))
             info = {"num_chs": channels, "reduction": reduction, "module": STAGES[index]}
             self.feature_info.append(info)
@@ -440,9 +440,9 @@ def _check_options(
     drop_block_style: str,
     frozen_stages: int,
 ) -> None:
-    for name, counts in (("layers", layers), ("planes", planes)):
-        if len(counts) != 4 or min(counts) < 1:
-            raise ValueError(f"{name}: expected four numbers from 1 on, got {tuple(counts)}")
+    for name, counts, least in (("layers", layers, 0), ("planes", planes, 1)):
+        if len(counts) != 4 or min(counts) < least:
+            raise ValueError(f"{name}: expected four numbers from {least} on, got {tuple(counts)}")
     if not isinstance(radix, int) or radix < 0:
         raise ValueError(f"radix: expected an integer from 0 on, got {radix!r}")
     _check_head(num_classes, global_pool)
