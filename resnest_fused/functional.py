@@ -223,9 +223,6 @@ def attend(
         ValueError, TypeError, RuntimeError: as :func:`split_attention`; ValueError when the logits
             or the attention do not have that shape, TypeError when they are no tensors.
     """
-    for name, function in (("mlp", mlp), ("softmax", softmax)):
-        if not (callable(function) or (function is None and name == "softmax")):
-            raise TypeError(f"{name}: expected a function, got {type(function).__name__}")
     if type(x) is not Tensor and has_torch_function_unary(x):
         return handle_torch_function(
             attend,
@@ -243,6 +240,9 @@ def attend(
     check_map(x, radix, cardinality)
     _check_bn0(x, bn0, training)
     chosen = choose(backend, x)
+    for name, function in (("mlp", mlp), ("softmax", softmax)):
+        if not (callable(function) or (function is None and name == "softmax")):
+            raise TypeError(f"{name}: expected a function, got {type(function).__name__}")
 
     def attention_of(gap: Tensor) -> Tensor:
         logits = mlp(gap)

@@ -63,9 +63,10 @@ def fused_attention(
         for module in (bn0, drop, None if relu else act0):
             if module is not None:
                 x = module(x)
-    size = x.shape[2:]
-    if len(size) != 2:
-        x = x[:, :, None] if len(size) == 1 else x.flatten(3)
+    size = None
+    if isinstance(x, Tensor) and x.dim() in (3, 5) and not isinstance(fc1, nn.Conv2d):
+        size = x.shape[2:]  # the op's maps have two dimensions, so these are folded into two
+        x = x[:, :, None] if x.dim() == 3 else x.flatten(3)
     norm1 = batch_norm_args(bn1) if absorbs else None
     if (
         absorbs
@@ -88,29 +89,31 @@ def fused_attention(
             relu=relu,
             backend=backend,
         )
-        return out if len(size) == 2 else out.reshape(*out.shape[:2], *size)
+        return out if size is None else out.reshape(*out.shape[:2], *size)
 
     def mlp(gap: Tensor) -> Tensor:
-        hidden = fc1(_as_input(gap, x, fc1, len(size)))
+        hidden = fc1(_as_input(gap, x, fc1, 2 if size is None else len(size)))
         if bn1 is not None:
             hidden = bn1(hidden)
         logits = fc2(hidden if act1 is None else act1(hidden))
         return logits if logits.dim() == 4 else logits.reshape(*logits.shape[:2], 1, 1)
 
     def own_softmax(logits: Tensor) -> Tensor:
-        return softmax(logits.reshape(*logits.shape[:2], *[1] * len(size)))
+        return softmax(
+            logits if size is None else logits.reshape(*logits.shape[:2], *[1] * len(size))
+        )
 
     out = attend(
         x,
         mlp,
-        softmax if softmax is None or len(size) == 2 else own_softmax,
+        None if softmax is None else own_softmax,
         radix=radix,
         cardinality=cardinality,
         bn0=norm0,
         relu=relu,
         backend=backend,
     )
-    return out if len(size) == 2 else out.reshape(*out.shape[:2], *size)
+    return out if size is None else out.reshape(*out.shape[:2], *size)
 
 
 def _as_input(gap: Tensor, x: Tensor, fc1: nn.Module, dimensions: int) -> Tensor:

@@ -86,7 +86,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 def test_whole_networks(make, modules, proven, folded):
     torch.manual_seed(0)
     plain = tame(randomise(make())).double()
-    network, x = copy.deepcopy(plain), torch.randn(4, 3, 64, 64).double()
+    network, x = copy.deepcopy(plain), torch.randn(8, 3, 32, 32).double()
     report = rf.fuse(network)
     assert len(report) == modules and not report.left_alone, report
     assert all(entry.proven == proven for entry in report.entries)
