@@ -333,6 +333,13 @@ def test_a_part_of_a_module_left_alone_is_looked_at():
     ]
 
 
+def test_the_compiler_sees_no_break():
+    for module, x in ((Pooled(), features(2, 4, 5, 5)), (AnyMap(3), torch.randn(2, 4, 3, 2, 2))):
+        rf.fuse(module.eval())
+        compiled = torch.compile(module, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), module(x))
+
+
 # --- registered classes, and attention around any MLP
 
 
