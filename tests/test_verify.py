@@ -267,6 +267,9 @@ def test_distributed_data_parallel(tmp_path):
         assert all(p.grad is None for p in model.parameters())
         model(images()).sum().backward()  # the reducer still works
         assert all(p.grad is not None for p in model.parameters())
+        # The group must not end with the model: that waits, with Python's lock, for a thread of the
+        # group that may still want the lock.
+        del model
     finally:
         distributed.destroy_process_group()
 
