@@ -38,7 +38,8 @@ from torch import Tensor, nn
 
 import resnest_fused as rf
 from resnest_fused.backends import choose, native
-from resnest_fused.fusing.adapters.timm import TimmForward
+from resnest_fused.fusing.peers import fused_class
+from resnest_fused.layout import Layout
 from resnest_fused.measure import agreement
 from resnest_fused.measure.agreement import Call, Form
 
@@ -166,7 +167,22 @@ class Peer(nn.Module):
         return (attention.to(x.dtype) * splits).sum(1)
 
 
-FusedPeer = type("FusedPeer", (TimmForward, Peer), {"_unfused_forward": staticmethod(Peer.forward)})
+FusedPeer = fused_class(
+    Peer,
+    Layout(
+        conv=("conv",),
+        bn0=("bn0",),
+        drop=("drop",),
+        act0=("act0",),
+        fc1=("fc1",),
+        bn1=("bn1",),
+        act1=("act1",),
+        fc2=("fc2",),
+        softmax=("rsoftmax",),
+        radix=("radix",),
+        cardinality=("rsoftmax", "cardinality"),
+    ),
+)
 
 
 def _fuse(module: nn.Module) -> None:

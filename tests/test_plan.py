@@ -334,7 +334,9 @@ def test_family_is_that_of_the_models(name: str) -> None:
             if isinstance(module, SplitAttentionConv2d):
                 module.register_forward_hook(note)
         model(torch.empty(1, 3, RESOLUTIONS[name], RESOLUTIONS[name]))
-    assert seen == shapes_at(RESOLUTIONS[name])
+    # Where a stage has a single block, none works at the stage's own resolution.
+    expected = shapes_at(RESOLUTIONS[name])
+    assert seen < expected if name == "resnest14" else seen == expected
 
 
 def test_family_has_every_radix_and_cardinality() -> None:
