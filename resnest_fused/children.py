@@ -112,7 +112,7 @@ def _calls_its_forward(kind: Any) -> bool:
 
 
 def computes_as_conv(kind: Any, original: type = Conv2d) -> bool:
-    """Whether a class is ``nn.Conv2d`` or computes the same from its weight and bias."""
+    """Whether a class is a convolution of torch or computes the same from its weight and bias."""
     # A parametrized one does too: its weight is computed whenever it is read.
     return computes_as(kind, original) and kind._conv_forward is _CONV_FORWARDS[original]
 

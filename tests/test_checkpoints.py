@@ -277,6 +277,7 @@ WRONG: dict[str, tuple[object, str]] = {
     "complex": (lambda s: s | {"fc.bias": torch.ones(10) * 1j}, "a torch.complex64"),
     "objects": (lambda s: {"state_dict": s, "a": SimpleNamespace()}, "holds types.SimpleNamespace"),
     "a whole model": (lambda s: nn.Linear(1, 1), "holds torch.nn.modules.linear.Linear"),
+    "a count of averages alone": (lambda s: {"n_averaged": torch.tensor(3)}, r"\d+ missing "),
     "another network": (lambda s: nn.Linear(1, 1).state_dict(), r"\d+ missing .*; 2 unexpected"),
     "a missing tensor": (without("layer1.0.bn3.bias"), r": 1 missing \(layer1.0.bn3.bias\)$"),
     "a missing counter": (without("bn1.num_batches_tracked"), "1 missing .bn1.num_batches_tracked"),

@@ -70,7 +70,7 @@ def put_in_place(
         assert not fused
         return build(**options)
 
-    monkeypatch.setitem(registry._BUILDERS, "resnest50", builder)
+    monkeypatch.setitem(registry.BUILDERS, "resnest50", builder)
     monkeypatch.setattr(registry._Ours, "preprocessing", lambda *_: (size, None))
 
 
@@ -293,7 +293,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     def builder(**given: object) -> nn.Module:
         return models.resnest14(**options | given)
 
-    monkeypatch.setitem(registry._BUILDERS, "resnest50", builder)
+    monkeypatch.setitem(registry.BUILDERS, "resnest50", builder)
     torch.manual_seed(3)
     models.save_checkpoint(builder(), tmp_path / "narrow.safetensors", "mm")
     return tmp_path / "narrow.safetensors"

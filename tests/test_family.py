@@ -234,6 +234,12 @@ def test_a_pretrained_stem_takes_other_channels(channels: int, tmp_path) -> None
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
 
 
+def test_a_stem_is_adapted_only_if_that_is_asked_for(tmp_path) -> None:
+    torch.save(small(in_chans=4).state_dict(), tmp_path / "four.pth")
+    with pytest.raises(models.CheckpointError, match="1 of another shape .conv1.0.weight"):
+        models.create("resnest14", tmp_path / "four.pth", **SMALL)
+
+
 def test_zero_init_last_makes_blocks_their_shortcuts() -> None:
     block = small(zero_init_last=True).layer2[0].eval()
     x = torch.randn(2, 32, 8, 8)

@@ -49,7 +49,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """resnest50 is a narrow network of one block a stage."""
     options = {"planes": SMALL["planes"]}
     monkeypatch.setitem(
-        registry._BUILDERS, "resnest50", lambda **given: models.resnest14(**options | given)
+        registry.BUILDERS, "resnest50", lambda **given: models.resnest14(**options | given)
     )
     for framework in ("openmmlab", "detectron2"):
         name = f"resnest_fused.models.frameworks.{framework}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from resnest_fused.cli import environment, screen
-from resnest_fused.cli.devices import find_device
+from resnest_fused.cli.devices import Device, find_device
 from resnest_fused.cli.errors import bad, blame
 
 # Commands import what is heavy when they run, so that `resnest-fused --help` is quick.
@@ -100,13 +100,7 @@ def run(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Time torch.compile of both as well.")
     ] = False,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="Where to run: cpu, cuda or cuda:N. Default: the GPU if there is one.",
-            metavar="NAME",
-        ),
-    ] = None,
+    device: Device = None,
     backend: Annotated[
         _Backend,
         typer.Option(

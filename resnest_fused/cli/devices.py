@@ -1,14 +1,23 @@
-"""Finds the device on which a command runs."""
+"""The device on which a command runs: the option, and what it means."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from resnest_fused.cli.errors import bad
 
 if TYPE_CHECKING:
     import torch
+
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="Where to run: cpu, cuda or cuda:N. Default: the GPU if there is one.", metavar="NAME"
+    ),
+]
 
 
 def find_device(wanted: str | None) -> torch.device:

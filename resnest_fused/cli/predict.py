@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from resnest_fused.cli import screen
-from resnest_fused.cli.devices import find_device
+from resnest_fused.cli.devices import Device, find_device
 from resnest_fused.cli.errors import bad, blame
 
 if TYPE_CHECKING:
@@ -79,13 +79,7 @@ def run(
         typer.Option("--format", help="Of what is printed: table, csv or json.", metavar="NAME"),
     ] = _Format.table,
     batch: Annotated[int, typer.Option(min=1, help="Photos at a time.", metavar="N")] = 8,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="Where to run: cpu, cuda or cuda:N. Default: the GPU if there is one.",
-            metavar="NAME",
-        ),
-    ] = None,
+    device: Device = None,
 ) -> None:
     """Name the likeliest classes of photos, with their probabilities.
 

@@ -193,7 +193,8 @@ def _examine(
         return None
     left_alone = FuseEntry(name, path_of(cls), False, None)
     if layout is None:
-        return left_alone._replace(reason=_UNKNOWN), None
+        reason = "its parts were not found under the names that are known"
+        return left_alone._replace(reason=f"{reason}; see resnest_fused.register"), None
     known = recognition.is_known(cls)
     if "forward" in vars(module) or (known and own_method(cls) is None):
         return left_alone._replace(reason="its forward was replaced"), None
@@ -217,6 +218,3 @@ def _examine(
 @functools.lru_cache(1024)
 def _is_called_like_one(cls: type) -> bool:
     return re.search("splat|split_?att", cls.__name__, re.IGNORECASE) is not None
-
-
-_UNKNOWN = "its parts were not found under the names that are known; see resnest_fused.register"

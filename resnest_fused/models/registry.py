@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,8 +19,6 @@ from resnest_fused.models.resnest import OutIndices, ResNeSt
 from resnest_fused.models.variants import VARIANTS
 
 Weights = str | os.PathLike[str] | Checkpoint
-
-_BUILDERS: dict[str, Callable[..., ResNeSt]] = dict(BUILDERS)
 
 
 class Preprocessing(NamedTuple):
@@ -40,10 +38,10 @@ class _Ours(Networks):
         return "resnest_fused"
 
     def names(self) -> list[str]:
-        return list(_BUILDERS)
+        return list(BUILDERS)
 
     def build(self, name: str, options: dict[str, Any]) -> nn.Module:
-        return _BUILDERS[name](**options)
+        return BUILDERS[name](**options)
 
     def preprocessing(self, name: str, model: nn.Module) -> tuple[int, Transform | None]:
         return VARIANTS[name].size, None
@@ -60,7 +58,7 @@ def list_models() -> list[str]:
         >>> list_models()[:3]
         ['resnest14', 'resnest26', 'resnest50']
     """
-    return list(_BUILDERS)
+    return list(BUILDERS)
 
 
 def create(
@@ -106,8 +104,10 @@ def create(
     if classes is not None and "fc" not in leave_out:
         options = {"num_classes": classes} | options
     model = networks.build(short, options)
-    state = checkpoints.adapt_input(checkpoint.state, options.get("in_chans", 3))
-    checkpoints.load_checkpoint(model, checkpoint._replace(state=state), leave_out=leave_out)
+    if "in_chans" in options:
+        state = checkpoints.adapt_input(checkpoint.state, options["in_chans"])
+        checkpoint = checkpoint._replace(state=state)
+    checkpoints.load_checkpoint(model, checkpoint, leave_out=leave_out)
     return model
 
 

@@ -334,7 +334,7 @@ class ResNeSt(nn.Module):
 
     def stages(self) -> list[nn.Sequential]:
         """The stages, first to last; a backbone has those that its maps need."""
-        return [self.get_submodule(info["module"]) for info in self.feature_info[1:]]  # type: ignore
+        return [getattr(self, name) for name in STAGES[: len(self.feature_info) - 1]]
 
     def blocks(self) -> list[Any]:
         """The blocks of all stages, first to last."""

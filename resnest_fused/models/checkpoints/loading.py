@@ -13,8 +13,6 @@ from resnest_fused.models.checkpoints.files import CheckpointError, Source
 from resnest_fused.models.checkpoints.layout import Layout, unknown_keys
 
 _NAMED = 3  # how many keys an error names
-# What wrappers put in front of every name of any network.
-_PREFIXES = ("module.", "_orig_mod.")
 _COUNTER = "num_batches_tracked"
 
 # The official mark is found in most of the others, too, so it comes last.
@@ -80,8 +78,9 @@ def read_checkpoint(
     # torch.compile wraps a part of a network, too.
     state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
     state.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel
-    while shared := next((p for p in _PREFIXES if all(k.startswith(p) for k in state)), None):
-        state = {key.removeprefix(shared): value for key, value in state.items()}
+    # DataParallel and others put this in front of every name of any network.
+    while state and all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
     for layout in _LAYOUTS:
         found = layout.find_prefix(state)
         if found is not None:

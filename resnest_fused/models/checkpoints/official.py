@@ -26,7 +26,7 @@ def adapt_input(state: Mapping[str, Tensor], in_chans: int) -> dict[str, Tensor]
     """A state_dict whose first convolution takes another number of input channels.
 
     One channel gets the sum of the weights, as grey pictures have three equal channels. More get
-    them in turn, scaled so that the sum over all channels stays.
+    them in turn, and all are scaled by the old number of channels over the new one.
 
     Example::
 
