@@ -2,13 +2,17 @@
 
 PyTorch, oneDNN and the kernels each read an environment variable when they are imported or first
 used. So the option is read from the command line before any of them, by importing this module.
+``torch.compile`` takes code from its cache whatever instructions it was made for, so each set has a
+cache of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import getpass
 import os
 import sys
+import tempfile
 
 OPTION = "--cpu-capability"
 VARIABLES = ("RESNEST_FUSED_CPU_CAPABILITY", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
@@ -23,6 +27,9 @@ _parser.add_argument(OPTION)
 _wanted = _parser.parse_known_args(sys.argv[1:])[0].cpu_capability
 if _wanted in VALUES:
     os.environ.update(zip(VARIABLES, VALUES[_wanted], strict=True))
+    _cache = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+    _cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or _cache
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{_cache}_{_wanted}"
 
 
 def missed(wanted: str, native: str, aten: str) -> str | None:

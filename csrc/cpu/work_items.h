@@ -43,6 +43,14 @@ inline int64_t item_bytes(const Problem& p, int64_t element_size) {
   return elements * element_size;
 }
 
+// From so many bytes of x on, kernels ask for rows of pixels ahead of their use. Smaller maps lie
+// in the cores' caches, where asking took 3 to 10% of the time.
+inline constexpr int64_t kPrefetchBytes = 4 * 1024 * 1024;
+
+inline bool prefetches(const Problem& p, int64_t element_size) {
+  return p.batch * p.features() * p.pixels() * element_size >= kPrefetchBytes;
+}
+
 // The pixels of a work item in NHWC.
 struct PixelItem {
   int64_t sample;

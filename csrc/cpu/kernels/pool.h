@@ -130,6 +130,7 @@ RF_KERNEL void pool_nhwc(const Problem& p, const Prologue<Acc<T>>& prologue, con
   using A = Acc<T>;
   using V = Vec<A>;
   const int64_t channels = p.channels, features = p.features();
+  const bool ahead = prefetches(p, sizeof(T));
   for (int64_t item = begin; item < end; ++item) {
     const PixelItem pixels(p, item);
     const T* rows = x + pixels.first * features;
@@ -137,7 +138,9 @@ RF_KERNEL void pool_nhwc(const Problem& p, const Prologue<Acc<T>>& prologue, con
     std::fill_n(sums, channels, A{});
     for_tiles(pixels.count, [&]<int kPixels>(int64_t first) __attribute__((always_inline)) {
       const T* tile = rows + first * features;
-      prefetch(tile + kPixels * features, kPixels * features);
+      if (ahead) {
+        prefetch(tile + kPixels * features, kPixels * features);
+      }
       for_vectors<V>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
         V sum = {};
         for (int64_t r = 0; r < p.radix; ++r) {
@@ -191,6 +194,7 @@ RF_KERNEL void pool_backward_prologue_nhwc(const Problem& p, const Prologue<Acc<
   using V = Vec<A>;
   const int64_t channels = p.channels, features = p.features();
   const A* mean = prologue.bn0.mean.data();
+  const bool ahead = prefetches(p, sizeof(T));
   for (int64_t item = begin; item < end; ++item) {
     const PixelItem pixels(p, item);
     A* sums = partial + item * kPrologueSums * features;
@@ -198,8 +202,10 @@ RF_KERNEL void pool_backward_prologue_nhwc(const Problem& p, const Prologue<Acc<
     for_tiles(pixels.count, [&]<int kPixels>(int64_t first) __attribute__((always_inline)) {
       const T* g = dout + (pixels.first + first) * channels;
       const T* tile = x + (pixels.first + first) * features;
-      prefetch(g + kPixels * channels, kPixels * channels);
-      prefetch(tile + kPixels * features, kPixels * features);
+      if (ahead) {
+        prefetch(g + kPixels * channels, kPixels * channels);
+        prefetch(tile + kPixels * features, kPixels * features);
+      }
       for (int64_t r = 0; r < p.radix; ++r) {
         for_vectors<V>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
           const int64_t f = r * channels + c;

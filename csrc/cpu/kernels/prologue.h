@@ -158,6 +158,7 @@ RF_KERNEL void statistics_nhwc(const Problem& p, const T* x, int64_t begin, int6
                                Acc<T>* mean /* (B, J, R, C) */,
                                Acc<T>* squares /* (B, J, R, C) */) {
   const int64_t features = p.features();
+  const bool ahead = prefetches(p, sizeof(T));
   for (int64_t item = end; item-- > begin;) {
     const PixelItem pixels(p, item);
     const T* rows = x + pixels.first * features;
@@ -167,7 +168,9 @@ RF_KERNEL void statistics_nhwc(const Problem& p, const T* x, int64_t begin, int6
     std::fill_n(item_squares, features, Acc<T>{});
     int64_t i = 0;
     for (; i + kStatisticsTile <= pixels.count; i += kStatisticsTile) {
-      prefetch(rows + (i + kStatisticsTile) * features, kStatisticsTile * features);
+      if (ahead) {
+        prefetch(rows + (i + kStatisticsTile) * features, kStatisticsTile * features);
+      }
       join_statistics<kStatisticsTile>(features, i, rows + i * features, item_mean, item_squares);
     }
     for (; i < pixels.count; ++i) {
