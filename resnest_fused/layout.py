@@ -18,9 +18,12 @@ class Layout(NamedTuple):
 
     Attributes:
         conv: what runs on the input first.
-        bn0, drop, act0: what follows it. An activation may be a function instead of a path.
+        paths: instead of conv, modules whose results are the splits, one after the other.
+        divided: the path to what is true if each of ``paths`` gets its share of the input's
+            channels; None if each gets them all.
+        bn0, drop, act0: what follows. An activation may be a function instead of a path.
         fc1, bn1, act1, fc2: the map from gap to logits.
-        softmax: the module of the r-softmax; None where the forward computes it itself.
+        softmax: the module of the r-softmax or of the gate; None where the op computes it.
         radix, cardinality: a number, or the path to one.
         norms_if, drop_if: paths to what must be true for the norms, and for ``drop``, to be used.
         r_softmax: the class of the r-softmax that the op may replace, or None.
@@ -34,6 +37,8 @@ class Layout(NamedTuple):
     radix: Path | int
     cardinality: Path | int = 1
     conv: Path | None = None
+    paths: tuple[Path, ...] = ()
+    divided: Path | None = None
     bn0: Path | None = None
     drop: Path | None = None
     act0: Path | Callable[[Tensor], Tensor] | None = None

@@ -172,7 +172,7 @@ class FusedModule(nn.Module):
         ):
             softmax = None
         return fused_attention(
-            x if at.conv is None else read(self, at.conv)(x),
+            self._features(x),
             bn0=read(self, at.bn0) if norms else None,
             drop=read(self, at.drop) if drops else None,
             act0=read(self, at.act0),
@@ -185,6 +185,18 @@ class FusedModule(nn.Module):
             cardinality=cardinality,
             backend=self.backend,
         )
+
+    def _features(self, x: Tensor) -> Tensor:
+        """The map that enters the attention, ``(B, radix*channels, *size)``."""
+        at = self._layout
+        if at.conv is not None:
+            return read(self, at.conv)(x)
+        if not at.paths:
+            return x
+        paths = [read(self, path) for path in at.paths]
+        divided = at.divided is not None and read(self, at.divided)
+        inputs = x.chunk(len(paths), 1) if divided else [x] * len(paths)
+        return torch.cat([path(part) for path, part in zip(paths, inputs, strict=True)], 1)
 
     def _needs_all(self, others: tuple[Any, ...]) -> bool:
         """Whether submodules that the op replaces silently must be called."""

@@ -3,8 +3,8 @@
 The module's copy and its fused form run in float64 on maps of several sizes, in eval and in
 training mode, forward and backward. Every parameter, every norm's affine parameters and running
 statistics are random: in a fresh norm they make it the identity, which would hide that it is not
-called. The convolution in front is replaced by a small affine map, which both forms call: unlike
-an identity it shows where it is called.
+called. The convolution in front, or each path, is replaced by a small affine map, which both forms
+call: unlike an identity it shows where it is called.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import BatchNorm2d, SyncBatchNorm
+from torch.nn.modules.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 from torch.nn.modules.linear import Identity
+from torch.nn.modules.pooling import AdaptiveAvgPool1d, AdaptiveAvgPool2d, AdaptiveAvgPool3d
 
 from resnest_fused.children import calls_are_watched, computes_as
 from resnest_fused.fusing import folding
@@ -56,6 +57,13 @@ class _Affine(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale + self.shift
+
+
+class _AffineOfMean(_Affine):
+    """Stands in for a path, from any number of features: each result is one of their mean."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mean(1, keepdim=True))
 
 
 def difference(
@@ -97,7 +105,8 @@ def difference_by_class(
     """:func:`difference`, found once for modules of one class and configuration."""
     kind: Any = core(type(module))
     try:
-        configuration = tuple(_configuration(module, read(module, layout.conv)))
+        left_out = [read(module, part) for part in (layout.conv, *layout.paths)]
+        configuration = tuple(_configuration(module, left_out))
     except _Varied:
         return difference(module, layout, fused, backend)
     key = kind.forward, layout, backend, configuration
@@ -136,8 +145,9 @@ def _difference(
 
     forms = Form("unfused", twin, contextlib.nullcontext), Form("fused", twin, as_fused)
     calls = []
+    inputs = _inputs(module, layout, features)
     for batch, size, memory in zip(_BATCHES, _SIZES[dimensions], _LAYOUTS, strict=True):
-        call = _call((batch, *size), features, radix, memory, device, generator)
+        call = _call((batch, *size), inputs, features // radix, memory, device, generator)
         calls.append(call)
         for training in (False, True):
             problem = _compared(forms, call, training)
@@ -186,15 +196,33 @@ def _features(module: nn.Module, layout: Layout) -> int | None:
     return radix * channels if isinstance(channels, int) and isinstance(radix, int) else None
 
 
+def _inputs(module: nn.Module, layout: Layout, features: int) -> int:
+    """The number of features that enter the twin."""
+    if not layout.paths:
+        return features
+    paths = [read(module, path) for path in layout.paths]
+    of_paths = [getattr(layer, "in_channels", None) for layer in paths[0].modules()]
+    inputs = next((number for number in of_paths if isinstance(number, int)), 1)
+    divided = layout.divided is not None and read(module, layout.divided)
+    return len(paths) * inputs if divided else inputs
+
+
+_OF_DIMENSIONS = (
+    (1, (BatchNorm1d, AdaptiveAvgPool1d)),
+    (2, (BatchNorm2d, AdaptiveAvgPool2d)),
+    (3, (BatchNorm3d, AdaptiveAvgPool3d)),
+)
+
+
 def _dimensions(module: nn.Module, layout: Layout) -> int:
     """Those of the maps: 1, 2 or 3."""
-    for part in (layout.conv, layout.bn0, layout.fc1):
+    for part in (layout.conv, layout.bn0, layout.fc1, *(path for path, _ in layout.others)):
         layer = read(module, part, None)
         weight = getattr(layer, "weight", None)
         if isinstance(weight, Tensor) and 3 <= weight.dim() <= 5:
             return weight.dim() - 2
-        for dimensions, kind in enumerate((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), 1):
-            if isinstance(layer, kind):
+        for dimensions, kinds in _OF_DIMENSIONS:
+            if isinstance(layer, kinds):
                 return dimensions
     return 2
 
@@ -215,8 +243,6 @@ def _twin(
     generator: torch.Generator,
 ) -> nn.Module:
     """A copy of the module with random numbers, without hooks and without its convolution."""
-    with torch.device(device):
-        twin_conv = _Affine(features, dimensions)
     kind: Any = core(type(module))
     if issubclass(kind, FusedModule):
         kind = kind.__bases__[-1]  # its unfused class
@@ -231,9 +257,12 @@ def _twin(
         memo[id(parameter)] = parameter
     for buffer in module.buffers():
         memo[id(buffer)] = buffer
-    conv = read(module, layout.conv)
-    if conv is not None:
-        memo[id(conv)] = twin_conv
+    with torch.device(device):
+        if layout.conv is not None:
+            memo[id(read(module, layout.conv))] = _Affine(features, dimensions)
+        for path in layout.paths:
+            of_path = _AffineOfMean(features // len(layout.paths), dimensions)
+            memo[id(read(module, path))] = of_path
     try:
         vars(twin).update(copy.deepcopy(vars(module), memo))
     except Exception as error:
@@ -262,7 +291,7 @@ def _twin(
 def _call(
     shape: tuple[int, ...],
     features: int,
-    radix: int,
+    channels: int,
     memory: torch.memory_format,
     device: torch.device,
     generator: torch.Generator,
@@ -276,7 +305,7 @@ def _call(
 
     # The samples differ in their means, since bn1 divides by the spread of these.
     x = draw(batch, features, *size) + draw(batch, features, *[1] * len(size))
-    return Call((x.requires_grad_(),), {}, (draw(batch, features // radix, *size),))
+    return Call((x.requires_grad_(),), {}, (draw(batch, channels, *size),))
 
 
 class _Varied(Exception):
@@ -286,9 +315,12 @@ class _Varied(Exception):
 _OF_MODULES = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
 
 
-def _configuration(module: nn.Module, conv: Any) -> Iterator[Any]:
-    """All that distinguishes modules of one class, other than the values of their tensors."""
-    left_out = set(conv.modules()) if isinstance(conv, nn.Module) else set()
+def _configuration(module: nn.Module, replaced: Iterable[Any]) -> Iterator[Any]:
+    """All that distinguishes modules of one class, other than the values of their tensors.
+
+    The modules that a stand-in replaces do not.
+    """
+    left_out = {m for part in replaced if isinstance(part, nn.Module) for m in part.modules()}
     for name, child in module.named_modules():
         if child in left_out:
             continue

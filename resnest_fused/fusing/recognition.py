@@ -9,13 +9,19 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# From the module that defines them, since toolkits put classes of their own into torch.nn.
+from torch.nn.modules.activation import Sigmoid, Softmax, Softmax2d
+
 from resnest_fused.children import RELU, is_found_at, path_of
 from resnest_fused.fusing import registry
 from resnest_fused.fusing.wrapping import core
 from resnest_fused.layout import Layout, Path, read
 
-# The names that implementations give the parts, the commonest first.
-_NAMES: Mapping[str, tuple[str, ...]] = {
+# The names that implementations give the parts, the commonest first. The first part of each table
+# is what no other kind of module has.
+_Names = Mapping[str, tuple[str, ...]]
+_NAMES: _Names = {
+    "radix": ("radix",),
     "conv": ("conv",),
     "bn0": ("bn0", "norm0"),
     "drop": ("drop", "dropblock", "drop_block"),
@@ -25,13 +31,13 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "act1": ("act1", "relu", "activ", "act", "activation"),
     "fc2": ("fc2", "conv2"),
     "softmax": ("rsoftmax", "r_softmax", "radix_softmax"),
-    "radix": ("radix",),
     "cardinality": ("cardinality", "groups", "rsoftmax.cardinality", "rsoftmax.groups"),
     "norms_if": ("use_bn",),
     "drop_if": ("dropblock_prob",),
 }
 # In pytorchcv a block has the convolution and another block the attention.
-_NAMES_OF_PAIR: Mapping[str, tuple[str, ...]] = {
+_NAMES_OF_PAIR: _Names = {
+    "radix": ("att.radix",),
     "conv": ("conv.conv",),
     "bn0": ("conv.bn",),
     "act0": ("conv.activ",),
@@ -39,9 +45,32 @@ _NAMES_OF_PAIR: Mapping[str, tuple[str, ...]] = {
     "bn1": ("att.bn",),
     "act1": ("att.activ",),
     "fc2": ("att.conv2", "att.fc2"),
-    "radix": ("att.radix",),
     "cardinality": ("att.groups",),
 }
+# Squeeze-and-excitation (arXiv:1709.01507) is split attention of radix 1.
+_NAMES_OF_GATE: _Names = {
+    "softmax": ("gate", "scale_activation", "sigmoid", "conv2.activate", "fc.3"),
+    "fc1": ("fc1", "conv_reduce", "conv1.conv", "conv1", "fc.0"),
+    "bn1": ("bn",),
+    "act1": ("act", "act1", "activation", "activ", "relu", "conv1.activate", "fc.1"),
+    "fc2": ("fc2", "conv_expand", "conv2.conv", "conv2", "fc.2"),
+}
+# Selective kernels (arXiv:1903.06586) are split attention whose splits are paths of their own.
+_NAMES_OF_PATHS: _Names = {
+    "paths": ("paths", "branches"),
+    "divided": ("split_input",),
+    "fc1": ("attn.fc_reduce", "fc1.conv"),
+    "bn1": ("attn.bn", "fc1.bn"),
+    "act1": ("attn.act", "fc1.activ"),
+    "fc2": ("attn.fc_select", "fc2"),
+}
+# The children that each of them has, one of the sets, and then looks for the names.
+_FORMS = (
+    (({"fc1", "fc2"}, {"conv1", "conv2"}), _NAMES),
+    (({"conv", "att"},), _NAMES_OF_PAIR),
+    (({"fc1", "fc2"}, {"conv_reduce"}, {"conv1", "conv2"}, {"fc"}), _NAMES_OF_GATE),
+    (({"paths", "attn"}, {"branches", "fc1"}), _NAMES_OF_PATHS),
+)
 _CHILDREN = ("conv", "bn0", "drop", "act0", "fc1", "bn1", "act1", "fc2", "softmax")
 
 _registered: dict[type[nn.Module], Layout] = {}
@@ -139,14 +168,13 @@ def find(module: nn.Module) -> Layout | None:
     kind = core(type(module))
     layout = _registered.get(kind)
     if layout is None:
-        children = module._modules
-        if not (
-            ("fc1" in children and "fc2" in children)
-            or ("conv1" in children and "conv2" in children)
-            or ("conv" in children and "att" in children)
-        ):
-            return None
-        layout = _found(module, _NAMES) or _found(module, _NAMES_OF_PAIR)
+        children = module._modules.keys()
+        found = (
+            _found(module, names)
+            for sets, names in _FORMS
+            if any(children >= names_of_children for names_of_children in sets)
+        )
+        layout = next(filter(None, found), None)
     return layout and _completed(module, layout, is_known(kind))
 
 
@@ -155,15 +183,22 @@ def is_known(kind: type[nn.Module]) -> bool:
     return path_of(kind) in registry.KNOWN and kind not in _registered
 
 
-def problem_of_forward(kind: type[nn.Module]) -> str | None:
-    """Why the forward of a class is none of one tensor to one, or None."""
+def problem_of(module: nn.Module, layout: Layout) -> str | None:
+    """Why a module cannot be a split attention, whatever its numbers are, or None."""
+    kind = core(type(module))
     parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
-    if len(parameters) == 1 and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL:
-        return None
-    return f"its forward takes ({', '.join(map(str, parameters))}), expected one tensor"
+    if len(parameters) != 1 or parameters[0].kind is inspect.Parameter.VAR_POSITIONAL:
+        return f"its forward takes ({', '.join(map(str, parameters))}), expected one tensor"
+    if layout.softmax is not None and layout.r_softmax is None and not is_known(kind):
+        gate = type(read(module, layout.softmax)).__name__
+        return f"its gate is {gate}, expected a sigmoid or a softmax"
+    return None
 
 
-def _found(module: nn.Module, names: Mapping[str, tuple[str, ...]]) -> Layout | None:
+_MISSING = object()
+
+
+def _found(module: nn.Module, names: _Names) -> Layout | None:
     def first(part: str) -> Path | None:
         for name in names.get(part, ()):
             path = tuple(name.split("."))
@@ -173,9 +208,16 @@ def _found(module: nn.Module, names: Mapping[str, tuple[str, ...]]) -> Layout | 
                 return path
         return None
 
-    if first("radix") is None:
+    if first(next(iter(names))) is None:
         return None
     parts: dict[str, Any] = {part: first(part) for part in names}
+    if names is _NAMES_OF_GATE:
+        parts["radix"] = parts["cardinality"] = 1
+        if not _is_gate(read(module, parts["softmax"])):
+            return None
+    elif names is _NAMES_OF_PATHS:
+        parts["paths"] = tuple(_children_of(module, parts["paths"]))
+        parts["radix"], parts["cardinality"] = len(parts["paths"]), 1
     if not _are_fcs(module, parts):
         return None
     if parts["cardinality"] is None:
@@ -193,7 +235,16 @@ def _found(module: nn.Module, names: Mapping[str, tuple[str, ...]]) -> Layout | 
     return Layout(**parts)
 
 
-_MISSING = object()
+def _is_gate(module: Any) -> bool:
+    """Whether ``module`` may be an activation: it has neither parameters nor children."""
+    return not (isinstance(module, nn.Module) and (module._parameters or module._modules))
+
+
+def _children_of(module: nn.Module, container: Path) -> Iterator[Path]:
+    found = read(module, container)
+    if isinstance(found, nn.ModuleList | nn.Sequential):
+        for name in found._modules:
+            yield (*container, name)
 
 
 def _are_fcs(module: nn.Module, parts: Mapping[str, Any]) -> bool:
@@ -204,12 +255,20 @@ def _are_fcs(module: nn.Module, parts: Mapping[str, Any]) -> bool:
     radix = read(module, parts["radix"])
     if not (isinstance(fc1, nn.Module) and isinstance(fc2, nn.Module) and isinstance(radix, int)):
         return False
+    # Where no radix says what it is, two convolutions may be anything.
+    if type(parts["radix"]) is int and not (_is_narrow(fc1) and _is_narrow(fc2)):
+        return False
     channels = getattr(fc1, "in_channels", getattr(fc1, "in_features", None))
     features = features_of(fc2)
     if channels is None or features is None:
         # Something else was put there. Only these names say that it is a split attention.
         return parts["fc1"][-1] == "fc1"
     return features == radix * channels
+
+
+def _is_narrow(fc: nn.Module) -> bool:
+    """Whether no kernel that is larger than a pixel is seen."""
+    return getattr(fc, "kernel_size", 1) in (1, (1,), (1, 1), (1, 1, 1))
 
 
 def features_of(layer: Any) -> int | None:
@@ -229,16 +288,25 @@ def _completed(module: nn.Module, layout: Layout, known: bool) -> Layout:
                 layout = layout._replace(r_softmax=type(softmax))
         elif counted:
             layout = layout._replace(r_softmax=type(softmax), groups_name=name)
-        else:
+        elif not _is_another_gate(type(softmax)):
             layout = layout._replace(softmax=None)
     return layout if known else layout._replace(others=tuple(_others(module, layout)))
+
+
+# Those of torch.nn that make numbers between 0 and 1 as the op does; the proof says if along its axis.
+_GATES = (Sigmoid, Softmax, Softmax2d)
+
+
+def _is_another_gate(kind: type) -> bool:
+    """Whether a class is one of torch's activations which the op does not compute."""
+    return kind.__module__ == Sigmoid.__module__ and kind not in _GATES
 
 
 def _others(module: nn.Module, layout: Layout) -> Iterator[tuple[Path, type[nn.Module]]]:
     """The submodules that are no part of the layout, with their classes."""
     covered: set[nn.Module] = set()
-    for part in _CHILDREN:
-        child = read(module, getattr(layout, part))
+    for part in (*(getattr(layout, name) for name in _CHILDREN), *layout.paths):
+        child = read(module, part)
         if isinstance(child, nn.Module):
             covered |= set(child.modules())
     for name, child in module.named_modules():

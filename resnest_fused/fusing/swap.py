@@ -200,7 +200,7 @@ def _examine(
         return left_alone._replace(reason="its forward was replaced"), None
     fused = fused_class(cls, layout)
     if not known or verify:
-        problem = recognition.problem_of_forward(cls)
+        problem = recognition.problem_of(module, layout)
         if problem is None:
             try:
                 problem = (
