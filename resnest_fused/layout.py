@@ -28,6 +28,8 @@ class Layout(NamedTuple):
         norms_if, drop_if: paths to what must be true for the norms, and for ``drop``, to be used.
         r_softmax: the class of the r-softmax that the op may replace, or None.
         groups_name: what the instances of that class call their cardinality.
+        within: two children of a block that has more than this attention. Its own forward calls them
+            one after the other: the op takes all of the first but ``conv``, and all of the second.
         others: the other submodules, whose work the op does too, with their classes. If one of them
             is hooked or replaced, the unfused forward runs.
     """
@@ -49,6 +51,7 @@ class Layout(NamedTuple):
     drop_if: Path | None = None
     r_softmax: type[nn.Module] | None = None
     groups_name: str = "cardinality"
+    within: tuple[str, str] | None = None
     others: tuple[tuple[Path, type[nn.Module]], ...] = ()
 
 

@@ -14,6 +14,7 @@ import copy
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,7 +24,7 @@ from torch.nn.modules.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, Sy
 from torch.nn.modules.linear import Identity
 from torch.nn.modules.pooling import AdaptiveAvgPool1d, AdaptiveAvgPool2d, AdaptiveAvgPool3d
 
-from resnest_fused.children import calls_are_watched, computes_as
+from resnest_fused.children import calls_are_watched, computes_as, computes_as_conv
 from resnest_fused.fusing import folding
 from resnest_fused.fusing.recognition import features_of
 from resnest_fused.fusing.wrapping import core
@@ -60,10 +61,14 @@ class _Affine(nn.Module):
 
 
 class _AffineOfMean(_Affine):
-    """Stands in for a path, from any number of features: each result is one of their mean."""
+    """Stands in where any number of features enters: each result is one of their mean."""
+
+    def __init__(self, features: int, dimensions: int, stride: tuple[int, ...] = ()) -> None:
+        super().__init__(features, dimensions)
+        self._pixels = ..., *(slice(None, None, step) for step in stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.mean(1, keepdim=True))
+        return super().forward(x.mean(1, keepdim=True)[self._pixels])
 
 
 def difference(
@@ -105,8 +110,8 @@ def difference_by_class(
     """:func:`difference`, found once for modules of one class and configuration."""
     kind: Any = core(type(module))
     try:
-        left_out = [read(module, part) for part in (layout.conv, *layout.paths)]
-        configuration = tuple(_configuration(module, left_out))
+        replaced = dict(_stand_ins(module, layout, 0, 0))
+        configuration = tuple(_configuration(module, replaced))
     except _Varied:
         return difference(module, layout, fused, backend)
     key = kind.forward, layout, backend, configuration
@@ -147,7 +152,7 @@ def _difference(
     calls = []
     inputs = _inputs(module, layout, features)
     for batch, size, memory in zip(_BATCHES, _SIZES[dimensions], _LAYOUTS, strict=True):
-        call = _call((batch, *size), inputs, features // radix, memory, device, generator)
+        call = _call(forms[0], (batch, inputs, *size), memory, generator)
         calls.append(call)
         for training in (False, True):
             problem = _compared(forms, call, training)
@@ -196,15 +201,32 @@ def _features(module: nn.Module, layout: Layout) -> int | None:
     return radix * channels if isinstance(channels, int) and isinstance(radix, int) else None
 
 
+def _stand_ins(
+    module: nn.Module, layout: Layout, features: int, dimensions: int
+) -> Iterator[tuple[nn.Module, Callable[[], nn.Module]]]:
+    """The children that something cheap stands in for, and what makes it."""
+    if layout.within is not None:
+        attention = set(read(module, layout.within[1:]).modules())
+        for child in module.modules():
+            if child not in attention and computes_as_conv(type(child)):
+                conv: Any = child
+                yield child, partial(_AffineOfMean, conv.out_channels, dimensions, conv.stride)
+    elif layout.conv is not None:
+        yield read(module, layout.conv), partial(_Affine, features, dimensions)
+    for path in layout.paths:
+        channels = features // len(layout.paths)
+        yield read(module, path), partial(_AffineOfMean, channels, dimensions)
+
+
 def _inputs(module: nn.Module, layout: Layout, features: int) -> int:
     """The number of features that enter the twin."""
-    if not layout.paths:
+    if not layout.paths and layout.within is None:
         return features
-    paths = [read(module, path) for path in layout.paths]
-    of_paths = [getattr(layer, "in_channels", None) for layer in paths[0].modules()]
-    inputs = next((number for number in of_paths if isinstance(number, int)), 1)
+    first = read(module, layout.paths[0]) if layout.paths else module
+    found = (getattr(layer, "in_channels", None) for layer in first.modules())
+    inputs = next((number for number in found if isinstance(number, int)), 1)
     divided = layout.divided is not None and read(module, layout.divided)
-    return len(paths) * inputs if divided else inputs
+    return len(layout.paths) * inputs if divided else inputs
 
 
 _OF_DIMENSIONS = (
@@ -258,11 +280,8 @@ def _twin(
     for buffer in module.buffers():
         memo[id(buffer)] = buffer
     with torch.device(device):
-        if layout.conv is not None:
-            memo[id(read(module, layout.conv))] = _Affine(features, dimensions)
-        for path in layout.paths:
-            of_path = _AffineOfMean(features // len(layout.paths), dimensions)
-            memo[id(read(module, path))] = of_path
+        for child, make in _stand_ins(module, layout, features, dimensions):
+            memo[id(child)] = make()
     try:
         vars(twin).update(copy.deepcopy(vars(module), memo))
     except Exception as error:
@@ -289,23 +308,21 @@ def _twin(
 
 
 def _call(
-    shape: tuple[int, ...],
-    features: int,
-    channels: int,
-    memory: torch.memory_format,
-    device: torch.device,
-    generator: torch.Generator,
+    unfused: Form, shape: tuple[int, ...], memory: torch.memory_format, generator: torch.Generator
 ) -> Call:
-    batch, *size = shape
-    if len(size) != 2:
-        memory = torch.contiguous_format
+    device = next(unfused.module.parameters()).device
+    batch, features, *size = shape
 
     def draw(*sizes: int) -> Tensor:
-        return _draw(torch.randn, sizes, generator).to(device, memory_format=memory)
+        drawn = _draw(torch.randn, sizes, generator).to(device)
+        return drawn.to(memory_format=memory) if drawn.dim() == 4 else drawn
 
     # The samples differ in their means, since bn1 divides by the spread of these.
     x = draw(batch, features, *size) + draw(batch, features, *[1] * len(size))
-    return Call((x.requires_grad_(),), {}, (draw(batch, channels, *size),))
+    unfused.module.eval()
+    outputs = agreement.run(unfused, Call((x,), {}, grad_enabled=False))[agreement.OUTPUTS]
+    gradients = tuple(draw(*out.shape) for out in outputs.values())
+    return Call((x.requires_grad_(),), {}, gradients)
 
 
 class _Varied(Exception):
@@ -315,12 +332,12 @@ class _Varied(Exception):
 _OF_MODULES = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
 
 
-def _configuration(module: nn.Module, replaced: Iterable[Any]) -> Iterator[Any]:
+def _configuration(module: nn.Module, replaced: Iterable[nn.Module]) -> Iterator[Any]:
     """All that distinguishes modules of one class, other than the values of their tensors.
 
     The modules that a stand-in replaces do not.
     """
-    left_out = {m for part in replaced if isinstance(part, nn.Module) for m in part.modules()}
+    left_out = {child for part in replaced for child in part.modules()}
     for name, child in module.named_modules():
         if child in left_out:
             continue
