@@ -11,6 +11,20 @@ from torch import Tensor, nn
 Path = tuple[str, ...]
 
 
+class Other(NamedTuple):
+    """A submodule that the op replaces though it is no part of a split attention.
+
+    Attributes:
+        path: where it is; () for the module itself, of which only the children count.
+        kind: its class.
+        children: their names.
+    """
+
+    path: Path
+    kind: type
+    children: tuple[str, ...]
+
+
 class Layout(NamedTuple):
     """Where the parts of one split attention are, each given by its path; None for no such part.
 
@@ -30,8 +44,8 @@ class Layout(NamedTuple):
         groups_name: what the instances of that class call their cardinality.
         within: two children of a block that has more than this attention. Its own forward calls them
             one after the other: the op takes all of the first but ``conv``, and all of the second.
-        others: the other submodules, whose work the op does too, with their classes. If one of them
-            is hooked or replaced, the unfused forward runs.
+        others: the other submodules, whose work the op does too. If one of them is hooked, replaced
+            or has got other children, the unfused forward runs.
     """
 
     fc1: Path
@@ -52,7 +66,7 @@ class Layout(NamedTuple):
     r_softmax: type[nn.Module] | None = None
     groups_name: str = "cardinality"
     within: tuple[str, str] | None = None
-    others: tuple[tuple[Path, type[nn.Module]], ...] = ()
+    others: tuple[Other, ...] = ()
 
 
 def read(module: Any, part: Any, *default: Any) -> Any:

@@ -22,7 +22,7 @@ from resnest_fused.children import (
     weight_of,
 )
 from resnest_fused.functional import attend, split_attention
-from resnest_fused.layout import Layout, read
+from resnest_fused.layout import Layout, Other, read
 from resnest_fused.reference import SplitAttention, SplitAttentionConv2d
 from resnest_fused.tracing import as_one_node, is_traced
 
@@ -225,13 +225,15 @@ class FusedModule(nn.Module):
         inputs = x.chunk(len(paths), 1) if divided else [x] * len(paths)
         return torch.cat([path(part) for path, part in zip(paths, inputs, strict=True)], 1)
 
-    def _needs_all(self, others: tuple[Any, ...]) -> bool:
+    def _needs_all(self, others: tuple[Other, ...]) -> bool:
         """Whether submodules that the op replaces silently must be called."""
         if calls_are_watched():
             return True
-        for path, kind in others:
+        for path, kind, children in others:
             child = read(self, path)
-            if type(child) is not kind or intercepted(child) is not None:
+            if path and (type(child) is not kind or intercepted(child) is not None):
+                return True
+            if tuple(child._modules) != children:
                 return True
         return False
 

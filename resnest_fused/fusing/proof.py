@@ -238,7 +238,7 @@ _OF_DIMENSIONS = (
 
 def _dimensions(module: nn.Module, layout: Layout) -> int:
     """Those of the maps: 1, 2 or 3."""
-    for part in (layout.conv, layout.bn0, layout.fc1, *(path for path, _ in layout.others)):
+    for part in (layout.conv, layout.bn0, layout.fc1, *(other.path for other in layout.others)):
         layer = read(module, part, None)
         weight = getattr(layer, "weight", None)
         if isinstance(weight, Tensor) and 3 <= weight.dim() <= 5:

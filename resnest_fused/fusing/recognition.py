@@ -23,7 +23,7 @@ from resnest_fused.children import (
 )
 from resnest_fused.fusing import registry
 from resnest_fused.fusing.wrapping import core
-from resnest_fused.layout import Layout, Path, read
+from resnest_fused.layout import Layout, Other, Path, read
 
 # The names that implementations give the parts, the commonest first. The first part of each table
 # is what no other kind of module has.
@@ -361,14 +361,20 @@ def _is_another_gate(kind: type) -> bool:
     return kind.__module__ == Sigmoid.__module__ and kind not in _GATES
 
 
-def _others(module: nn.Module, layout: Layout) -> Iterator[tuple[Path, type[nn.Module]]]:
-    """The submodules that are no part of the layout, with their classes."""
+def _others(module: nn.Module, layout: Layout) -> Iterator[Other]:
+    """The submodules that are no part of the layout."""
     covered: set[nn.Module] = set()
     for part in (*(getattr(layout, name) for name in _CHILDREN), *layout.paths):
         child = read(module, part)
         if isinstance(child, nn.Module):
             covered |= set(child.modules())
-    for name, child in module.named_modules():
-        path = tuple(name.split("."))
-        if name and child not in covered and (not layout.within or path[0] in layout.within):
-            yield path, type(child)
+    names = [name for name, child in module._modules.items() if child is not None]
+    if layout.within is not None:
+        yield Other((), type(module), tuple(module._modules))
+        # What is between the two does nothing, and may be something else later.
+        first, last = map(names.index, layout.within)
+        names = names[first : last + 1]
+    for name in names:
+        for path, child in getattr(module, name).named_modules(prefix=name):
+            if child not in covered:
+                yield Other(tuple(path.split(".")), type(child), tuple(child._modules))

@@ -172,7 +172,7 @@ def _examined(model: nn.Module, backend: str, verify: bool) -> Iterator[_Examine
         yield module, entry, fused
         layout = layout_of(module) if fused is None else fused._layout
         if layout is not None:
-            parts.update(read(module, path) for path, _ in layout.others)
+            parts.update(read(module, other.path) for other in layout.others)
 
 
 def _examine(
