@@ -42,8 +42,8 @@ class Layout(NamedTuple):
         norms_if, drop_if: paths to what must be true for the norms, and for ``drop``, to be used.
         r_softmax: the class of the r-softmax that the op may replace, or None.
         groups_name: what the instances of that class call their cardinality.
-        within: two children of a block that has more than this attention. Its own forward calls them
-            one after the other: the op takes all of the first but ``conv``, and all of the second.
+        within: two children of a block that has more than this attention, which its own forward
+            calls one after the other. The op is all of the first but ``conv``, and the second.
         others: the other submodules, whose work the op does too. If one of them is hooked, replaced
             or has got other children, the unfused forward runs.
     """

@@ -65,7 +65,7 @@ class _AffineOfMean(_Affine):
 
     def __init__(self, features: int, dimensions: int, stride: tuple[int, ...] = ()) -> None:
         super().__init__(features, dimensions)
-        self._pixels = ..., *(slice(None, None, step) for step in stride)
+        self._pixels: Any = ..., *(slice(None, None, step) for step in stride)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.mean(1, keepdim=True)[self._pixels])
@@ -320,8 +320,8 @@ def _call(
     # The samples differ in their means, since bn1 divides by the spread of these.
     x = draw(batch, features, *size) + draw(batch, features, *[1] * len(size))
     unfused.module.eval()
-    outputs = agreement.run(unfused, Call((x,), {}, grad_enabled=False))[agreement.OUTPUTS]
-    gradients = tuple(draw(*out.shape) for out in outputs.values())
+    results = agreement.run(unfused, Call((x,), {}, grad_enabled=False), torch.float64)
+    gradients = tuple(draw(*out.shape) for out in results[agreement.OUTPUTS].values())
     return Call((x.requires_grad_(),), {}, gradients)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -203,7 +204,7 @@ def is_known(kind: type[nn.Module]) -> bool:
 
 def problem_of(module: nn.Module, layout: Layout) -> str | None:
     """Why a module cannot be a split attention, whatever its numbers are, or None."""
-    kind = core(type(module))
+    kind: Any = core(type(module))
     parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
     if len(parameters) != 1 or parameters[0].kind is inspect.Parameter.VAR_POSITIONAL:
         return f"its forward takes ({', '.join(map(str, parameters))}), expected one tensor"
@@ -274,24 +275,29 @@ def _found(module: nn.Module, names: _Names) -> Layout | None:
 
 def _found_within(block: nn.Module) -> Layout | None:
     """The layout of a block whose squeeze-and-excitation follows a norm and a ReLU."""
-    inner = None if block.se is None else find(block.se)
-    before = list(block._modules)[: list(block._modules).index("se")]
-    # Some blocks have places where a module may be, and often is none.
-    names = [name for name in before if not is_nothing(block._modules[name])]
-    if inner is None or problem_of(block.se, inner) is not None or not names:
+    excitation = block._modules["se"]
+    inner = None if excitation is None else find(excitation)
+    if excitation is None or inner is None or problem_of(excitation, inner) is not None:
         return None
-    front = block._modules[names[-1]]
+    before = itertools.takewhile(lambda item: item[0] != "se", block._modules.items())
+    # In some blocks there are places for other modules between the two, with none or an Identity.
+    fronts = [
+        (name, child) for name, child in before if child is not None and not is_nothing(child)
+    ]
+    if not fronts:
+        return None
+    name, front = fronts[-1]
     if has_child(front, getattr(front, "act", None)):
         parts: dict[str, Any] | None = {"bn0": (), "drop": ("drop",), "act0": ("act",)}
     else:
         parts = _parts(front, _NAMES_OF_FRONT)
     if parts is None or parts["act0"] is None or not is_relu(read(front, parts["act0"])):
         return None
-    parts = {part: path if path is None else (names[-1], *path) for part, path in parts.items()}
+    parts = {part: path if path is None else (name, *path) for part, path in parts.items()}
     for part in ("fc1", "bn1", "act1", "fc2"):
         path = getattr(inner, part)
         parts[part] = ("se", *path) if type(path) is tuple else path
-    return Layout(**parts, radix=1, within=(names[-1], "se"))
+    return Layout(**parts, radix=1, within=(name, "se"))
 
 
 def _is_gate(module: Any) -> bool:
@@ -352,7 +358,7 @@ def _completed(module: nn.Module, layout: Layout, known: bool) -> Layout:
     return layout if known else layout._replace(others=tuple(_others(module, layout)))
 
 
-# Those of torch.nn that make numbers between 0 and 1 as the op does; the proof says if along its axis.
+# Those of torch.nn that may do what the op does; the proof says whether they do it along its axis.
 _GATES = (Sigmoid, Softmax, Softmax2d)
 
 
