@@ -34,7 +34,9 @@ def mmdet(depth: int) -> nn.Module:
 
 
 def pytorchcv(name: str) -> nn.Module:
-    return importlib.import_module("pytorchcv.model_provider").get_model(name, num_classes=10)
+    network = importlib.import_module("pytorchcv.model_provider").get_model(name, num_classes=10)
+    network.features.final_pool = nn.AdaptiveAvgPool2d(1)  # some are for images of one size
+    return network
 
 
 def segmentation(encoder: str) -> nn.Module:
@@ -64,16 +66,16 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, bool, tuple[int, int]]] 
     "pytorchcv-resnesta18": (lambda: pytorchcv("resnesta18"), 8, True, (30, 30)),
     "pytorchcv-resnesta50": (lambda: pytorchcv("resnesta50"), 16, True, (71, 71)),
     # Squeeze-and-excitation, alone and with the norm in front, and selective kernels.
-    "timm-seresnet50": (lambda: of_timm("seresnet50"), 16, True, (4, 53)),
-    "timm-seresnext50": (lambda: of_timm("seresnext50_32x4d"), 16, True, (4, 53)),
-    "timm-legacy_seresnet18": (lambda: of_timm("legacy_seresnet18"), 8, True, (3, 20)),
+    "timm-seresnet50": (lambda: of_timm("seresnet50"), 16, True, (5, 53)),
+    "timm-seresnext50": (lambda: of_timm("seresnext50_32x4d"), 16, True, (5, 53)),
+    "timm-legacy_seresnet18": (lambda: of_timm("legacy_seresnet18"), 8, True, (4, 20)),
     "timm-regnety_002": (lambda: of_timm("regnety_002"), 13, True, (0, 44)),
-    "timm-semnasnet": (lambda: of_timm("semnasnet_050"), 8, True, (0, 52)),
-    "timm-skresnet50": (lambda: of_timm("skresnet50"), 16, True, (20, 69)),
-    "torchvision-regnet_y_400mf": (lambda: torchvision("regnet_y_400mf"), 16, True, (53, 53)),
+    "timm-semnasnet": (lambda: of_timm("semnasnet_050"), 8, True, (0, 49)),
+    "timm-skresnet50": (lambda: of_timm("skresnet50"), 16, True, (21, 85)),
+    "torchvision-regnet_y_400mf": (lambda: torchvision("regnet_y_400mf"), 16, True, (16, 53)),
     "pytorchcv-seresnet18": (lambda: pytorchcv("seresnet18"), 8, True, (20, 20)),
-    "pytorchcv-sknet50": (lambda: pytorchcv("sknet50"), 16, True, (69, 69)),
-    "mmpretrain-seresnet50": (mmpretrain_se, 16, True, (53, 53)),
+    "pytorchcv-sknet50": (lambda: pytorchcv("sknet50"), 16, True, (85, 85)),
+    "mmpretrain-seresnet50": (mmpretrain_se, 16, True, (4, 53)),
     "segmentation-models": (lambda: segmentation("timm-resnest14d"), 4, False, (22, 33)),
 }
 
