@@ -46,7 +46,7 @@ def segmentation(encoder: str) -> nn.Module:
 
 
 def of_timm(name: str) -> nn.Module:
-    return importlib.import_module("timm").create_model(name, num_classes=10)
+    return importlib.import_module("timm").create_model(name, num_classes=10, drop_rate=0)
 
 
 def torchvision(name: str) -> nn.Module:
