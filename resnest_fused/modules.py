@@ -173,11 +173,13 @@ class FusedModule(nn.Module):
         if at.others and self._needs_all(at.others):
             return self._unfused_forward(self, x)
         if at.within is None:
-            return self._attention(self._features(x))
-        functions = zip(at.within, (self._features, self._attention), strict=True)
+            return self._fused_attention(self._fused_front(x))
+        functions = zip(at.within, (self._fused_front, self._fused_attention), strict=True)
         return self._unfused_forward(_Exchanged(self, dict(functions)), x)
 
-    def _attention(self, x: Tensor) -> Tensor:
+    # The names of these are no peer's, whose class may have methods of its own.
+
+    def _fused_attention(self, x: Tensor) -> Tensor:
         """The op on the map that enters the attention, ``(B, radix*channels, *size)``."""
         at = self._layout
         norms = at.norms_if is None or read(self, at.norms_if)
@@ -213,7 +215,7 @@ class FusedModule(nn.Module):
             backend=self.backend,
         )
 
-    def _features(self, x: Tensor) -> Tensor:
+    def _fused_front(self, x: Tensor) -> Tensor:
         """What the convolution or the paths make of x; x itself where there are none."""
         at = self._layout
         if at.conv is not None:

@@ -34,8 +34,11 @@ class Excitation(nn.Module):
     def squeeze(self, x: Tensor) -> Tensor:
         return x.mean((2, 3), keepdim=True)
 
+    def _attention(self, x: Tensor) -> Tensor:
+        return self.gate(self.fc2(self.act(self.bn(self.fc1(self.squeeze(x))))))
+
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.gate(self.fc2(self.act(self.bn(self.fc1(self.squeeze(x))))))
+        return x * self._attention(x)
 
 
 class Sequence(nn.Module):
