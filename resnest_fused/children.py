@@ -273,9 +273,25 @@ def is_plain(tensor: Tensor | None) -> bool:
     )
 
 
-def batch_norm_args(bn: Any) -> BatchNormArgs | None:
-    """The batch normalisation that ``bn`` computes in its present mode, or None if it is called."""
-    kind = None if bn is None else _norm_kind(type(bn))
+# Behind their normalisation they call their children drop and act.
+_ACTIVATED_NORMS = ("timm.layers.norm_act.BatchNormAct2d",)
+
+
+def has_child(module: Any, child: Any) -> bool:
+    """Whether a module is a child of ``module``; None is no module's."""
+    return child is not None and any(each is child for each in module._modules.values())
+
+
+def batch_norm_args(bn: Any, activated: bool = False) -> BatchNormArgs | None:
+    """The batch normalisation that ``bn`` computes in its present mode, or None if it is called.
+
+    With ``activated`` it is that of a norm that calls its children behind it.
+    """
+    kind = None
+    if activated:
+        kind = "plain" if is_found_at(type(bn), _ACTIVATED_NORMS) else None
+    elif bn is not None:
+        kind = _norm_kind(type(bn))
     if kind is None or intercepted(bn) is not None:
         return None
     weight, bias = tensor_of(bn, "weight"), tensor_of(bn, "bias")

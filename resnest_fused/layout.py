@@ -11,6 +11,20 @@ from torch import Tensor, nn
 Path = tuple[str, ...]
 
 
+class Other(NamedTuple):
+    """A submodule that the op replaces though it is no part of a split attention.
+
+    Attributes:
+        path: where it is; () for the module itself, of which only the children count.
+        kind: its class.
+        children: their names.
+    """
+
+    path: Path
+    kind: type
+    children: tuple[str, ...]
+
+
 class Layout(NamedTuple):
     """Where the parts of one split attention are, each given by its path; None for no such part.
 
@@ -18,15 +32,20 @@ class Layout(NamedTuple):
 
     Attributes:
         conv: what runs on the input first.
-        bn0, drop, act0: what follows it. An activation may be a function instead of a path.
+        paths: instead of conv, modules whose results are the splits, one after the other.
+        divided: the path to what is true if each of ``paths`` gets its share of the input's
+            channels; None if each gets them all.
+        bn0, drop, act0: what follows. An activation may be a function instead of a path.
         fc1, bn1, act1, fc2: the map from gap to logits.
-        softmax: the module of the r-softmax; None where the forward computes it itself.
+        softmax: the module of the r-softmax or of the gate; None where the op computes it.
         radix, cardinality: a number, or the path to one.
         norms_if, drop_if: paths to what must be true for the norms, and for ``drop``, to be used.
         r_softmax: the class of the r-softmax that the op may replace, or None.
         groups_name: what the instances of that class call their cardinality.
-        others: the other submodules, whose work the op does too, with their classes. If one of them
-            is hooked or replaced, the unfused forward runs.
+        within: two children of a block that has more than this attention, which its own forward
+            calls one after the other. The op is all of the first but ``conv``, and the second.
+        others: the other submodules, whose work the op does too. If one of them is hooked, replaced
+            or has got other children, the unfused forward runs.
     """
 
     fc1: Path
@@ -34,6 +53,8 @@ class Layout(NamedTuple):
     radix: Path | int
     cardinality: Path | int = 1
     conv: Path | None = None
+    paths: tuple[Path, ...] = ()
+    divided: Path | None = None
     bn0: Path | None = None
     drop: Path | None = None
     act0: Path | Callable[[Tensor], Tensor] | None = None
@@ -44,7 +65,8 @@ class Layout(NamedTuple):
     drop_if: Path | None = None
     r_softmax: type[nn.Module] | None = None
     groups_name: str = "cardinality"
-    others: tuple[tuple[Path, type[nn.Module]], ...] = ()
+    within: tuple[str, str] | None = None
+    others: tuple[Other, ...] = ()
 
 
 def read(module: Any, part: Any, *default: Any) -> Any:

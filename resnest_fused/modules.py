@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -12,6 +12,7 @@ from resnest_fused.children import (
     RELU,
     batch_norm_args,
     calls_are_watched,
+    has_child,
     intercepted,
     is_nothing,
     is_pointwise,
@@ -21,7 +22,7 @@ from resnest_fused.children import (
     weight_of,
 )
 from resnest_fused.functional import attend, split_attention
-from resnest_fused.layout import Layout, read
+from resnest_fused.layout import Layout, Other, read
 from resnest_fused.reference import SplitAttention, SplitAttentionConv2d
 from resnest_fused.tracing import as_one_node, is_traced
 
@@ -50,7 +51,8 @@ def fused_attention(
 
     Args:
         x: ``(B, radix*channels, *size)``, a map of one, two or three dimensions.
-        bn0, drop, act0: modules that are applied to x first, or None.
+        bn0, drop, act0: modules that are applied to x first, or None. If act0 is a child of bn0, so
+            is drop, and bn0 calls both.
         fc1, bn1, act1, fc2: the map from gap ``(B, channels, 1, 1)`` to logits; bn1 and act1 may be
             None. There are as many ones as the map has dimensions, and none for linear layers.
         softmax: from logits to attention, radix-major; None for the r-softmax.
@@ -58,9 +60,11 @@ def fused_attention(
     """
     absorbs = not calls_are_watched()
     relu = act0 is RELU or (absorbs and is_relu(act0))
-    norm0 = batch_norm_args(bn0) if absorbs and relu and is_nothing(drop) else None
+    activated = isinstance(act0, nn.Module) and bn0 is not None and has_child(bn0, act0)
+    norm0 = batch_norm_args(bn0, activated) if absorbs and relu and is_nothing(drop) else None
     if norm0 is None:
-        for module in (bn0, drop, None if relu else act0):
+        relu = relu and not activated
+        for module in (bn0,) if activated else (bn0, drop, None if relu else act0):
             if module is not None:
                 x = module(x)
     size = None
@@ -128,6 +132,21 @@ def _as_input(gap: Tensor, x: Tensor, fc1: nn.Module, dimensions: int) -> Tensor
     return gap.to(x.dtype if parameter is None else parameter.dtype)
 
 
+class _Exchanged:
+    """Stands for a block while its forward runs: functions take the place of some children."""
+
+    def __init__(self, block: nn.Module, functions: dict[str, Callable[[Tensor], Tensor]]) -> None:
+        self._block, self._functions = block, functions
+
+    def __getattr__(self, name: str) -> Any:
+        functions = vars(self)["_functions"]
+        return functions[name] if name in functions else getattr(vars(self)["_block"], name)
+
+    def __iter__(self) -> Iterator[Any]:
+        """A ``Sequential``'s children in order."""
+        return (getattr(self, name) for name in self._block._modules)
+
+
 class FusedModule(nn.Module):
     """The base of every fused module: how it is called, and traced.
 
@@ -153,6 +172,16 @@ class FusedModule(nn.Module):
         at = self._layout
         if at.others and self._needs_all(at.others):
             return self._unfused_forward(self, x)
+        if at.within is None:
+            return self._fused_attention(self._fused_front(x))
+        functions = zip(at.within, (self._fused_front, self._fused_attention), strict=True)
+        return self._unfused_forward(_Exchanged(self, dict(functions)), x)
+
+    # The names of these are no peer's, whose class may have methods of its own.
+
+    def _fused_attention(self, x: Tensor) -> Tensor:
+        """The op on the map that enters the attention, ``(B, radix*channels, *size)``."""
+        at = self._layout
         norms = at.norms_if is None or read(self, at.norms_if)
         drops = at.drop_if is None or read(self, at.drop_if)
         # timm's own softmax alone holds the cardinality, and only with that softmax it is used.
@@ -172,10 +201,10 @@ class FusedModule(nn.Module):
         ):
             softmax = None
         return fused_attention(
-            x if at.conv is None else read(self, at.conv)(x),
+            x,
             bn0=read(self, at.bn0) if norms else None,
             drop=read(self, at.drop) if drops else None,
-            act0=read(self, at.act0),
+            act0=read(self, at.act0, None),
             fc1=read(self, at.fc1),
             bn1=read(self, at.bn1) if norms else None,
             act1=read(self, at.act1),
@@ -186,13 +215,27 @@ class FusedModule(nn.Module):
             backend=self.backend,
         )
 
-    def _needs_all(self, others: tuple[Any, ...]) -> bool:
+    def _fused_front(self, x: Tensor) -> Tensor:
+        """What the convolution or the paths make of x; x itself where there are none."""
+        at = self._layout
+        if at.conv is not None:
+            return read(self, at.conv)(x)
+        if not at.paths:
+            return x
+        paths = [read(self, path) for path in at.paths]
+        divided = at.divided is not None and read(self, at.divided)
+        inputs = x.chunk(len(paths), 1) if divided else [x] * len(paths)
+        return torch.cat([path(part) for path, part in zip(paths, inputs, strict=True)], 1)
+
+    def _needs_all(self, others: tuple[Other, ...]) -> bool:
         """Whether submodules that the op replaces silently must be called."""
         if calls_are_watched():
             return True
-        for path, kind in others:
+        for path, kind, children in others:
             child = read(self, path)
-            if type(child) is not kind or intercepted(child) is not None:
+            if path and (type(child) is not kind or intercepted(child) is not None):
+                return True
+            if tuple(child._modules) != children:
                 return True
         return False
 

@@ -34,7 +34,9 @@ def mmdet(depth: int) -> nn.Module:
 
 
 def pytorchcv(name: str) -> nn.Module:
-    return importlib.import_module("pytorchcv.model_provider").get_model(name, num_classes=10)
+    network = importlib.import_module("pytorchcv.model_provider").get_model(name, num_classes=10)
+    network.features.final_pool = nn.AdaptiveAvgPool2d(1)  # some are for images of one size
+    return network
 
 
 def segmentation(encoder: str) -> nn.Module:
@@ -43,14 +45,37 @@ def segmentation(encoder: str) -> nn.Module:
     )
 
 
+def of_timm(name: str) -> nn.Module:
+    return importlib.import_module("timm").create_model(name, num_classes=10, drop_rate=0)
+
+
+def torchvision(name: str) -> nn.Module:
+    return getattr(importlib.import_module("torchvision.models"), name)(num_classes=10)
+
+
+def mmpretrain_se() -> nn.Module:
+    return importlib.import_module("mmpretrain.models.backbones").SEResNet(50)
+
+
 # How many modules are fused, whether they are proven, and how many of all norms are folded.
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, bool, tuple[int, int]]] = {
-    "mmpretrain-50": (lambda: mmpretrain(50), 16, True, (68, 71)),
-    "mmpretrain-101": (lambda: mmpretrain(101), 33, True, (136, 139)),
+    "mmpretrain-50": (lambda: mmpretrain(50), 16, True, (71, 71)),
+    "mmpretrain-101": (lambda: mmpretrain(101), 33, True, (139, 139)),
     "mmdet-50": (lambda: mmdet(50), 16, True, (71, 71)),
     "mmdet-101": (lambda: mmdet(101), 33, True, (139, 139)),
     "pytorchcv-resnesta18": (lambda: pytorchcv("resnesta18"), 8, True, (30, 30)),
     "pytorchcv-resnesta50": (lambda: pytorchcv("resnesta50"), 16, True, (71, 71)),
+    # Squeeze-and-excitation, alone and with the norm in front, and selective kernels.
+    "timm-seresnet50": (lambda: of_timm("seresnet50"), 16, True, (5, 53)),
+    "timm-seresnext50": (lambda: of_timm("seresnext50_32x4d"), 16, True, (5, 53)),
+    "timm-legacy_seresnet18": (lambda: of_timm("legacy_seresnet18"), 8, True, (4, 20)),
+    "timm-regnety_002": (lambda: of_timm("regnety_002"), 13, True, (0, 44)),
+    "timm-semnasnet": (lambda: of_timm("semnasnet_050"), 8, True, (0, 49)),
+    "timm-skresnet50": (lambda: of_timm("skresnet50"), 16, True, (21, 85)),
+    "torchvision-regnet_y_400mf": (lambda: torchvision("regnet_y_400mf"), 16, True, (16, 53)),
+    "pytorchcv-seresnet18": (lambda: pytorchcv("seresnet18"), 8, True, (20, 20)),
+    "pytorchcv-sknet50": (lambda: pytorchcv("sknet50"), 16, True, (85, 85)),
+    "mmpretrain-seresnet50": (mmpretrain_se, 16, True, (4, 53)),
     "segmentation-models": (lambda: segmentation("timm-resnest14d"), 4, False, (22, 33)),
 }
 
@@ -111,6 +136,36 @@ def test_whole_networks(make, modules, proven, folded):
         rf.unfuse(network)
         assert torch.equal(last(network(x[:2])), expected)
     assert [type(module) for module in network.modules()] == [type(m) for m in plain.modules()]
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: torchvision("efficientnet_b0"), "its activation is SiLU: the op would be slower"),
+        (lambda: torchvision("mobilenet_v3_small"), "its gate is Hardsigmoid, expected a sigmoid"),
+        (lambda: of_timm("efficientnet_b0"), "its activation is SiLU: the op would be slower"),
+        (lambda: of_timm("mobilenetv3_small_050"), "its gate is Hardsigmoid, expected a sigmoid"),
+    ],
+)
+def test_squeeze_and_excitation_that_is_left_alone(make, reason):
+    report = rf.fuse(make())
+    assert report.left_alone and not report.fused
+    assert all(entry.reason.startswith(reason) for entry in report.left_alone)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "gmixer_12_224"])
+def test_networks_without_any(name):
+    assert not rf.fuse(of_timm(name)).entries
+
+
+def test_mmcv_s_other_orders_are_not_folded():
+    make = importlib.import_module("mmcv.cnn").ConvModule
+    for options, folded in (({}, 1), ({"order": ("norm", "conv", "act")}, 0)):
+        module = randomise(make(8, 8, 3, norm_cfg={"type": "BN"}, **options)).double().eval()
+        x = features(2, 8, 5, 5).double()
+        expected = module(x)
+        assert rf.fuse(module, fold=True).folded_norms == folded
+        torch.testing.assert_close(module(x), expected)
 
 
 def test_what_openmmlab_s_eval_returns():

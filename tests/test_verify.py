@@ -416,8 +416,8 @@ def test_batches_not_counted(monkeypatch):
     model = fused_net()
     read = modules.batch_norm_args
 
-    def uncounted(bn: Any) -> Any:
-        args = read(bn)
+    def uncounted(bn: Any, activated: bool = False) -> Any:
+        args = read(bn, activated)
         return None if args is None else args._replace(num_batches_tracked=None)
 
     monkeypatch.setattr(modules, "batch_norm_args", uncounted)

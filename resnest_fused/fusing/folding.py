@@ -130,7 +130,7 @@ def _pairs_of_network(module: nn.Module) -> list[_Pair]:
     if is_sequence(module):
         names = list(module._modules)
         return [_Pair(module, a, module, b) for a, b in itertools.pairwise(names)]
-    pairs = registry.fold_pairs(type(module))
+    pairs = registry.fold_pairs(module)
     if not (pairs and _runs_as_written(module)):
         return []
     found = [_pair(module, tuple(a.split(".")), tuple(b.split("."))) for a, b in pairs]

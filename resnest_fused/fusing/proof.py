@@ -3,8 +3,8 @@
 The module's copy and its fused form run in float64 on maps of several sizes, in eval and in
 training mode, forward and backward. Every parameter, every norm's affine parameters and running
 statistics are random: in a fresh norm they make it the identity, which would hide that it is not
-called. The convolution in front is replaced by a small affine map, which both forms call: unlike
-an identity it shows where it is called.
+called. The convolution in front, or each path, is replaced by a small affine map, which both forms
+call: unlike an identity it shows where it is called.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ import copy
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import BatchNorm2d, SyncBatchNorm
+from torch.nn.modules.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 from torch.nn.modules.linear import Identity
+from torch.nn.modules.pooling import AdaptiveAvgPool1d, AdaptiveAvgPool2d, AdaptiveAvgPool3d
 
-from resnest_fused.children import calls_are_watched, computes_as
+from resnest_fused.children import calls_are_watched, computes_as, computes_as_conv
 from resnest_fused.fusing import folding
 from resnest_fused.fusing.recognition import features_of
 from resnest_fused.fusing.wrapping import core
@@ -56,6 +58,17 @@ class _Affine(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale + self.shift
+
+
+class _AffineOfMean(_Affine):
+    """Stands in where any number of features enters: each result is one of their mean."""
+
+    def __init__(self, features: int, dimensions: int, stride: tuple[int, ...] = ()) -> None:
+        super().__init__(features, dimensions)
+        self._pixels: Any = ..., *(slice(None, None, step) for step in stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mean(1, keepdim=True)[self._pixels])
 
 
 def difference(
@@ -97,7 +110,8 @@ def difference_by_class(
     """:func:`difference`, found once for modules of one class and configuration."""
     kind: Any = core(type(module))
     try:
-        configuration = tuple(_configuration(module, read(module, layout.conv)))
+        replaced = dict(_stand_ins(module, layout, 0, 0))
+        configuration = tuple(_configuration(module, replaced))
     except _Varied:
         return difference(module, layout, fused, backend)
     key = kind.forward, layout, backend, configuration
@@ -136,8 +150,9 @@ def _difference(
 
     forms = Form("unfused", twin, contextlib.nullcontext), Form("fused", twin, as_fused)
     calls = []
+    inputs = _inputs(module, layout, features)
     for batch, size, memory in zip(_BATCHES, _SIZES[dimensions], _LAYOUTS, strict=True):
-        call = _call((batch, *size), features, radix, memory, device, generator)
+        call = _call(forms[0], (batch, inputs, *size), memory, generator)
         calls.append(call)
         for training in (False, True):
             problem = _compared(forms, call, training)
@@ -186,15 +201,50 @@ def _features(module: nn.Module, layout: Layout) -> int | None:
     return radix * channels if isinstance(channels, int) and isinstance(radix, int) else None
 
 
+def _stand_ins(
+    module: nn.Module, layout: Layout, features: int, dimensions: int
+) -> Iterator[tuple[nn.Module, Callable[[], nn.Module]]]:
+    """The children that something cheap stands in for, and what makes it."""
+    if layout.within is not None:
+        attention = set(read(module, layout.within[1:]).modules())
+        for child in module.modules():
+            if child not in attention and computes_as_conv(type(child)):
+                conv: Any = child
+                yield child, partial(_AffineOfMean, conv.out_channels, dimensions, conv.stride)
+    elif layout.conv is not None:
+        yield read(module, layout.conv), partial(_Affine, features, dimensions)
+    for path in layout.paths:
+        channels = features // len(layout.paths)
+        yield read(module, path), partial(_AffineOfMean, channels, dimensions)
+
+
+def _inputs(module: nn.Module, layout: Layout, features: int) -> int:
+    """The number of features that enter the twin."""
+    if not layout.paths and layout.within is None:
+        return features
+    first = read(module, layout.paths[0]) if layout.paths else module
+    found = (getattr(layer, "in_channels", None) for layer in first.modules())
+    inputs = next((number for number in found if isinstance(number, int)), 1)
+    divided = layout.divided is not None and read(module, layout.divided)
+    return len(layout.paths) * inputs if divided else inputs
+
+
+_OF_DIMENSIONS = (
+    (1, (BatchNorm1d, AdaptiveAvgPool1d)),
+    (2, (BatchNorm2d, AdaptiveAvgPool2d)),
+    (3, (BatchNorm3d, AdaptiveAvgPool3d)),
+)
+
+
 def _dimensions(module: nn.Module, layout: Layout) -> int:
     """Those of the maps: 1, 2 or 3."""
-    for part in (layout.conv, layout.bn0, layout.fc1):
+    for part in (layout.conv, layout.bn0, layout.fc1, *(other.path for other in layout.others)):
         layer = read(module, part, None)
         weight = getattr(layer, "weight", None)
         if isinstance(weight, Tensor) and 3 <= weight.dim() <= 5:
             return weight.dim() - 2
-        for dimensions, kind in enumerate((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), 1):
-            if isinstance(layer, kind):
+        for dimensions, kinds in _OF_DIMENSIONS:
+            if isinstance(layer, kinds):
                 return dimensions
     return 2
 
@@ -215,8 +265,6 @@ def _twin(
     generator: torch.Generator,
 ) -> nn.Module:
     """A copy of the module with random numbers, without hooks and without its convolution."""
-    with torch.device(device):
-        twin_conv = _Affine(features, dimensions)
     kind: Any = core(type(module))
     if issubclass(kind, FusedModule):
         kind = kind.__bases__[-1]  # its unfused class
@@ -231,9 +279,9 @@ def _twin(
         memo[id(parameter)] = parameter
     for buffer in module.buffers():
         memo[id(buffer)] = buffer
-    conv = read(module, layout.conv)
-    if conv is not None:
-        memo[id(conv)] = twin_conv
+    with torch.device(device):
+        for child, make in _stand_ins(module, layout, features, dimensions):
+            memo[id(child)] = make()
     try:
         vars(twin).update(copy.deepcopy(vars(module), memo))
     except Exception as error:
@@ -260,23 +308,21 @@ def _twin(
 
 
 def _call(
-    shape: tuple[int, ...],
-    features: int,
-    radix: int,
-    memory: torch.memory_format,
-    device: torch.device,
-    generator: torch.Generator,
+    unfused: Form, shape: tuple[int, ...], memory: torch.memory_format, generator: torch.Generator
 ) -> Call:
-    batch, *size = shape
-    if len(size) != 2:
-        memory = torch.contiguous_format
+    device = next(unfused.module.parameters()).device
+    batch, features, *size = shape
 
     def draw(*sizes: int) -> Tensor:
-        return _draw(torch.randn, sizes, generator).to(device, memory_format=memory)
+        drawn = _draw(torch.randn, sizes, generator).to(device)
+        return drawn.to(memory_format=memory) if drawn.dim() == 4 else drawn
 
     # The samples differ in their means, since bn1 divides by the spread of these.
     x = draw(batch, features, *size) + draw(batch, features, *[1] * len(size))
-    return Call((x.requires_grad_(),), {}, (draw(batch, features // radix, *size),))
+    unfused.module.eval()
+    results = agreement.run(unfused, Call((x,), {}, grad_enabled=False), torch.float64)
+    gradients = tuple(draw(*out.shape) for out in results[agreement.OUTPUTS].values())
+    return Call((x.requires_grad_(),), {}, gradients)
 
 
 class _Varied(Exception):
@@ -286,9 +332,12 @@ class _Varied(Exception):
 _OF_MODULES = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
 
 
-def _configuration(module: nn.Module, conv: Any) -> Iterator[Any]:
-    """All that distinguishes modules of one class, other than the values of their tensors."""
-    left_out = set(conv.modules()) if isinstance(conv, nn.Module) else set()
+def _configuration(module: nn.Module, replaced: Iterable[nn.Module]) -> Iterator[Any]:
+    """All that distinguishes modules of one class, other than the values of their tensors.
+
+    The modules that a stand-in replaces do not.
+    """
+    left_out = {child for part in replaced for child in part.modules()}
     for name, child in module.named_modules():
         if child in left_out:
             continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from resnest_fused.children import path_of
 from resnest_fused.fusing.adapters import ADAPTERS
 from resnest_fused.fusing.adapters.base import Pairs
@@ -15,6 +17,7 @@ R_SOFTMAXES = tuple(path for adapter in ADAPTERS for path in adapter.r_softmaxes
 NETWORKS = {adapter.name: adapter.networks for adapter in ADAPTERS if adapter.networks is not None}
 
 
-def fold_pairs(kind: type) -> Pairs:
-    """The convolutions and norms that can be folded in modules of this class."""
-    return _FOLDS.get(path_of(kind), ())
+def fold_pairs(module: nn.Module) -> Pairs:
+    """The convolutions and norms that can be folded in a module, by its class."""
+    pairs = _FOLDS.get(path_of(type(module)), ())
+    return pairs(module) if callable(pairs) else pairs

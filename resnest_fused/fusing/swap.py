@@ -41,6 +41,11 @@ def fuse(
     Outputs, all gradients and buffers must agree. That takes some 0.1 seconds for each class and
     configuration. If it fails, the module is left alone, and the report says how much it differs.
 
+    Squeeze-and-excitation with a ReLU and a sigmoid is split attention of radix 1, and selective
+    kernels are split attention whose splits are paths. In a block where a batch normalisation and a
+    ReLU lead to the squeeze-and-excitation, the op takes these too, and the block is the module
+    that is proven and fused.
+
     The model itself may be a split attention. Results, parameters, state_dict, hooks and
     ``isinstance`` stay the same. deepcopy and pickle work.
 
@@ -172,7 +177,7 @@ def _examined(model: nn.Module, backend: str, verify: bool) -> Iterator[_Examine
         yield module, entry, fused
         layout = layout_of(module) if fused is None else fused._layout
         if layout is not None:
-            parts.update(read(module, path) for path, _ in layout.others)
+            parts.update(read(module, other.path) for other in layout.others)
 
 
 def _examine(
@@ -200,7 +205,7 @@ def _examine(
         return left_alone._replace(reason="its forward was replaced"), None
     fused = fused_class(cls, layout)
     if not known or verify:
-        problem = recognition.problem_of_forward(cls)
+        problem = recognition.problem_of(module, layout)
         if problem is None:
             try:
                 problem = (

@@ -56,14 +56,15 @@ class Adapter(NamedTuple):
         name: the word in front of the colon in the names of its networks.
         attentions: the peer's classes of split attention that are trusted without a proof.
         r_softmaxes: the peer's classes of r-softmax that are.
-        folds: the convolutions and norms in other classes of the peer, by class.
+        folds: the convolutions and norms in other classes of the peer, by class, or a function that
+            finds those of a module.
         networks: the peer's networks; None where ``models`` has them, or nothing has.
     """
 
     name: str
     attentions: tuple[str, ...] = ()
     r_softmaxes: tuple[str, ...] = ()
-    folds: Mapping[str, Pairs] = MappingProxyType({})
+    folds: Mapping[str, Pairs | Callable[[Any], Pairs]] = MappingProxyType({})
     networks: type[Networks] | None = None
 
 
