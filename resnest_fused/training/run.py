@@ -1,0 +1,139 @@
+"""A training run from its options to its exit code."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from resnest_fused.models import CheckpointError
+from resnest_fused.training import checkpoints
+from resnest_fused.training.config import FREE, Config, ConfigError, as_yaml, read_config
+from resnest_fused.training.datasets import Data, find_data
+from resnest_fused.training.distributed import StopRequest, World, join, tell
+from resnest_fused.training.loop import NotFinite, Trainer
+from resnest_fused.training.plots import draw_curves
+from resnest_fused.training.reporting import Reporter, read_metrics
+
+# Exit codes. The last is EX_TEMPFAIL of sysexits.h, "try again later".
+DONE, FAILED, WRONG, STOPPED = 0, 1, 2, 75
+CONFIG = "config.yaml"
+
+
+def train(config: Config, beside: tuple[Path, ...] = ()) -> int:
+    """Train a network, or go on with a run whose folder is there; tell of errors on stderr.
+
+    Started by torchrun, each of its processes calls this.
+
+    Example::
+
+        code = train(make_config("digits", options={"out": "runs/digits"}))
+
+    Args:
+        config: the options.
+        beside: other runs' folders, whose curves are drawn into the same plot.
+
+    Returns:
+        0 the end was reached; 75 a signal asked to stop, a checkpoint is written, and the same
+        call goes on from there; 1 the run failed, and the last good checkpoint is there; 2 wrong
+        options, nothing was done.
+    """
+    try:
+        with join(config.device, config.timeout) as world:
+            finished = _train(config, world)
+    except ConfigError as error:
+        return _end(WRONG, str(error))
+    except (CheckpointError, NotFinite, OSError) as error:
+        return _end(FAILED, _with_last(str(error), config))
+    except torch.OutOfMemoryError as error:
+        return _end(FAILED, str(error).splitlines()[0])
+    except RuntimeError as error:
+        if not dist.is_initialized() or not _of_others(error):
+            raise
+        return _end(FAILED, _with_last("another process ended, or hangs", config))
+    if not finished:
+        if world.first:
+            print("resnest-fused: stopped; the same command goes on", file=sys.stderr, flush=True)
+        return STOPPED
+    if world.first:
+        _draw(Path(config.out), beside)
+    return DONE
+
+
+def _train(config: Config, world: World) -> bool:
+    problem = world.of_first(_prepare(config) if world.first else None)
+    if problem:
+        raise ConfigError(problem)
+    trainer = Trainer(config, _find_data(config, world), world)
+    newest = None
+    if world.first:
+        newest = checkpoints.find_newest(trainer.folder, lambda message: tell(message))
+    newest = world.of_first(newest)
+    if newest is not None:
+        trainer.load(checkpoints.read(newest))
+    reporter = Reporter(
+        Path(config.out), trainer.step, trainer.epoch, trainer.total, not world.first
+    )
+    if newest is not None:
+        reporter.say(f"going on after step {trainer.step} of {trainer.total}, from {newest}")
+    with StopRequest() as stop, reporter.running():
+        return trainer.run(reporter, stop)
+
+
+def _prepare(config: Config) -> str:
+    """Make the run's folder; what is wrong with it, if anything."""
+    folder = Path(config.out)
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if (folder / CONFIG).is_file():
+            known = read_config(folder / CONFIG)
+            for field in dataclasses.fields(Config):
+                before, now = (getattr(each, field.name) for each in (known, config))
+                if before != now and field.name not in FREE:
+                    return (
+                        f"out: {folder} has a run with {field.name} {before!r}, not {now!r}; name "
+                        "another folder, or remove it"
+                    )
+        (folder / CONFIG).write_text(as_yaml(config), encoding="utf-8")
+    except OSError as error:
+        return f"out: {folder}: {error}"
+    return ""
+
+
+def _find_data(config: Config, world: World) -> Data:
+    """The data; the first process fetches what is to be downloaded while the others wait."""
+    if config.download and world.size > 1:
+        if world.first:
+            find_data(config)
+        world.any(False)
+    return find_data(config)
+
+
+def _of_others(error: RuntimeError) -> bool:
+    """Whether an error of torch's is about the other processes."""
+    known = ("gloo", "NCCL", "Connection closed by peer", "Timed out", "TCPStore", "Broken pipe")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in known)
+
+
+def _with_last(message: str, config: Config) -> str:
+    files = checkpoints.list_files(Path(config.out) / "checkpoints")
+    return f"{message}; the last checkpoint is {files[0] if files else 'not written yet'}"
+
+
+def _end(code: int, message: str) -> int:
+    """Tell of an error, and leave a group of processes without waiting for any of them."""
+    tell(message)
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _draw(folder: Path, beside: tuple[Path, ...]) -> None:
+    runs = {each.name: read_metrics(each) for each in (folder, *beside)}
+    draw_curves(runs, folder / "curves")
