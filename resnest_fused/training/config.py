@@ -76,7 +76,7 @@ class Config:
     weights: str = _option(
         "", "Start from a checkpoint of any layout; its classifier only if it fits.", metavar="FILE"
     )
-    options: dict[str, Any] = _option(
+    options: dict[str, Any] = _option(  # noqa: RUF009
         {}, "Further options of the network: radix=4, planes=[16,32,64,128].", metavar="NAME=X"
     )
     fuse: bool = _option(True, "Run each split attention as one op.")
@@ -136,7 +136,7 @@ class Config:
     warmup: int = _option(5, "Epochs in which the learning rate rises from 0.", least=0)
     momentum: float = _option(0.9, "Nesterov momentum of SGD.", least=0, below=1)
     weight_decay: float = _option(1e-4, "Of weights, not of norms and biases.", least=0)
-    lr_of: dict[str, float] = _option(
+    lr_of: dict[str, float] = _option(  # noqa: RUF009
         {}, "Factors of the learning rate of parts: fc=10.", metavar="PART=X"
     )
     clip: float = _option(0.0, "Largest norm of the gradient; 0 for any.", least=0)

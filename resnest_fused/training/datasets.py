@@ -110,9 +110,7 @@ def _torchvision(name: str, config: Config) -> Data:
         labels = {int(found[0][index][1]) for index in range(len(found[0]))}
         classes = [str(label) for label in range(max(labels) + 1)]
     names = [c if isinstance(c, str) else ", ".join(map(str, c)) for c in classes]
-    train, val = (
-        _Converted(d, f"{name}.{s}") for d, s in zip(found, ("train", "val"), strict=True)
-    )
+    train, val = (_Converted(each, name) for each in found)
     return Data(train, val, names)
 
 

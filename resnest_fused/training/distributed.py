@@ -158,6 +158,6 @@ class StopRequest:
 
 
 def ignore_stopping() -> None:
-    """Let the processes that load data outlive a signal to the whole group; their parent ends them."""
+    """Let a process that loads data outlive a signal to the whole group; its parent ends it."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)

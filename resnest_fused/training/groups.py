@@ -15,7 +15,7 @@ NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.RMSNorm
 
 
 def decays(module: nn.Module, name: str) -> bool:
-    """Whether a module's own parameter of this name has weight decay: no bias, and nothing of a norm.
+    """Whether a module's own parameter has weight decay: no bias, and nothing of a norm.
 
     The module's type decides. Names do not tell: the norms of the stem and of the shortcuts are
     called ``conv1.1`` and ``downsample.2`` in the official layout.

@@ -69,8 +69,8 @@ def mix_seeds(*numbers: int) -> int:
 class EpochSampler(StatefulDistributedSampler):
     """A process's share of a random order that is new in each epoch, as keys of Pictures.
 
-    Its state, how many samples it gave, is set from what the training took, since processes that load
-    take some ahead.
+    Its state, how many samples it gave, is set from what the training took, since processes that
+    load take some ahead.
     """
 
     def __iter__(self) -> Iterator[Key]:

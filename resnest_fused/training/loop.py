@@ -105,7 +105,7 @@ class Trainer:
         pin = world.device.type == "cuda"
         pictures = Pictures(data.train, training_transform(config), config.seed, config.strict_data)
         self.sampler = EpochSampler(
-            pictures, world.size, world.rank, seed=config.seed, drop_last=True
+            data.train, world.size, world.rank, seed=config.seed, drop_last=True
         )
         self.loader = make_loader(
             pictures, self.sampler, config.batch, config.workers, whole=True, pin=pin

@@ -10,7 +10,7 @@ import torch
 
 
 def get_states() -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's generators, the last of the CPU and of this GPU."""
+    """The states of Python's, NumPy's and torch's generators, on the CPU and on this GPU."""
     kind, keys, *rest = np.random.get_state(legacy=True)
     states: dict[str, Any] = {
         "python": random.getstate(),
