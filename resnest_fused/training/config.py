@@ -277,28 +277,31 @@ def _from_values(values: Mapping[str, Any]) -> Config:
     return Config(**values)
 
 
+# What is said of a type, and what has it. Where a float is wanted an integer is one, too.
+_KINDS: dict[Any, tuple[str, type | tuple[type, ...]]] = {
+    bool: ("true or false", bool),
+    int: ("an integer", int),
+    float: ("a number", (int, float)),
+    str: ("text", str),
+    dict[str, Any]: ("values by name", dict),
+    dict[str, float]: ("numbers by name", dict),
+}
+
+
 def _check(field: dataclasses.Field[Any], hint: Any, value: Any) -> None:
     """Compare an option's value with its type and with what its field allows."""
     limits = field.metadata
-    wanted = {bool: "true or false", int: "an integer", float: "a number", str: "text"}.get(hint)
-    if wanted is None:
-        wanted, kind = "values by name", dict
-    else:
-        # PyYAML reads 1e-4 as text, and 1 where a float is wanted as an integer.
-        kind = (int, float) if hint is float else hint
+    least, below, most = (limits[name] for name in ("least", "below", "most"))
+    wanted, kind = _KINDS[hint]
     fits = isinstance(value, kind) and (hint is bool or not isinstance(value, bool))
-    if fits and hint == dict[str, float]:
-        wanted = "numbers by name"
-        fits = all(isinstance(factor, (int, float)) for factor in value.values())
-    if fits and limits["choices"]:
+    if limits["choices"]:
         wanted, fits = f"one of {', '.join(limits['choices'])}", value in limits["choices"]
-    for name, words, holds in (
-        ("least", "from {} on", lambda limit: value >= limit),
-        ("below", "below {}", lambda limit: value < limit),
-        ("most", "to {}", lambda limit: value <= limit),
-    ):
-        if limits[name] is not None:
-            wanted += " " + words.format(limits[name])
-            fits = fits and holds(limits[name])
+    elif hint == dict[str, float]:
+        fits = fits and all(isinstance(each, (int, float)) for each in value.values())
+    elif least is not None:
+        upper = f"to {most}" if most is not None else f"to below {below}" if below else "on"
+        wanted += f" from {least} {upper}"
+        fits = fits and least <= value
+        fits = fits and (most is None or value <= most) and (below is None or value < below)
     if not fits:
         raise ConfigError(f"{field.name}: expected {wanted}, got {value!r}")

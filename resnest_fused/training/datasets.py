@@ -98,6 +98,7 @@ def _torchvision(name: str, config: Config) -> Data:
         raise ConfigError(f"data: torchvision has no dataset {name!r}")
     taken = inspect.signature(kind).parameters
     options: dict[str, Any] = {"download": config.download} if "download" in taken else {}
+    sides: list[list[dict[str, Any]]]
     if "train" in taken:
         sides = [[{"train": True}], [{"train": False}]]
     elif "split" in taken:

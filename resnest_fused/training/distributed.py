@@ -101,7 +101,7 @@ def join(device: str, timeout: int) -> Iterator[World]:
         raise ConfigError(
             f"device: expected cpu, or cuda with a GPU for each process, got {kind!r}"
         )
-    place = torch.device(kind, local if kind == "cuda" else None)
+    place = torch.device(f"cuda:{local}" if kind == "cuda" else "cpu")
     if kind == "cuda":
         torch.cuda.set_device(place)
     if "RANK" not in os.environ:

@@ -81,7 +81,9 @@ def evaluate(
     network.train(before)
     found = metrics.compute()
     return Scores(
-        float(losses.compute()),
-        *(100 * float(found[name]) for name in ("top1", "top5", "calibration_error")),
-        found["confusion"].cpu(),
+        loss=float(losses.compute()),
+        top1=100 * float(found["top1"]),
+        top5=100 * float(found["top5"]),
+        calibration_error=100 * float(found["calibration_error"]),
+        confusion=found["confusion"].cpu(),
     )

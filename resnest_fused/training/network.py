@@ -48,9 +48,10 @@ def build_network(config: Config, classes: int) -> nn.Module:
     except (ValueError, TypeError) as error:
         raise ConfigError(f"model: {error}") from error
     if config.checkpointing:
-        if not hasattr(network, "set_grad_checkpointing"):
+        checkpointing: Any = getattr(network, "set_grad_checkpointing", None)
+        if checkpointing is None:
             raise ConfigError(f"checkpointing: {config.model} cannot do it")
-        network.set_grad_checkpointing()
+        checkpointing()
     if config.fuse:
         try:
             fuse(network, backend=config.backend)
@@ -59,7 +60,7 @@ def build_network(config: Config, classes: int) -> nn.Module:
     if config.sync_bn:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     if config.channels_last:
-        network = network.to(memory_format=torch.channels_last)
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network.train()
 
 

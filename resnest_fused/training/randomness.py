@@ -11,10 +11,10 @@ import torch
 
 def get_states() -> dict[str, Any]:
     """The states of Python's, NumPy's and torch's generators, on the CPU and on this GPU."""
-    kind, keys, *rest = np.random.get_state(legacy=True)
+    kind, keys, *rest = np.random.get_state()
     states: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), *rest),
+        "numpy": (kind, np.asarray(keys).tolist(), *rest),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
