@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 import typing
 from collections.abc import Callable
 from enum import Enum
@@ -47,12 +48,10 @@ def _run(
     Exit code: 0 the end was reached, 1 the run failed, 2 wrong arguments, 75 stopped by SIGTERM,
     SIGUSR1 or SIGINT after a checkpoint was written.
     """
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in options.items() if value not in (None, [])}
     try:
-        for name in ("options", "lr_of"):
-            if name in given:
-                given[name] = _by_name(given[name])
-            given.pop(name, None) if not given.get(name) else None
+        for name in {"options", "lr_of"} & set(given):
+            given[name] = _by_name(given[name])
         chosen = make_config(preset and preset.value, config, given)
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from error
@@ -80,14 +79,14 @@ def _parameters() -> list[inspect.Parameter]:
     found = [parameter for parameter in own if parameter.kind is not parameter.VAR_KEYWORD]
     hints = typing.get_type_hints(Config)
     for field in dataclasses.fields(Config):
-        kind = (
-            list[str] if isinstance(hints[field.name], type(dict[str, Any])) else hints[field.name]
-        )
+        kind = hints[field.name]
+        if typing.get_origin(kind) is dict:
+            kind = list[str]
         empty = field.default is dataclasses.MISSING or field.default in ("", 0, False)
         default = "" if empty else f" Default: {_shown(field.default)}."
         text = field.metadata["help"] + default
         flag = {} if kind is bool else {"metavar": field.metadata["metavar"]}
-        annotation = Annotated[kind | None, typer.Option(help=text, **flag)]
+        annotation = Annotated[kind | None, typer.Option(help=text, **flag)]  # type: ignore[valid-type]
         keyword = inspect.Parameter.KEYWORD_ONLY
         found.append(inspect.Parameter(field.name, keyword, default=None, annotation=annotation))
     return found
@@ -113,4 +112,4 @@ def main() -> None:
     """The entry point ``python -m resnest_fused.training``."""
     from resnest_fused.cli.app import app
 
-    app(["train", *__import__("sys").argv[1:]], prog_name="resnest-fused")
+    app(["train", *sys.argv[1:]], prog_name="resnest-fused")

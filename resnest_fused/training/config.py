@@ -70,9 +70,7 @@ class Config:
     workers: int = _option(4, "Processes that load data, for each process that trains.", least=0)
 
     # --- network
-    model: str = _option(
-        "resnest50", "A name of `resnest-fused models`, or timm:NAME.", metavar="NAME"
-    )
+    model: str = _option("resnest50", "A name of `resnest-fused models`.", metavar="NAME")
     weights: str = _option(
         "", "Start from a checkpoint of any layout; its classifier only if it fits.", metavar="FILE"
     )

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from resnest_fused.models import ResNeSt
 from resnest_fused.training import checkpoints, randomness
 from resnest_fused.training.augmentation import (
     evaluation_transform,
@@ -278,7 +277,7 @@ class Trainer:
 
     def _set_drop_block(self) -> None:
         """DropBlock's rate, from 0 at the first step to the full one at the last."""
-        if self.config.drop_block and isinstance(self.network, ResNeSt):
+        if self.config.drop_block:
             self.network.set_drop_block(self.step / max(self.total - 1, 1))
 
     def _fetch_losses(self) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -13,26 +11,28 @@ from resnest_fused.models.variants import VARIANTS
 from resnest_fused.training.config import Config, ConfigError
 
 
-def build_network(config: Config, classes: int) -> nn.Module:
+def build_network(config: Config, classes: int) -> models.ResNeSt:
     """The network on the CPU, in training mode, seeded by ``config.seed``.
 
     Raises:
         ConfigError: there is no such network, or an option does not fit it.
         CheckpointError: the weights cannot be read or do not fit.
     """
-    options: dict[str, Any] = {"num_classes": classes, **config.options}
-    if ":" not in config.model:
-        options = {
-            "fused": False,
-            "drop_rate": config.dropout,
-            "drop_path_rate": config.drop_path,
-            "drop_block_rate": config.drop_block,
-            # Where the scripts have it that trained the published weights.
-            "drop_block_style": "gluon",
-            "zero_init_last": config.zero_gamma,
-            "frozen_stages": config.frozen_stages,
-            **options,
-        }
+    if config.model not in models.list_models():
+        known = ", ".join(models.list_models())
+        raise ConfigError(f"model: expected one of {known}, got {config.model!r}")
+    options = {
+        "num_classes": classes,
+        "fused": False,
+        "drop_rate": config.dropout,
+        "drop_path_rate": config.drop_path,
+        "drop_block_rate": config.drop_block,
+        # Where the scripts have it that trained the published weights.
+        "drop_block_style": "gluon",
+        "zero_init_last": config.zero_gamma,
+        "frozen_stages": config.frozen_stages,
+        **config.options,
+    }
     weights: models.Checkpoint | None = None
     leave_out: tuple[str, ...] = ()
     if config.weights:
@@ -46,19 +46,16 @@ def build_network(config: Config, classes: int) -> nn.Module:
     except models.CheckpointError:
         raise
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"model: {error}") from error
-    if config.checkpointing:
-        checkpointing: Any = getattr(network, "set_grad_checkpointing", None)
-        if checkpointing is None:
-            raise ConfigError(f"checkpointing: {config.model} cannot do it")
-        checkpointing()
+        raise ConfigError(f"options: {error}") from error
+    assert isinstance(network, models.ResNeSt)
+    network.set_grad_checkpointing(config.checkpointing)
     if config.fuse:
         try:
             fuse(network, backend=config.backend)
         except ValueError as error:
             raise ConfigError(f"backend: {error}") from error
     if config.sync_bn:
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)
     if config.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network.train()
