@@ -1,0 +1,494 @@
+"""Training with the extra ``train``: what becomes of pictures, steps, and runs that stop and go on.
+
+Modules that need the extra's packages are imported in the tests, which ``-m training`` runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import resource
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sklearn.datasets
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from runs import assert_same, config, result
+
+from resnest_fused import models
+from resnest_fused.models import images
+
+pytestmark = pytest.mark.training
+PHOTO = Path(sklearn.datasets.__file__).parent / "images/china.jpg"
+
+
+def module(name: str) -> Any:
+    return importlib.import_module(f"resnest_fused.training.{name}")
+
+
+def train(out: Path, **options: Any) -> int:
+    return int(module("run").train(config(out, **options)))
+
+
+@pytest.fixture(autouse=True)
+def one_core(one_thread: None) -> None:
+    """As the numbers of a run depend on the number of threads."""
+
+
+# --- pictures
+
+
+def test_targets_of_mixup_are_smoothed_shares() -> None:
+    augmentation = module("augmentation")
+    torch.manual_seed(3)
+    share = float(torch.distributions.Beta(torch.tensor([0.2]), torch.tensor([0.2])).sample())
+    torch.manual_seed(3)
+    pictures, labels = torch.rand(3, 3, 4, 4), torch.tensor([0, 1, 3])
+    mixing = augmentation.make_mixing(config(Path("x"), mixup=0.2), 4)
+    torch.manual_seed(3)
+    mixed, targets = mixing(pictures, labels)
+    partner = [2, 0, 1]
+    for row in range(3):
+        expected = share * pictures[row] + (1 - share) * pictures[partner[row]]
+        torch.testing.assert_close(mixed[row], expected)
+    # By hand: each label smoothed, 1 - 0.1 + 0.1/4 for it and 0.1/4 for the others, then mixed.
+    smoothed = torch.full((3, 4), 0.025)
+    for row, label in enumerate([0, 1, 3]):
+        smoothed[row, label] = 0.925
+    expected = share * smoothed + (1 - share) * smoothed[partner]
+    logits = torch.randn(3, 4)
+    by_hand = -(expected * logits.log_softmax(1)).sum(1).mean()
+    loss = augmentation.make_loss(0.1)
+    torch.testing.assert_close(loss(logits, targets), by_hand)
+    plain = -(smoothed * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(loss(logits, labels), plain)
+
+
+def test_lighting_shifts_colours_along_the_axes() -> None:
+    lighting = module("augmentation").Lighting(0.1)
+    x = torch.full((3, 2, 2), 0.5, dtype=torch.float64)
+    shifts = torch.stack([lighting(x) - x for _ in range(4000)])
+    assert torch.equal(shifts, shifts[..., :1, :1].expand_as(shifts))
+    shifts = shifts[..., 0, 0]
+    vectors = torch.tensor(lighting.vectors, dtype=torch.float64)
+    along = shifts @ vectors
+    spread = 0.1 * torch.tensor([0.2175, 0.0188, 0.0045], dtype=torch.float64)
+    # Of 4000 samples; the published vectors are orthonormal to three digits.
+    torch.testing.assert_close(along.std(0), spread, rtol=0.1, atol=1e-4)
+
+
+def test_training_crops_have_the_size_and_the_area() -> None:
+    augmentation = module("augmentation")
+    options = {"jitter": 0.0, "lighting": 0.0, "flip": 0.0, "mixup": 0.0}
+    ramp = np.linspace(0, 255, 320).astype(np.uint8)
+    picture = Image.fromarray(np.stack([np.tile(ramp, (240, 1))] * 3, axis=2))
+    transform = augmentation.training_transform(
+        config(Path("x"), crop=48, least_area=0.08, **options)
+    )
+    widths = []
+    for _ in range(200):
+        x = transform(picture)
+        assert x.shape == (3, 48, 48) and x.dtype == torch.float32
+        row = x[0, 24] * images.STD[0] + images.MEAN[0]
+        widths.append(float(row[-1] - row[0]) * 48 / 47)
+    # Of all widths: the least area at the aspect 3/4, and the whole width.
+    least = math.sqrt(0.08 * 320 * 240 * 3 / 4) / 320
+    assert least * 0.95 <= min(widths) <= least * 1.5
+    assert 0.8 <= max(widths) <= 1.02
+
+
+@pytest.mark.parametrize(
+    ("size", "ratio", "side"), [(224, 0.0, 210), (320, 0.0, 218), (96, 1.0, 240)]
+)
+def test_evaluation_sees_the_centre(size: int, ratio: float, side: int) -> None:
+    """size/(size+32) of 240 pixels: 210 for 224, 218.18 for 320."""
+    across = (np.arange(320) % 256).astype(np.uint8)
+    picture = Image.fromarray(np.stack([np.tile(across, (240, 1))] * 3, axis=2))
+    seen = module("augmentation").evaluation_transform(size, ratio)(picture)
+    left = (320 - side) // 2
+    box = (left, (240 - side) // 2, left + side, (240 - side) // 2 + side)
+    crop = picture.crop(box).resize((size, size), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1) / 255
+    expected = (pixels - images.MEAN[:, None, None]) / images.STD[:, None, None]
+    torch.testing.assert_close(seen, expected)
+
+
+@pytest.mark.parametrize("policy", ["autoaugment", "randaugment", "trivialaugment"])
+def test_each_policy_makes_pictures(policy: str) -> None:
+    transform = module("augmentation").training_transform(config(Path("x"), policy=policy, crop=40))
+    x = transform(images.read_image(PHOTO))
+    assert x.shape == (3, 40, 40) and x.isfinite().all()
+
+
+def test_a_sample_depends_on_seed_epoch_and_number_alone() -> None:
+    loading, datasets = module("loading"), module("datasets")
+    data = datasets.find_data(config(Path("x")))
+    transform = module("augmentation").training_transform(config(Path("x")))
+    pictures = loading.Pictures(data.train, transform, 0, False)
+    first = pictures[(2, 7)][0]
+    before = torch.get_rng_state()
+    pictures[(2, 8)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(pictures[(2, 7)][0], first)
+    assert not torch.equal(pictures[(3, 7)][0], first)
+    other = loading.Pictures(data.train, transform, 1, False)
+    assert not torch.equal(other[(2, 7)][0], first)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_rest_of_an_epoch_is_the_same_after_a_restart(workers: int) -> None:
+    loading, datasets = module("loading"), module("datasets")
+    data = datasets.find_data(config(Path("x")))
+    transform = module("augmentation").training_transform(config(Path("x")))
+    pictures = loading.Pictures(data.train, transform, 0, False)
+
+    def labels(epoch: int, taken: int) -> list[torch.Tensor]:
+        found = []
+        for rank in range(2):
+            sampler = loading.EpochSampler(data.train, 2, rank, seed=5, drop_last=True)
+            loader = loading.make_loader(pictures, sampler, 100, workers, whole=True, pin=False)
+            sampler.set_epoch(epoch)
+            sampler.load_state_dict({"yielded": taken * 100})
+            found += [torch.cat([x.flatten(1).sum(1), y]) for x, y, _ in loader]
+        return found
+
+    whole, rest, other = labels(1, 0), labels(1, 3), labels(2, 0)
+    assert len(whole) == 2 * 7 and len(rest) == 2 * 4
+    assert all(map(torch.equal, rest, [*whole[3:7], *whole[10:]]))
+    assert not torch.equal(whole[0], other[0])
+
+
+def test_shares_of_an_evaluation_are_disjoint_and_whole() -> None:
+    sampler = module("loading").ShareSampler
+    shares = [[index for _, index in sampler(11, rank, 3)] for rank in range(3)]
+    assert sorted(index for share in shares for index in share) == list(range(11))
+    assert [len(sampler(11, rank, 3)) for rank in range(3)] == [4, 4, 3]
+
+
+# --- folders, and pictures that are damaged
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes of four pictures, one of which is truncated, and two to evaluate on."""
+    generator = np.random.default_rng(0)
+    for side, count in (("train", 4), ("val", 2)):
+        for label in ("cats", "dogs"):
+            (tmp_path / side / label).mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.integers(0, 255, (40, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / side / label / f"{number}.png")
+    bad = tmp_path / "train/dogs/1.png"
+    bad.write_bytes(bad.read_bytes()[:400])
+    return tmp_path
+
+
+def test_a_damaged_picture_is_counted_and_named(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = folder / "run"
+    options = {"data": str(folder), "batch": 4, "epochs": 2, "log_every": 1}
+    assert train(out, **options) == 0
+    bad = str(folder / "train/dogs/1.png")
+    assert (out / "bad_files.txt").read_text().startswith(f"{bad}: cannot be decoded")
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["bad_pictures"] for row in rows if row["kind"] == "epoch"] == [1, 1]
+    assert capfd.readouterr().err.count(bad) == 1
+    with pytest.raises(ValueError, match=r"1\.png: cannot be decoded"):
+        train(folder / "strict", **options, strict_data=True)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: (root / "val").rename(root / "test"), "expected the folders train and val"),
+        (
+            lambda root: (root / "val/cats").rename(root / "val/birds"),
+            "other classes, such as 'birds'",
+        ),
+    ],
+)
+def test_incomplete_data_are_named(
+    folder: Path, capsys: pytest.CaptureFixture[str], spoil: Any, message: str
+) -> None:
+    spoil(folder)
+    assert train(folder / "run", data=str(folder), batch=2) == 2
+    assert message in capsys.readouterr().err
+
+
+# --- steps
+
+
+def trainer(tmp_path: Path, **options: Any) -> Any:
+    distributed, loop = module("distributed"), module("loop")
+    (tmp_path / "checkpoints").mkdir(exist_ok=True)
+    chosen = config(tmp_path, **options)
+    data = module("datasets").find_data(chosen)
+    world = distributed.World(0, 1, torch.device("cpu"), False)
+    return loop.Trainer(chosen, data, world)
+
+
+PLAIN: dict[str, Any] = {
+    **{"dropout": 0.0, "drop_block": 0.0, "drop_path": 0.0, "mixup": 0.0, "ema": 0.0},
+    **{"warmup": 0, "momentum": 0.0},
+}
+
+
+def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path: Path) -> None:
+    """In float64, with norms that do not mix samples, to rounding."""
+    whole, parts = (
+        trainer(tmp_path, **PLAIN, batch=batch, accumulate=count)
+        for batch, count in ((96, 1), (32, 3))
+    )
+    for each in (whole, parts):
+        each.network.double().eval()
+        pictures = torch.randn(96, 3, 32, 32, generator=torch.Generator().manual_seed(0)).double()
+        labels = torch.arange(96) % 10
+        batches = zip(
+            pictures.split(each.config.batch), labels.split(each.config.batch), strict=True
+        )
+        each._take_step(iter([(x, y, [""]) for x, y in batches]))
+    assert whole.peak == parts.peak
+    assert float(whole._new_losses[0]) == pytest.approx(float(parts._new_losses[0]), rel=1e-12)
+    for a, b in zip(whole.network.parameters(), parts.network.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_a_step_is_nesterov_s_with_decay_of_weights_only(tmp_path: Path) -> None:
+    """Two steps against the formulas in float64, with clipping and the moving average."""
+    options = {**PLAIN, "momentum": 0.9, "clip": 0.5, "ema": 0.75, "weight_decay": 0.01}
+    each = trainer(tmp_path, **options, batch=32)
+    network = each.network.double().eval()
+    each.ema.double()
+    names = [name for name, _ in network.named_parameters()]
+    values = {name: p.detach().clone() for name, p in network.named_parameters()}
+    averages: dict[str, torch.Tensor] = {}
+    speeds = {name: torch.zeros_like(value) for name, value in values.items()}
+    for step in range(2):
+        x = torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(step)).double()
+        y = torch.arange(32) % 10
+        logits = torch.func.functional_call(network, {**dict(network.named_buffers()), **values}, x)
+        targets = 0.9 * F.one_hot(y, 10) + 0.01
+        loss = -(targets * logits.log_softmax(1)).sum(1).mean()
+        leaves = {name: value.requires_grad_() for name, value in values.items()}
+        logits = torch.func.functional_call(network, {**dict(network.named_buffers()), **leaves}, x)
+        loss = -(targets * logits.log_softmax(1)).sum(1).mean()
+        gradients = dict(zip(names, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+        norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
+        assert norm > 0.5
+        rate = each.peak * (1 + math.cos(math.pi * step / each.total)) / 2
+        with torch.no_grad():
+            for name, value in values.items():
+                decay = 0.01 if value.dim() > 1 else 0.0
+                g = gradients[name] * 0.5 / (norm + 1e-6) + decay * value
+                speeds[name] = 0.9 * speeds[name] + g
+                values[name] = (value - rate * (g + 0.9 * speeds[name])).detach()
+                before = averages.get(name)
+                averages[name] = (
+                    values[name] if before is None else 0.75 * before + 0.25 * values[name]
+                )
+        each._take_step(iter([(x, y, [""])]))
+        assert float(each._new_losses[-1]) == pytest.approx(float(loss), rel=1e-10)
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close(parameter.detach(), values[name], rtol=1e-8, atol=1e-10)
+    for name, parameter in each.ema.module.named_parameters():
+        torch.testing.assert_close(parameter.detach(), averages[name], rtol=1e-8, atol=1e-10)
+
+
+def test_drop_block_grows_from_0_to_its_rate(tmp_path: Path) -> None:
+    from resnest_fused.models.drop import DropBlock2d
+
+    each = trainer(tmp_path, drop_block=0.1)
+    blocks = [m for m in each.network.modules() if isinstance(m, DropBlock2d)]
+    where = {n.split(".")[0] for n, m in each.network.named_modules() if isinstance(m, DropBlock2d)}
+    assert where == {"layer3", "layer4"} and {block.block_size for block in blocks} == {3}
+    for step, rate in ((0, 0.0), (10, 0.05), (20, 0.1)):
+        each.step = step
+        each._set_drop_block()
+        assert each.total == 21
+        assert all(float(block.rate) == pytest.approx(rate) for block in blocks)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"amp": "bf16", "channels_last": True},
+        {"amp": "fp16", "clip": 1.0},
+        {"checkpointing": True, "accumulate": 2, "batch": 100},
+        {"fuse": False, "cutmix": 1.0},
+        {"backend": "reference", "frozen_stages": 1, "lr_of": {"fc": 10}},
+        {"compile": True, "epochs": 1},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_each_option_trains(tmp_path: Path, options: dict[str, Any]) -> None:
+    assert train(tmp_path / "run", **{"epochs": 2, **options}) == 0
+    rows = result(tmp_path / "run")["rows"]
+    assert all(math.isfinite(row["val_loss"]) for row in rows if row["kind"] == "epoch")
+
+
+def test_another_head_on_trained_weights(tmp_path: Path) -> None:
+    assert train(tmp_path / "run", epochs=1) == 0
+    best = tmp_path / "run/checkpoints/best.pt"
+    each = trainer(tmp_path, weights=str(best), classes=12, frozen_stages=1)
+    trained = torch.load(best, weights_only=True)["model"]
+    now = each.network.state_dict()
+    assert now["fc.weight"].shape[0] == 12
+    assert all(
+        torch.equal(now[name], value) for name, value in trained.items() if "fc." not in name[:3]
+    )
+    same = models.create("resnest14", best, planes=[8, 8, 16, 16], stem_width=4)
+    assert torch.equal(same.state_dict()["fc.weight"], trained["fc.weight"])
+    average = models.read_checkpoint(best, entry="ema")
+    assert set(average.state) == set(trained)
+
+
+# --- runs that stop and go on
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    assert train(out) == 0
+    torch.set_num_threads(threads)
+    return result(out)
+
+
+def signal_at(monkeypatch: pytest.MonkeyPatch, number: int, *steps: int) -> None:
+    """Signal this process when it has taken one of these steps."""
+    reporter = module("reporting").Reporter
+    advance = reporter.advance
+    left = set(steps)
+
+    def and_signal(self: Any, step: int) -> None:
+        advance(self, step)
+        if step in left:
+            left.remove(step)
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(reporter, "advance", and_signal)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    number: int, tmp_path: Path, unbroken: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped within an epoch, at an epoch's end, and after it."""
+    signal_at(monkeypatch, number, 3, 7, 8, 20)
+    out = tmp_path / "run"
+    handler = signal.getsignal(number)
+    assert [train(out) for _ in range(5)] == [75] * 4 + [0]
+    assert signal.getsignal(number) is handler
+    assert_same(result(out), unbroken)
+    assert len(list((out / "checkpoints").glob("*"))) == 4  # the last three and the best
+    assert train(out) == 0  # nothing is left to do
+    assert_same(result(out), unbroken)
+
+
+def test_a_run_with_loading_processes_is_the_same(
+    tmp_path: Path, unbroken: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signal_at(monkeypatch, signal.SIGTERM, 10)
+    out = tmp_path / "run"
+    assert [train(out, workers=2), train(out, workers=1)] == [75, 0]
+    assert_same(result(out), unbroken)
+
+
+def tear(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    if how == "flipped":
+        content[middle] ^= 1
+    elif how == "hole":
+        content[middle : middle + 4096] = bytes(4096)
+    elif how == "garbage":
+        content = bytearray(b"no checkpoint")
+    else:
+        del content[{"empty": 0, "half": middle, "last byte": -1}[how] :]
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["flipped", "hole", "garbage", "empty", "half", "last byte"])
+def test_a_torn_checkpoint_falls_back_to_the_one_before(
+    how: str, tmp_path: Path, unbroken: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    signal_at(monkeypatch, signal.SIGTERM, 10, 12)
+    out = tmp_path / "run"
+    assert [train(out), train(out)] == [75, 75]
+    newest = out / "checkpoints/step-00000012.pt"
+    tear(newest, how)
+    capfd.readouterr()
+    assert train(out) == 0
+    told = capfd.readouterr().err
+    assert f"{newest}: " in told and "going back to the one before" in told
+    assert "going on after step 10 of 21" in told
+    assert_same(result(out), unbroken)
+
+
+def test_without_a_whole_checkpoint_nothing_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    signal_at(monkeypatch, signal.SIGTERM, 2)
+    assert train(tmp_path / "run") == 75
+    tear(tmp_path / "run/checkpoints/step-00000002.pt", "half")
+    assert train(tmp_path / "run") == 1
+    assert "none of 1 checkpoints is whole" in capfd.readouterr().err
+
+
+def test_a_write_that_fails_leaves_the_last_checkpoint(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A limit of the size of files fails as a full disk does, in the middle of a file."""
+    checkpoints = module("checkpoints")
+    out = tmp_path / "run"
+    assert train(out, epochs=1) == 0
+    before = {path.name: path.read_bytes() for path in (out / "checkpoints").iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    state = checkpoints.read(out / "checkpoints/step-00000007.pt")
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        with pytest.raises(models.CheckpointError, match="cannot be written"):
+            checkpoints.write(state, out / "checkpoints/step-00000008.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name: path.read_bytes() for path in (out / "checkpoints").iterdir()} == before
+
+
+def test_nan_stops_the_run_and_names_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    loop = module("loop")
+    next_batch = loop.Trainer._next_batch
+
+    def poisoned(self: Any, batches: Any) -> Any:
+        pictures, labels = next_batch(self, batches)
+        return (pictures * float("nan") if self.step == 10 else pictures), labels
+
+    monkeypatch.setattr(loop.Trainer, "_next_batch", poisoned)
+    assert train(tmp_path / "run") == 1
+    told = capfd.readouterr().err
+    assert "the loss is nan in step 11, epoch 2" in told
+    assert "step-00000007.pt" in told
+    names = {path.name for path in (tmp_path / "run/checkpoints").iterdir()}
+    assert names == {"step-00000007.pt", "best.pt"}
+
+
+def test_a_folder_with_another_run_is_not_touched(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert train(out, epochs=1) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*.*")}
+    assert train(out, epochs=1, lr=0.3) == 2
+    assert "has a run with lr 0.4, not 0.3" in capfd.readouterr().err
+    assert {path: path.read_bytes() for path in out.rglob("*.*")} == before
