@@ -5,6 +5,7 @@ Modules that need the extra's packages are imported in the tests, which ``-m tra
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import math
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from runs import assert_same, config, result
+from torch import nn
 
 from resnest_fused import models
 from resnest_fused.models import images
@@ -263,7 +265,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path: Path) -> N
 
 def test_a_step_is_nesterov_s_with_decay_of_weights_only(tmp_path: Path) -> None:
     """Two steps against the formulas in float64, with clipping and the moving average."""
-    options = {**PLAIN, "momentum": 0.9, "clip": 0.5, "ema": 0.75, "weight_decay": 0.01}
+    options = {**PLAIN, "momentum": 0.9, "clip": 0.05, "ema": 0.75, "weight_decay": 0.01}
     each = trainer(tmp_path, **options, batch=32)
     network = each.network.double().eval()
     each.ema.double()
@@ -274,20 +276,18 @@ def test_a_step_is_nesterov_s_with_decay_of_weights_only(tmp_path: Path) -> None
     for step in range(2):
         x = torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(step)).double()
         y = torch.arange(32) % 10
-        logits = torch.func.functional_call(network, {**dict(network.named_buffers()), **values}, x)
         targets = 0.9 * F.one_hot(y, 10) + 0.01
-        loss = -(targets * logits.log_softmax(1)).sum(1).mean()
         leaves = {name: value.requires_grad_() for name, value in values.items()}
         logits = torch.func.functional_call(network, {**dict(network.named_buffers()), **leaves}, x)
         loss = -(targets * logits.log_softmax(1)).sum(1).mean()
         gradients = dict(zip(names, torch.autograd.grad(loss, list(leaves.values())), strict=True))
         norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
-        assert norm > 0.5
+        assert norm > 0.05
         rate = each.peak * (1 + math.cos(math.pi * step / each.total)) / 2
         with torch.no_grad():
             for name, value in values.items():
                 decay = 0.01 if value.dim() > 1 else 0.0
-                g = gradients[name] * 0.5 / (norm + 1e-6) + decay * value
+                g = gradients[name] * 0.05 / (norm + 1e-6) + decay * value
                 speeds[name] = 0.9 * speeds[name] + g
                 values[name] = (value - rate * (g + 0.9 * speeds[name])).detach()
                 before = averages.get(name)
@@ -328,7 +328,12 @@ def test_drop_block_grows_from_0_to_its_rate(tmp_path: Path) -> None:
     ],
     ids=lambda options: "-".join(options),
 )
-def test_each_option_trains(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_each_option_trains(
+    tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Everything of torch.compile but its code generator, which takes a minute.
+    compiled = functools.partialmethod(nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(nn.Module, "compile", compiled)
     assert train(tmp_path / "run", **{"epochs": 2, **options}) == 0
     rows = result(tmp_path / "run")["rows"]
     assert all(math.isfinite(row["val_loss"]) for row in rows if row["kind"] == "epoch")

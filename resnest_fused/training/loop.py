@@ -97,7 +97,8 @@ class Trainer:
         self._row_losses: list[float] = []
         self._epoch_losses: list[float] = []
         self._complaints: dict[str, None] = {}
-        torch.manual_seed(mix_seeds(config.seed, world.rank))
+        self._clock = _Clock()
+        randomness.seed_all(mix_seeds(config.seed, world.rank))
 
     def _make_loaders(self, data: Data) -> None:
         config, world = self.config, self.world

@@ -1,4 +1,4 @@
-"""The states of all random number generators of a process, in a form that a checkpoint can hold."""
+"""All random number generators of a process: seeded, and their states as a checkpoint holds them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def get_states() -> dict[str, Any]:
