@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import sys
 import typing
 from collections.abc import Callable
@@ -13,10 +14,16 @@ from typing import Annotated, Any
 
 import typer
 
+from resnest_fused.cli import screen
 from resnest_fused.cli.errors import bad, blame
 from resnest_fused.training.config import PRESETS, Config, ConfigError, make_config
 
 _Preset = Enum("_Preset", {name: name for name in PRESETS}, type=str)  # type: ignore[misc]
+
+
+class _Shape(str, Enum):
+    imagenet = "imagenet"
+    cifar = "cifar"
 
 
 def _run(
@@ -36,6 +43,14 @@ def _run(
         list[Path] | None,
         typer.Option(help="Draw another run's curves into the plot, too.", metavar="DIR"),
     ] = None,
+    synthetic: Annotated[
+        _Shape | None,
+        typer.Option(
+            help="Train nothing; time loading, steps and the all-reduce, on pictures of random "
+            "numbers shaped like those of imagenet or cifar.",
+            metavar="NAME",
+        ),
+    ] = None,
     **options: Any,
 ) -> None:
     """Train a network, on one process or, by torchrun, on many; or go on with a run.
@@ -53,11 +68,41 @@ def _run(
         for name in {"options", "lr_of"} & set(given):
             given[name] = _by_name(given[name])
         chosen = make_config(preset and preset.value, config, given)
+        if synthetic is not None:
+            _time(chosen, synthetic.value)
+            return
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from error
     with blame("train", ImportError):
         from resnest_fused.training.run import train
     raise typer.Exit(train(chosen, tuple(plot_with or ())))
+
+
+def _time(config: Config, shape: str) -> None:
+    """Measure the parts of a run, and print them in the first process."""
+    with blame("train", ImportError):
+        from resnest_fused.training.dryrun import SHAPES, measure
+    samples = 16 * config.batch * config.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
+    found = measure(
+        dataclasses.replace(config, **{"data": "synthetic", "samples": samples, **SHAPES[shape]})
+    )
+    if os.environ.get("RANK", "0") != "0":
+        return
+    table: Any = screen.make_table("part", "images/s", "ms a step")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    of_all = found.processes * found.batch
+    table.add_row("loading", f"{found.loading:.1f}", f"{1e3 * of_all / found.loading:.1f}")
+    table.add_row("step", f"{found.stepping:.1f}", f"{1e3 * found.step_seconds:.1f}")
+    if found.processes > 1:
+        table.add_row("all-reduce, beyond the step", "", f"{1e3 * found.exchange_seconds:.1f}")
+        table.add_row("all-reduce alone", "", f"{1e3 * found.reduce_seconds:.1f}")
+    table.add_row("all together", f"{found.training:.1f}", f"{1e3 * of_all / found.training:.1f}")
+    title = (
+        f"{config.model}, {shape}-shaped: {found.processes} processes of {found.batch} samples, "
+        f"{found.gradient_bytes / 1e6:.1f} MB of gradients"
+    )
+    screen.print_table(screen.make_console(), title, table)
 
 
 def _by_name(pairs: list[str]) -> dict[str, Any]:

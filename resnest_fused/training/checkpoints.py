@@ -58,20 +58,30 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is truncated, damaged, or no checkpoint of a run.
     """
+    verify(path)
     try:
-        with zipfile.ZipFile(path) as parts:
-            damaged = parts.testzip()
-        if damaged is not None:
-            raise CheckpointError(f"{path}: damaged ({damaged} has another checksum)")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
-    # Damage can make zipfile and the unpickler raise almost anything.
-    except Exception as error:
-        raise CheckpointError(f"{path}: truncated or damaged ({error})") from error
+    except Exception as error:  # almost anything
+        raise CheckpointError(f"{path}: not a checkpoint of a training run ({error})") from error
     if not isinstance(state, dict) or not {"model", "config", "step"} <= set(state):
         raise CheckpointError(f"{path}: not a checkpoint of a training run")
     return state
+
+
+def verify(path: Path) -> None:
+    """Compare the checksums of all parts of a file with those that torch.save noted in it.
+
+    Raises:
+        CheckpointError: the file is truncated or damaged, or not of torch.save.
+    """
+    try:
+        with zipfile.ZipFile(path) as parts:
+            damaged = parts.testzip()
+    # Damage can make zipfile raise almost anything.
+    except Exception as error:
+        raise CheckpointError(f"{path}: truncated or damaged ({error})") from error
+    if damaged is not None:
+        raise CheckpointError(f"{path}: damaged ({damaged} has another checksum)")
 
 
 def find_newest(folder: Path, warn: Callable[[str], None]) -> Path | None:

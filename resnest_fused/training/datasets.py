@@ -58,16 +58,32 @@ def find_data(config: Config) -> Data:
     return _folders(Path(config.data))
 
 
+def find_evaluation_data(config: Config) -> tuple[Source, list[str]]:
+    """Pictures to evaluate on, and the names of their classes; a folder may have these alone.
+
+    Raises:
+        ConfigError: there are none such.
+    """
+    root = Path(config.data)
+    if config.data and root.is_dir() and not (root / "val").is_dir():
+        found = _folder(root)
+        return found, found.classes
+    data = find_data(config)
+    return data.val, data.classes
+
+
+def _folder(root: Path) -> datasets.ImageFolder:
+    try:
+        return datasets.ImageFolder(str(root), loader=images.read_image)
+    except FileNotFoundError as error:
+        raise ConfigError(f"data: {error}".splitlines()[0]) from error
+
+
 def _folders(root: Path) -> Data:
-    sides = []
     for name in ("train", "val"):
         if not (root / name).is_dir():
             raise ConfigError(f"data: {root}: expected the folders train and val in it")
-        try:
-            sides.append(datasets.ImageFolder(str(root / name), loader=images.read_image))
-        except FileNotFoundError as error:
-            raise ConfigError(f"data: {error}".splitlines()[0]) from error
-    train, val = sides
+    train, val = _folder(root / "train"), _folder(root / "val")
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
         raise ConfigError(f"data: {root}: train and val have other classes, such as {odd[0]!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import os
 import signal
 import sys
@@ -113,6 +114,8 @@ def join(device: str, timeout: int) -> Iterator[World]:
         device_id=place if kind == "cuda" else None,
     )
     yield World(dist.get_rank(), dist.get_world_size(), place, True)
+    # A DDP model that outlives its process group, as in a cycle, can deadlock the group's end.
+    gc.collect()
     dist.barrier()
     dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""All random number generators of a process: seeded, and their states as a checkpoint holds them."""
+"""All random number generators of a process: their seed, and their states in a checkpoint."""
 
 from __future__ import annotations
 
