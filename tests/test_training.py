@@ -497,3 +497,137 @@ def test_a_folder_with_another_run_is_not_touched(
     assert train(out, epochs=1, lr=0.3) == 2
     assert "has a run with lr 0.4, not 0.3" in capfd.readouterr().err
     assert {path: path.read_bytes() for path in out.rglob("*.*")} == before
+
+
+# --- the commands
+
+
+def run_command(*arguments: str) -> Any:
+    from typer.testing import CliRunner
+
+    from resnest_fused.cli.app import app
+
+    result = CliRunner().invoke(app, [*arguments])
+    # Any other exception would be a traceback on a user's screen.
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result
+
+
+def test_options_of_the_command_count_over_the_file_and_the_file_over_the_preset(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "options.yaml"
+    out = str(tmp_path / "run")
+    file.write_text(f"epochs: 2\nbatch: 400\nout: {out}\noptions: {{planes: [8, 8, 8, 8]}}\n")
+    options = ["--epochs", "1", "--options", "stem_width=4", "--options", "planes=[8,8,8,16]"]
+    options += ["--lr-of", "fc=2.5", "--no-fuse", "--device", "cpu"]
+    done = run_command("train", "--preset", "digits", "--config", str(file), *options)
+    assert done.exit_code == 0, done.stderr
+    kept = module("config").read_config(tmp_path / "run/config.yaml")
+    assert (kept.epochs, kept.batch, kept.lr, kept.fuse) == (1, 400, 0.4, False)
+    assert kept.options == {"stem_width": 4, "planes": [8, 8, 8, 16]}
+    assert kept.lr_of == {"fc": 2.5}
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {
+        *("config.yaml", "checkpoints", "metrics.jsonl", "tensorboard", "curves.png", "curves.svg")
+    }
+    assert "top-1 %" in done.stderr
+    assert Image.open(tmp_path / "run/curves.png").size[0] > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere"], "data: nowhere: expected the folders train and val in it"),
+        ([], "data: expected a folder, torchvision:NAME, digits or synthetic"),
+        (["--data", "torchvision:MNOST"], "data: torchvision has no dataset 'MNOST'"),
+        (["--preset", "digits", "--batch", "2000"], "batch: a step takes 2000 samples"),
+        (["--preset", "digits", "--model", "resnet50"], "model: expected one of resnest14, "),
+        (["--preset", "digits", "--options", "radix=-1"], "options: radix: expected an integer"),
+        (["--preset", "digits", "--options", "radix"], "expected a name, = and a value"),
+        (["--preset", "digits", "--backend", "cuda"], "backend: "),
+        (["--preset", "digits", "--weights", "none.pth"], "none.pth: not a file that exists"),
+        (["--smoothing", "2"], "smoothing: expected a number from 0 to below 1, got 2.0"),
+        (["--config", "none.yaml"], "config: none.yaml cannot be read"),
+    ],
+)
+def test_wrong_arguments_are_one_line(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    done = run_command("train", "--device", "cpu", *arguments)
+    assert done.exit_code == 2
+    told = done.stderr + capfd.readouterr().err
+    assert message in told and len(told.splitlines()) == 1, told
+
+
+def test_evaluate_scores_a_run_and_any_checkpoint(tmp_path: Path, folder: Path) -> None:
+    out = tmp_path / "run"
+    assert train(out, epochs=2) == 0
+    best = out / "checkpoints/best.pt"
+    rows = [row for row in result(out)["rows"] if row["kind"] == "epoch"]
+    options = ["--device", "cpu", "--json", "--out", str(tmp_path / "scores")]
+    done = run_command("evaluate", str(best), *options)
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    expected = max(rows, key=lambda row: row["top1"])
+    for name in ("loss", "top1", "top5", "calibration_error"):
+        same = "val_loss" if name == "loss" else name
+        assert found[name] == pytest.approx(expected[same], rel=1e-4), name
+    confusion = np.array(found["confusion"])
+    assert found["pictures"] == confusion.sum() == 359
+    assert found["top1"] == pytest.approx(100 * confusion.trace() / 359)
+    assert found["by_class"]["3"] == pytest.approx(100 * confusion[3, 3] / confusion[3].sum())
+    assert {p.name for p in (tmp_path / "scores").iterdir()} == {
+        *("scores.json", "confusion.png", "confusion.svg")
+    }
+    # The same weights without the run's options, on a folder of classes.
+    plain = tmp_path / "plain.safetensors"
+    models.convert_checkpoint(models.read_checkpoint(best, entry="ema"), plain, "official")
+    (tmp_path / "many").mkdir()
+    for number in range(10):
+        (tmp_path / "many" / str(number)).symlink_to(folder / "val/cats")
+    text = run_command("evaluate", str(plain), "--data", "digits", "--device", "cpu")
+    assert text.exit_code == 2 and "WEIGHTS" in text.stderr  # it is no resnest50
+
+
+def test_evaluate_counts_by_hand(tmp_path: Path) -> None:
+    """Scores of fixed logits against numbers worked out by hand, in two batches."""
+    evaluate = module("evaluation").evaluate
+    odds = torch.tensor(
+        [[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6], [0.5, 0.4, 0.1]]
+    )
+    labels = torch.tensor([0, 1, 1, 2, 2])
+    network = nn.Flatten()
+    data = odds.log()[..., None, None]
+    batches = [(data[:2], labels[:2], None), (data[2:], labels[2:], None)]
+    scores = evaluate(network, batches, 3, torch.device("cpu"))
+    assert scores.top1 == pytest.approx(60) and scores.top5 == pytest.approx(100)
+    assert scores.loss == pytest.approx(-np.log([0.7, 0.3, 0.8, 0.6, 0.1]).mean(), rel=1e-5)
+    assert scores.confusion.tolist() == [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
+    assert scores.by_class().tolist() == [100, 50, 50]
+    # The confidences 0.7, 0.6, 0.8, 0.6 and 0.5 fall into four of 15 bins: 0.6 twice, half right.
+    by_hand = (0.3 + 2 * 0.1 + 0.2 + 0.5) / 5
+    assert scores.calibration_error == pytest.approx(100 * by_hand, rel=1e-4)
+    assert network.training
+
+
+def test_a_damaged_run_is_not_evaluated(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert train(out, epochs=1) == 0
+    tear(out / "checkpoints/best.pt", "flipped")
+    done = run_command("evaluate", str(out / "checkpoints/best.pt"), "--device", "cpu")
+    assert done.exit_code == 2 and "damaged" in done.stderr
+
+
+def test_a_dry_run_times_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--batch", "4", "--model", "resnest14", "--options", "planes=[8,8,16,16]"]
+    done = run_command(
+        "train", "--synthetic", "cifar", "--device", "cpu", "--workers", "0", *options
+    )
+    assert done.exit_code == 0, done.stderr
+    for part in ("loading", "step", "all together", "cifar-shaped"):
+        assert part in done.stdout
+    assert not list(tmp_path.iterdir())

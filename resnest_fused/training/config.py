@@ -145,11 +145,6 @@ class Config:
 
     # --- machine
     device: str = _option("", "cpu or cuda; default the GPU if there is one.", metavar="NAME")
-    strategy: str = _option(
-        "ddp",
-        "Of several processes: ddp, a copy on each, or fsdp, the parameters spread over them.",
-        choices=("ddp", "fsdp"),
-    )
     amp: str = _option(
         "none", "Mixed precision: none, bf16, or fp16, which scales the loss.",
         choices=("none", "bf16", "fp16"),
