@@ -149,16 +149,16 @@ def test_the_rest_of_an_epoch_is_the_same_after_a_restart(workers: int) -> None:
     loading, datasets = module("loading"), module("datasets")
     data = datasets.find_data(config(Path("x")))
     transform = module("augmentation").training_transform(config(Path("x")))
-    pictures = loading.Pictures(data.train, transform, 0, False)
+    chosen = config(Path("x"), batch=100, workers=workers, seed=5)
 
     def labels(epoch: int, taken: int) -> list[torch.Tensor]:
         found = []
         for rank in range(2):
-            sampler = loading.EpochSampler(data.train, 2, rank, seed=5, drop_last=True)
-            loader = loading.make_loader(pictures, sampler, 100, workers, whole=True, pin=False)
-            sampler.set_epoch(epoch)
-            sampler.load_state_dict({"yielded": taken * 100})
-            found += [torch.cat([x.flatten(1).sum(1), y]) for x, y, _ in loader]
+            world = module("distributed").World(rank, 2, torch.device("cpu"), False)
+            batches = loading.training_batches(data.train, transform, chosen, world)
+            found += [
+                torch.cat([x.flatten(1).sum(1), y]) for x, y, _ in batches.begin(epoch, taken)
+            ]
         return found
 
     whole, rest, other = labels(1, 0), labels(1, 3), labels(2, 0)
@@ -223,6 +223,70 @@ def test_incomplete_data_are_named(
     spoil(folder)
     assert train(folder / "run", data=str(folder), batch=2) == 2
     assert message in capsys.readouterr().err
+
+
+def write_shards(folder: Path, name: str, count: int, each: int, bad: int = -1) -> str:
+    """Shards whose pictures have the colour of their label; one picture may be damaged."""
+    import io
+
+    import webdataset
+
+    for shard in range(count):
+        with webdataset.TarWriter(str(folder / f"{name}-{shard}.tar")) as writer:
+            for place in range(each):
+                number = shard * each + place
+                buffer = io.BytesIO()
+                Image.new("RGB", (36, 36), (25 * (number % 10), 0, number % 256)).save(
+                    buffer, "png"
+                )
+                content = buffer.getvalue()[: 60 if number == bad else None]
+                key = f"{number:04d}"
+                writer.write({"__key__": key, "png": content, "cls": str(number % 10)})
+    return str(folder / f"{name}-{{0..{count - 1}}}.tar")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_give_every_picture_and_go_on(workers: int, tmp_path: Path) -> None:
+    loading, distributed = module("loading"), module("distributed")
+    urls = write_shards(tmp_path, "train", 8, 10, bad=33)
+    chosen = config(
+        tmp_path / "run", data=f"webdataset:{urls}", val=urls, samples=160, classes=10,
+        batch=10, workers=workers,
+    )  # fmt: skip
+    data = module("datasets").find_data(chosen)
+    transform = module("augmentation").evaluation_transform(8, 1.0)
+
+    def rows(make: Any, *arguments: int) -> list[list[Any]]:
+        found = []
+        for rank in range(2):
+            world = distributed.World(rank, 2, torch.device("cpu"), False)
+            batches = make(world)
+            batches = batches.begin(*arguments) if arguments else batches
+            found.append([(x.flatten().tolist(), y.tolist(), bad) for x, y, bad in batches])
+        return found
+
+    def training(world: Any) -> Any:
+        return loading.training_batches(data.train, transform, chosen, world)
+
+    whole, rest, other = (rows(training, *place) for place in ((1, 0), (1, 5), (2, 0)))
+    assert [len(batches) for batches in whole] == [8, 8]
+    assert rest == [batches[5:] for batches in whole] and other != whole
+    once = rows(lambda world: loading.evaluation_batches(data.val, transform, chosen, world))
+    labels = sorted(label for batches in once for _, many, _ in batches for label in many)
+    assert labels == sorted(number % 10 for number in range(80) if number != 33)
+    complaints = [c for batches in once for _, _, many in batches for c in many if c]
+    assert len(complaints) == 1 and "train-3.tar: 0033: cannot be decoded" in complaints[0]
+    with pytest.raises(module("config").ConfigError, match="expected a shard for each of 20"):
+        training(distributed.World(0, 20 // max(workers, 1), torch.device("cpu"), False))
+
+
+def test_a_run_on_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_urls, val = write_shards(tmp_path, "train", 4, 20), write_shards(tmp_path, "val", 1, 20)
+    options = {"data": f"webdataset:{train_urls}", "val": val, "classes": 10, "batch": 20}
+    assert train(tmp_path / "run", **options, samples=80, epochs=1) == 0
+    assert result(tmp_path / "run")["state"]["step"] == 4
+    assert train(tmp_path / "other", **options, epochs=1) == 2
+    assert "samples: shards do not tell it" in capsys.readouterr().err
 
 
 # --- steps
@@ -539,9 +603,12 @@ def test_options_of_the_command_count_over_the_file_and_the_file_over_the_preset
     ("arguments", "message"),
     [
         (["--data", "nowhere"], "data: nowhere: expected the folders train and val in it"),
-        ([], "data: expected a folder, torchvision:NAME, digits or synthetic"),
+        ([], "data: expected a folder, torchvision:NAME, webdataset:URLS, digits or synthetic"),
         (["--data", "torchvision:MNOST"], "data: torchvision has no dataset 'MNOST'"),
-        (["--preset", "digits", "--batch", "2000"], "batch: a step takes 2000 samples"),
+        (
+            ["--preset", "digits", "--batch", "2000"],
+            "batch: a step takes 2000 samples, more than an epoch has",
+        ),
         (["--preset", "digits", "--model", "resnet50"], "model: expected one of resnest14, "),
         (["--preset", "digits", "--options", "radix=-1"], "options: radix: expected an integer"),
         (["--preset", "digits", "--options", "radix"], "expected a name, = and a value"),

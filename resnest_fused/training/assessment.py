@@ -17,8 +17,9 @@ from resnest_fused.training import checkpoints
 from resnest_fused.training.augmentation import evaluation_transform
 from resnest_fused.training.config import Config, ConfigError, make_config
 from resnest_fused.training.datasets import find_evaluation_data
+from resnest_fused.training.distributed import World
 from resnest_fused.training.evaluation import Scores, evaluate
-from resnest_fused.training.loading import Pictures, ShareSampler, make_loader
+from resnest_fused.training.loading import evaluation_batches
 from resnest_fused.training.loop import AMP
 from resnest_fused.training.network import evaluation_size
 
@@ -86,15 +87,7 @@ def assess(
     else:
         transform = registry.preprocessing(config.model, network).transform
     memory = torch.channels_last if config.channels_last else torch.contiguous_format
-    pictures = Pictures(source, transform, config.seed, config.strict_data)
-    loader = make_loader(
-        pictures,
-        ShareSampler(len(source), 0, 1),
-        config.batch,
-        config.workers,
-        whole=False,
-        pin=place.type == "cuda",
-    )
+    loader = evaluation_batches(source, transform, config, World(0, 1, place, False))
     bad: list[str] = []
 
     def batches() -> Any:

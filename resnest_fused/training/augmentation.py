@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -53,6 +54,22 @@ class Lighting(nn.Module):
         """``(3, H, W)`` to the same shape."""
         factors = torch.randn(3) * self.deviation * torch.tensor(self.values)
         return x + (torch.tensor(self.vectors) @ factors).to(x.dtype)[:, None, None]
+
+
+def mix_seeds(*numbers: int) -> int:
+    """A seed from several numbers, such that neighbours have nothing in common."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def apply_seeded(transform: Transform, image: Image.Image, *numbers: int) -> Tensor:
+    """A picture's transform, with random numbers that depend on these numbers alone."""
+    before = torch.get_rng_state()
+    # Not torch.manual_seed, which also seeds GPUs.
+    torch.default_generator.manual_seed(mix_seeds(*numbers))
+    try:
+        return transform(image)
+    finally:
+        torch.set_rng_state(before)
 
 
 def training_transform(config: Config) -> Transform:

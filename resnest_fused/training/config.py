@@ -59,12 +59,14 @@ class Config:
     data: str = _option(
         "",
         "A folder with train/ and val/, which have a folder for each class; torchvision:NAME, as "
-        "torchvision:CIFAR10, below --root; scikit-learn's digits; or synthetic.",
+        "torchvision:CIFAR10, below --root; webdataset:URLS, as train-{000..146}.tar; "
+        "scikit-learn's digits; or synthetic.",
         metavar="SOURCE",
     )
+    val: str = _option("", "WebDataset's shards to evaluate on.", metavar="URLS")
     root: str = _option("data", "Where torchvision's datasets are kept.", metavar="DIR")
     download: bool = _option(False, "Let torchvision download its dataset.")
-    samples: int = _option(1280, "How many synthetic samples an epoch has.", least=1)
+    samples: int = _option(0, "Samples in an epoch of shards, or of synthetic ones.", least=0)
     classes: int = _option(0, "Number of classes; 0 for as many as the data have.", least=0)
     strict_data: bool = _option(False, "End at the first picture that cannot be decoded.")
     workers: int = _option(4, "Processes that load data, for each process that trains.", least=0)

@@ -12,6 +12,7 @@ from torchvision import datasets
 
 from resnest_fused.models import images
 from resnest_fused.training.config import Config, ConfigError
+from resnest_fused.training.shards import Shards, find_shards
 
 
 class Source(Protocol):
@@ -35,8 +36,8 @@ class Data(NamedTuple):
         classes: their names.
     """
 
-    train: Source
-    val: Source
+    train: Source | Shards
+    val: Source | Shards
     classes: list[str]
 
 
@@ -49,16 +50,20 @@ def find_data(config: Config) -> Data:
     kind, _, name = config.data.partition(":")
     if kind == "torchvision" and name:
         return _torchvision(name, config)
+    if kind == "webdataset" and name:
+        return _shards(name, config)
     if config.data == "digits":
         return _digits()
     if config.data == "synthetic":
         return _synthetic(config)
     if not config.data:
-        raise ConfigError("data: expected a folder, torchvision:NAME, digits or synthetic")
+        raise ConfigError(
+            "data: expected a folder, torchvision:NAME, webdataset:URLS, digits or synthetic"
+        )
     return _folders(Path(config.data))
 
 
-def find_evaluation_data(config: Config) -> tuple[Source, list[str]]:
+def find_evaluation_data(config: Config) -> tuple[Source | Shards, list[str]]:
     """Pictures to evaluate on, and the names of their classes; a folder may have these alone.
 
     Raises:
@@ -145,6 +150,14 @@ def _first(kind: Any, root: str, choices: list[dict[str, Any]], options: dict[st
     raise ConfigError(f"data: {problem}")
 
 
+def _shards(urls: str, config: Config) -> Data:
+    for name in ("val", "classes", "samples"):
+        if not getattr(config, name):
+            raise ConfigError(f"{name}: shards do not tell it, and it was not given")
+    classes = [str(label) for label in range(config.classes)]
+    return Data(find_shards(urls, config.samples), find_shards(config.val), classes)
+
+
 class _Arrays:
     """Pictures in memory: ``(N, H, W, 3)`` of bytes."""
 
@@ -174,9 +187,10 @@ def _digits() -> Data:
 def _synthetic(config: Config) -> Data:
     """Noise of the crop's size, of which an epoch takes some pictures often."""
     generator = np.random.default_rng(config.seed)
-    shape = (min(config.samples, 64), config.crop, config.crop, 3)
+    samples = config.samples or 1280
+    shape = (min(samples, 64), config.crop, config.crop, 3)
     pictures = generator.integers(0, 256, shape, dtype=np.uint8)
     count = config.classes or 1000
-    labels = generator.integers(0, count, config.samples)
+    labels = generator.integers(0, count, samples)
     data = _Arrays(pictures, labels)
     return Data(data, data, [str(label) for label in range(count)])

@@ -62,8 +62,8 @@ def measure(config: Config) -> Throughput:
 def _measure(config: Config, world: World) -> Throughput:
     trainer = Trainer(config, find_data(config), world)
     samples = config.batch * config.accumulate
-    loaded = iter(trainer.loader)
-    count = min(_WARM + _STEPS, len(trainer.loader) - 1)
+    loaded = trainer.batches.begin(0)
+    count = min(_WARM + _STEPS, len(trainer.batches) - 1)
     batch = next(loaded)
     loading = _median(world, lambda: next(loaded), count) / config.batch
 
@@ -77,7 +77,7 @@ def _measure(config: Config, world: World) -> Throughput:
     flat = torch.zeros(sum(p.numel() for p in gradients), device=world.device)
     reduce = _median(world, lambda: dist.all_reduce(flat)) if world.size > 1 else 0.0
 
-    loaded = iter(trainer.loader)
+    loaded = trainer.batches.begin(1)
     steps = min(_WARM + _STEPS, trainer.steps_per_epoch)
     whole = _median(world, lambda: trainer._take_step(loaded), steps)
     return Throughput(

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
-from resnest_fused.training.augmentation import Transform
+from resnest_fused.training.augmentation import Transform, apply_seeded
+from resnest_fused.training.config import Config, ConfigError
 from resnest_fused.training.datasets import Source
-from resnest_fused.training.distributed import ignore_stopping
+from resnest_fused.training.distributed import World, ignore_stopping
+from resnest_fused.training.shards import ShardPictures, Shards
 
 Key = tuple[int, int]
 
@@ -51,19 +53,8 @@ class Pictures(Dataset[tuple[Tensor, int, str]]):
                     raise
                 complaint = complaint or str(error)
                 continue
-            before = torch.get_rng_state()
-            # Not torch.manual_seed, which also seeds GPUs.
-            torch.default_generator.manual_seed(mix_seeds(self.seed, epoch, index))
-            try:
-                return self.transform(image), label, complaint
-            finally:
-                torch.set_rng_state(before)
+            return apply_seeded(self.transform, image, self.seed, epoch, index), label, complaint
         raise ValueError(f"no picture can be decoded; the first: {complaint}")
-
-
-def mix_seeds(*numbers: int) -> int:
-    """A seed from several, such that neighbours have nothing in common."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 class EpochSampler(StatefulDistributedSampler):
@@ -90,35 +81,104 @@ class ShareSampler(Sampler[Key]):
         return len(self.numbers)
 
 
-def make_loader(
-    pictures: Pictures, sampler: Any, batch: int, workers: int, *, whole: bool, pin: bool
-) -> DataLoader[Any]:
-    """Batches of tensors, labels and complaints.
+class Batches(Protocol):
+    """One process's batches of pictures, labels and complaints, epoch by epoch."""
 
-    Args:
-        pictures, sampler: what, and in which order.
-        batch: samples in a batch.
-        workers: processes that load, 0 for this one.
-        whole: leave out the last batch if it is smaller.
-        pin: put batches where a GPU copies them fast from.
+    def __len__(self) -> int:
+        """How many an epoch has."""
+
+    def begin(self, epoch: int, taken: int = 0) -> Iterator[Any]:
+        """The batches of an epoch, without the first ``taken`` ones."""
+
+
+def training_batches(
+    source: Source | Shards, transform: Transform, config: Config, world: World
+) -> Batches:
+    """Whole batches in random order; every process has as many.
+
+    Raises:
+        ConfigError: there are fewer shards than processes that load them.
     """
+    if isinstance(source, Shards):
+        return _ShardBatches(source, transform, config, world)
+    return _PictureBatches(source, transform, config, world)
+
+
+class _PictureBatches:
+    def __init__(self, source: Source, transform: Transform, config: Config, world: World) -> None:
+        self.batch = config.batch
+        self.sampler = EpochSampler(
+            source, world.size, world.rank, seed=config.seed, drop_last=True
+        )
+        pictures = Pictures(source, transform, config.seed, config.strict_data)
+        self.loader = _loader(
+            pictures, config, world, sampler=self.sampler, drop_last=True,
+            persistent_workers=config.workers > 0,
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def begin(self, epoch: int, taken: int = 0) -> Iterator[Any]:
+        self.sampler.set_epoch(epoch)
+        self.sampler.load_state_dict({"yielded": taken * self.batch})
+        return iter(self.loader)
+
+
+class _ShardBatches:
+    def __init__(self, shards: Shards, transform: Transform, config: Config, world: World) -> None:
+        needed = world.size * max(config.workers, 1)
+        if len(shards.urls) < needed:
+            raise ConfigError(
+                f"data: expected a shard for each of {needed} processes that load, got "
+                f"{len(shards.urls)}"
+            )
+        self.count = shards.samples // (world.size * config.batch)
+        self.pictures = ShardPictures(
+            shards, transform, config.seed, config.strict_data, world.rank, world.size
+        )
+        self.loader = _loader(self.pictures, config, world)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def begin(self, epoch: int, taken: int = 0) -> Iterator[Any]:
+        self.pictures.epoch = epoch
+        batches = itertools.islice(self.loader, self.count)
+        for _ in range(taken):  # shards have no other way to a place than through what is before it
+            next(batches)
+        return batches
+
+
+def evaluation_batches(
+    source: Source | Shards, transform: Transform, config: Config, world: World
+) -> Iterable[Any]:
+    """All pictures, each once in one of the processes, in order."""
+    options = transform, config.seed, config.strict_data
+    if isinstance(source, Shards):
+        return _loader(ShardPictures(source, *options, world.rank, world.size), config, world)
+    share = ShareSampler(len(source), world.rank, world.size)
+    return _loader(Pictures(source, *options), config, world, sampler=share)
+
+
+def _loader(
+    pictures: Dataset[Any], config: Config, world: World, **options: Any
+) -> DataLoader[Any]:
     context = None
-    if workers:
+    if config.workers:
         # A fork of a process with torch's threads may hang; this one forks before it has any.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
     return DataLoader(
         pictures,
-        batch_size=batch,
-        sampler=sampler,
-        num_workers=workers,
-        drop_last=whole,
-        pin_memory=pin,
-        persistent_workers=workers > 0,
+        batch_size=config.batch,
+        num_workers=config.workers,
+        pin_memory=world.device.type == "cuda",
         multiprocessing_context=context,
         worker_init_fn=_begin_worker,
         # Of its own, as a loader draws a seed for its workers when it begins.
         generator=torch.Generator().manual_seed(0),
+        **options,
     )
 
 

@@ -21,6 +21,7 @@ from resnest_fused.training.augmentation import (
     evaluation_transform,
     make_loss,
     make_mixing,
+    mix_seeds,
     training_transform,
 )
 from resnest_fused.training.config import Config, ConfigError
@@ -28,13 +29,7 @@ from resnest_fused.training.datasets import Data
 from resnest_fused.training.distributed import StopRequest, World
 from resnest_fused.training.evaluation import evaluate
 from resnest_fused.training.groups import parameter_groups
-from resnest_fused.training.loading import (
-    EpochSampler,
-    Pictures,
-    ShareSampler,
-    make_loader,
-    mix_seeds,
-)
+from resnest_fused.training.loading import evaluation_batches, training_batches
 from resnest_fused.training.network import build_network, evaluation_size
 from resnest_fused.training.reporting import Reporter
 from resnest_fused.training.schedule import lr_factor, make_scheduler, peak_lr
@@ -72,7 +67,7 @@ class Trainer:
         self.folder = Path(config.out) / "checkpoints"
         self.format = torch.channels_last if config.channels_last else torch.contiguous_format
 
-        self._make_loaders(data)
+        self._make_batches(data)
         self.network = build_network(config, self.count).to(world.device)
         samples = config.batch * config.accumulate * world.size
         self.peak = peak_lr(config.lr, samples)
@@ -100,33 +95,16 @@ class Trainer:
         self._clock = _Clock()
         randomness.seed_all(mix_seeds(config.seed, world.rank))
 
-    def _make_loaders(self, data: Data) -> None:
+    def _make_batches(self, data: Data) -> None:
         config, world = self.config, self.world
-        pin = world.device.type == "cuda"
-        pictures = Pictures(data.train, training_transform(config), config.seed, config.strict_data)
-        self.sampler = EpochSampler(
-            data.train, world.size, world.rank, seed=config.seed, drop_last=True
-        )
-        self.loader = make_loader(
-            pictures, self.sampler, config.batch, config.workers, whole=True, pin=pin
-        )
-        self.steps_per_epoch = len(self.loader) // config.accumulate
+        self.batches = training_batches(data.train, training_transform(config), config, world)
+        self.steps_per_epoch = len(self.batches) // config.accumulate
         if not self.steps_per_epoch:
-            each = len(data.train) // world.size
-            needed = config.batch * config.accumulate
-            raise ConfigError(
-                f"batch: a step takes {needed} samples of a process, the data have {each}"
-            )
+            samples = config.batch * config.accumulate * world.size
+            raise ConfigError(f"batch: a step takes {samples} samples, more than an epoch has")
         self.total = config.epochs * self.steps_per_epoch
         seen = evaluation_transform(evaluation_size(config), config.eval_ratio)
-        self.val_loader = make_loader(
-            Pictures(data.val, seen, config.seed, config.strict_data),
-            ShareSampler(len(data.val), world.rank, world.size),
-            config.batch,
-            config.workers,
-            whole=False,
-            pin=pin,
-        )
+        self.val_batches = evaluation_batches(data.val, seen, config, world)
 
     def _wrap(self) -> nn.Module:
         """The network as it is called in training."""
@@ -214,7 +192,7 @@ class Trainer:
         for epoch in range(self.epoch, self.config.epochs):
             began = time.perf_counter()
             done = self.step - epoch * self.steps_per_epoch
-            batches = self._batches(epoch, done)
+            batches = self.batches.begin(epoch, done * self.config.accumulate)
             for number in range(done, self.steps_per_epoch):
                 if self.world.any(stop.made):
                     self.save()
@@ -227,13 +205,6 @@ class Trainer:
                     self.save()
             self._finish_epoch(reporter, epoch, began)
         return True
-
-    def _batches(self, epoch: int, done: int) -> Iterator[Any]:
-        """What is left of an epoch's batches after so many of its steps."""
-        self.sampler.set_epoch(epoch)
-        samples = done * self.config.accumulate * self.config.batch
-        self.sampler.load_state_dict({"yielded": samples})
-        return iter(self.loader)
 
     def _take_step(self, batches: Iterator[Any]) -> None:
         """One step of the optimizer, for one batch or for several whose gradients are averaged."""
@@ -325,7 +296,7 @@ class Trainer:
         trained = time.perf_counter() - began
         self._clock.close_row()
         scores = evaluate(
-            network, self.val_loader, self.count, self.world.device, self.format, self.amp
+            network, self.val_batches, self.count, self.world.device, self.format, self.amp
         )
         complaints = [name for own in self.world.gather(list(self._complaints)) for name in own]
         row = {
