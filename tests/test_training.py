@@ -203,8 +203,11 @@ def test_a_damaged_picture_is_counted_and_named(
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["bad_pictures"] for row in rows if row["kind"] == "epoch"] == [1, 1]
     assert capfd.readouterr().err.count(bad) == 1
-    with pytest.raises(ValueError, match=r"1\.png: cannot be decoded"):
-        train(folder / "strict", **options, strict_data=True)
+    for workers in (0, 1):
+        out = folder / f"strict{workers}"
+        assert train(out, **options, strict_data=True, workers=workers) == 1
+        told = capfd.readouterr().err
+        assert f"resnest-fused: {bad}: cannot be decoded" in told and len(told.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -501,6 +504,7 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(
     told = capfd.readouterr().err
     assert f"{newest}: " in told and "going back to the one before" in told
     assert "going on after step 10 of 21" in told
+    assert newest.with_suffix(".damaged").is_file()
     assert_same(result(out), unbroken)
 
 

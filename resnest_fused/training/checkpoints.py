@@ -87,6 +87,8 @@ def verify(path: Path) -> None:
 def find_newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that is whole; None if there are none at all.
 
+    Newer ones that are damaged get another name, so that they are not counted among those to keep.
+
     Args:
         folder: where they are.
         warn: is called with a message for each damaged one that is passed over.
@@ -95,12 +97,14 @@ def find_newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
         CheckpointError: there are some, and all are damaged.
     """
     files = list_files(folder)
-    for path in files:
+    for number, path in enumerate(files):
         try:
             read(path)
         except CheckpointError as error:
             warn(f"{error}; going back to the one before")
         else:
+            for damaged in files[:number]:
+                damaged.rename(damaged.with_suffix(".damaged"))
             return path
     if files:
         raise CheckpointError(f"{folder}: none of {len(files)} checkpoints is whole")

@@ -16,6 +16,7 @@ from resnest_fused.training.augmentation import Transform, apply_seeded
 from resnest_fused.training.config import Config, ConfigError
 from resnest_fused.training.datasets import Source
 from resnest_fused.training.distributed import World, ignore_stopping
+from resnest_fused.training.errors import BadPicture
 from resnest_fused.training.shards import ShardPictures, Shards
 
 Key = tuple[int, int]
@@ -50,7 +51,7 @@ class Pictures(Dataset[tuple[Tensor, int, str]]):
                 image, label = self.source[number]
             except ValueError as error:
                 if self.strict:
-                    raise
+                    raise BadPicture(str(error)) from error
                 complaint = complaint or str(error)
                 continue
             return apply_seeded(self.transform, image, self.seed, epoch, index), label, complaint

@@ -27,6 +27,7 @@ from resnest_fused.training.augmentation import (
 from resnest_fused.training.config import Config, ConfigError
 from resnest_fused.training.datasets import Data
 from resnest_fused.training.distributed import StopRequest, World
+from resnest_fused.training.errors import NotFinite
 from resnest_fused.training.evaluation import evaluate
 from resnest_fused.training.groups import parameter_groups
 from resnest_fused.training.loading import evaluation_batches, training_batches
@@ -35,10 +36,6 @@ from resnest_fused.training.reporting import Reporter
 from resnest_fused.training.schedule import lr_factor, make_scheduler, peak_lr
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class NotFinite(ArithmeticError):
-    """The loss became NaN or infinite; the message names the step."""
 
 
 class Trainer:

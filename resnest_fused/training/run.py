@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -15,7 +16,8 @@ from resnest_fused.training import checkpoints
 from resnest_fused.training.config import FREE, Config, ConfigError, as_yaml, read_config
 from resnest_fused.training.datasets import Data, find_data
 from resnest_fused.training.distributed import StopRequest, World, join, tell
-from resnest_fused.training.loop import NotFinite, Trainer
+from resnest_fused.training.errors import BadPicture, NotFinite
+from resnest_fused.training.loop import Trainer
 from resnest_fused.training.plots import draw_curves
 from resnest_fused.training.reporting import Reporter, read_metrics
 
@@ -47,17 +49,24 @@ def train(config: Config, beside: tuple[Path, ...] = ()) -> int:
             finished = _train(config, world)
     except ConfigError as error:
         return _end(WRONG, str(error))
+    except BadPicture as error:
+        # Of a process that loads data it comes with that one's traceback in front.
+        return _end(
+            FAILED, _with_last(str(error).splitlines()[-1].rpartition("BadPicture: ")[2], config)
+        )
     except (CheckpointError, NotFinite, OSError) as error:
         return _end(FAILED, _with_last(str(error), config))
     except torch.OutOfMemoryError as error:
         return _end(FAILED, str(error).splitlines()[0])
-    except RuntimeError as error:
-        if not dist.is_initialized() or not _of_others(error):
+    except Exception as error:
+        if not dist.is_initialized():
             raise
-        return _end(FAILED, _with_last("another process ended, or hangs", config))
+        if _of_others(error):
+            return _end(FAILED, _with_last("another process ended, or hangs", config))
+        return _end(FAILED, traceback.format_exc())
     if not finished:
         if world.first:
-            print("resnest-fused: stopped; the same command goes on", file=sys.stderr, flush=True)
+            _warn("stopped; the same command goes on")
         return STOPPED
     if world.first:
         _draw(Path(config.out), beside)
@@ -71,7 +80,7 @@ def _train(config: Config, world: World) -> bool:
     trainer = Trainer(config, _find_data(config, world), world)
     newest = None
     if world.first:
-        newest = checkpoints.find_newest(trainer.folder, lambda message: tell(message))
+        newest = checkpoints.find_newest(trainer.folder, _warn)
     newest = world.of_first(newest)
     if newest is not None:
         trainer.load(checkpoints.read(newest))
@@ -82,6 +91,10 @@ def _train(config: Config, world: World) -> bool:
         reporter.say(f"going on after step {trainer.step} of {trainer.total}, from {newest}")
     with StopRequest() as stop, reporter.running():
         return trainer.run(reporter, stop)
+
+
+def _warn(message: str) -> None:
+    print(f"resnest-fused: {message}", file=sys.stderr, flush=True)
 
 
 def _prepare(config: Config) -> str:
@@ -113,10 +126,12 @@ def _find_data(config: Config, world: World) -> Data:
     return find_data(config)
 
 
-def _of_others(error: RuntimeError) -> bool:
+def _of_others(error: Exception) -> bool:
     """Whether an error of torch's is about the other processes."""
     known = ("gloo", "NCCL", "Connection closed by peer", "Timed out", "TCPStore", "Broken pipe")
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in known)
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in known)
+    )
 
 
 def _with_last(message: str, config: Config) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from resnest_fused.training.augmentation import Transform, apply_seeded, mix_seeds
+from resnest_fused.training.errors import BadPicture
 
 _BUFFER = 1000  # encoded pictures among which the next one is drawn
 _SUFFIXES = ("jpg", "jpeg", "png", "webp", "ppm")
@@ -77,7 +78,7 @@ class ShardPictures(IterableDataset[tuple[Tensor, int, str]]):
                 image, label = _decode(sample)
             except ValueError as error:
                 if self.strict:
-                    raise
+                    raise BadPicture(str(error)) from error
                 complaint = complaint or str(error)
                 continue
             numbers = (self.seed, self.epoch, share, place)
