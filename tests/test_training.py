@@ -631,6 +631,7 @@ def test_wrong_arguments_are_one_line(
     assert done.exit_code == 2
     told = done.stderr + capfd.readouterr().err
     assert message in told and len(told.splitlines()) == 1, told
+    assert not (tmp_path / "runs").exists()
 
 
 def test_evaluate_scores_a_run_and_any_checkpoint(tmp_path: Path, folder: Path) -> None:

@@ -55,7 +55,7 @@ class Pictures(Dataset[tuple[Tensor, int, str]]):
                 complaint = complaint or str(error)
                 continue
             return apply_seeded(self.transform, image, self.seed, epoch, index), label, complaint
-        raise ValueError(f"no picture can be decoded; the first: {complaint}")
+        raise BadPicture(f"no picture can be decoded; the first: {complaint}")
 
 
 class EpochSampler(StatefulDistributedSampler):

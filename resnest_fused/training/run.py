@@ -74,10 +74,13 @@ def train(config: Config, beside: tuple[Path, ...] = ()) -> int:
 
 
 def _train(config: Config, world: World) -> bool:
-    problem = world.of_first(_prepare(config) if world.first else None)
+    problem = world.of_first(_conflict(config) if world.first else "")
     if problem:
         raise ConfigError(problem)
     trainer = Trainer(config, _find_data(config, world), world)
+    if world.first:  # nothing is written until all options are known to fit
+        trainer.folder.mkdir(parents=True, exist_ok=True)
+        (Path(config.out) / CONFIG).write_text(as_yaml(config), encoding="utf-8")
     newest = None
     if world.first:
         newest = checkpoints.find_newest(trainer.folder, _warn)
@@ -97,23 +100,22 @@ def _warn(message: str) -> None:
     print(f"resnest-fused: {message}", file=sys.stderr, flush=True)
 
 
-def _prepare(config: Config) -> str:
-    """Make the run's folder; what is wrong with it, if anything."""
+def _conflict(config: Config) -> str:
+    """Why the run in the folder is another one, if it is and has checkpoints."""
     folder = Path(config.out)
+    if not checkpoints.list_files(folder / "checkpoints"):
+        return ""
     try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        if (folder / CONFIG).is_file():
-            known = read_config(folder / CONFIG)
-            for field in dataclasses.fields(Config):
-                before, now = (getattr(each, field.name) for each in (known, config))
-                if before != now and field.name not in FREE:
-                    return (
-                        f"out: {folder} has a run with {field.name} {before!r}, not {now!r}; name "
-                        "another folder, or remove it"
-                    )
-        (folder / CONFIG).write_text(as_yaml(config), encoding="utf-8")
-    except OSError as error:
-        return f"out: {folder}: {error}"
+        known = read_config(folder / CONFIG)
+    except ConfigError as error:
+        return f"out: {folder} has a run whose options are lost ({error})"
+    for field in dataclasses.fields(Config):
+        before, now = (getattr(each, field.name) for each in (known, config))
+        if before != now and field.name not in FREE:
+            return (
+                f"out: {folder} has a run with {field.name} {before!r}, not {now!r}; name another "
+                "folder, or remove it"
+            )
     return ""
 
 
