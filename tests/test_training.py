@@ -475,6 +475,35 @@ def test_a_run_with_loading_processes_is_the_same(
     assert_same(result(out), unbroken)
 
 
+def test_the_progress_line_and_tensorboard_show_the_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes the output for a terminal
+    monkeypatch.setenv("COLUMNS", "160")
+    signal_at(monkeypatch, signal.SIGTERM, 10)
+    out = tmp_path / "run"
+    assert [train(out, log_every=1), train(out, log_every=1)] == [75, 0]
+    told = capfd.readouterr().err
+    for words in ("/21 steps", "loss ", "LR ", " images/s", "data wait ", "top-1 %"):
+        assert words in told
+    board = EventAccumulator(str(out / "tensorboard")).Reload()
+    rows = result(out)["rows"]
+    for kind, name in (
+        ("train", "loss"),
+        ("train", "lr"),
+        ("epoch", "top1"),
+        ("epoch", "val_loss"),
+    ):
+        shown = [(event.step, event.value) for event in board.Scalars(f"{kind}/{name}")]
+        kept = [(row["step"], row[name]) for row in rows if row["kind"] == kind]
+        assert [step for step, _ in shown] == [step for step, _ in kept]
+        assert [value for _, value in shown] == pytest.approx(
+            [value for _, value in kept], rel=1e-6
+        )
+
+
 def tear(path: Path, how: str) -> None:
     content = bytearray(path.read_bytes())
     middle = len(content) // 2
