@@ -76,7 +76,7 @@ def evaluate(
         labels = labels.to(device, non_blocking=True)
         with torch.autocast(device.type, amp, enabled=amp is not None):
             logits = network(pictures).float()
-        losses.update(F.cross_entropy(logits, labels), len(labels))
+        losses.update(F.cross_entropy(logits, labels, reduction="none"))
         metrics.update(logits.softmax(dim=1), labels)
     network.train(before)
     found = metrics.compute()

@@ -51,7 +51,7 @@ class Trainer:
         total: steps of the whole run.
 
     Raises:
-        ConfigError, CheckpointError: an option, or the weights to start from, do not fit.
+        ConfigError: an option, or the weights to start from, do not fit.
     """
 
     def __init__(self, config: Config, data: Data, world: World) -> None:

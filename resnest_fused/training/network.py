@@ -15,8 +15,8 @@ def build_network(config: Config, classes: int) -> models.ResNeSt:
     """The network on the CPU, in training mode, seeded by ``config.seed``.
 
     Raises:
-        ConfigError: there is no such network, or an option does not fit it.
-        CheckpointError: the weights cannot be read or do not fit.
+        ConfigError: there is no such network, an option does not fit it, or the weights cannot be
+            read or do not fit.
     """
     if config.model not in models.list_models():
         known = ", ".join(models.list_models())
@@ -36,15 +36,18 @@ def build_network(config: Config, classes: int) -> models.ResNeSt:
     weights: models.Checkpoint | None = None
     leave_out: tuple[str, ...] = ()
     if config.weights:
-        weights = models.read_checkpoint(config.weights)
+        try:
+            weights = models.read_checkpoint(config.weights)
+        except models.CheckpointError as error:
+            raise ConfigError(f"weights: {error}") from error
         head = weights.state.get("fc.weight")
         if head is None or head.shape[0] != classes:
             leave_out = ("fc",)
     torch.manual_seed(config.seed)
     try:
         network = models.create(config.model, weights, leave_out=leave_out, **options)
-    except models.CheckpointError:
-        raise
+    except models.CheckpointError as error:
+        raise ConfigError(f"weights: {error}") from error
     except (ValueError, TypeError) as error:
         raise ConfigError(f"options: {error}") from error
     assert isinstance(network, models.ResNeSt)
