@@ -72,7 +72,7 @@ class Reporter:
         kept = folder / f"{METRICS}.tmp"
         kept.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
         os.replace(kept, folder / METRICS)
-        self._board = SummaryWriter(folder / "tensorboard", purge_step=start)
+        self._board = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
         console = Console(stderr=True)
         self._progress = Progress(
             BarColumn(30),

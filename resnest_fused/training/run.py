@@ -129,10 +129,19 @@ def _find_data(config: Config, world: World) -> Data:
 
 
 def _of_others(error: Exception) -> bool:
-    """Whether an error of torch's is about the other processes."""
-    known = ("gloo", "NCCL", "Connection closed by peer", "Timed out", "TCPStore", "Broken pipe")
+    """Whether an error of torch's is about the other processes, which has no class of its own."""
+    known = (
+        "gloo",
+        "nccl",
+        "closed by peer",
+        "timed out",
+        "timeout",
+        "pair closure",
+        "broken pipe",
+    )
+    words = str(error).lower()
     return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in known)
+        isinstance(error, RuntimeError) and any(each in words for each in known)
     )
 
 
