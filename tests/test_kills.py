@@ -26,9 +26,14 @@ OPTIONS: dict[str, Any] = {"epochs": 3, "batch": 16, "save_every": 1, "timeout":
 KILLS = 5
 
 
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """End a command and all that it started, at once."""
-    os.killpg(process.pid, signal.SIGKILL)
+    """End a command and its processes at once; torchrun's have sessions of their own."""
+    for pid in [*children(process.pid), process.pid]:
+        os.kill(pid, signal.SIGKILL)
     process.wait()
 
 
@@ -82,10 +87,6 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     print(f"{KILLS} kills of {processes}: the last at step {known}", file=sys.stderr)
     finish(arguments, log)
     assert_same(result(out), expected)
-
-
-def children(pid: int) -> list[int]:
-    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

@@ -5,6 +5,7 @@ Modules that need the extra's packages are imported in the tests, which ``-m tra
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import importlib
 import json
@@ -504,6 +505,17 @@ def test_the_progress_line_and_tensorboard_show_the_numbers(
         )
 
 
+def test_two_runs_do_not_share_a_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    with open(out / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert train(out, epochs=1) == 2
+        assert f"another process is training in {out}" in capfd.readouterr().err
+        assert not list((out / "checkpoints").iterdir())
+    assert train(out, epochs=1) == 0
+
+
 def tear(path: Path, how: str) -> None:
     content = bytearray(path.read_bytes())
     middle = len(content) // 2
@@ -626,7 +638,8 @@ def test_options_of_the_command_count_over_the_file_and_the_file_over_the_preset
     assert kept.lr_of == {"fc": 2.5}
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {
-        *("config.yaml", "checkpoints", "metrics.jsonl", "tensorboard", "curves.png", "curves.svg")
+        *("config.yaml", "checkpoints", "metrics.jsonl", "tensorboard", "curves.png", "curves.svg"),
+        ".lock",
     }
     assert "top-1 %" in done.stderr
     assert Image.open(tmp_path / "run/curves.png").size[0] > 1000

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import os
 import sys
 import traceback
@@ -74,13 +76,15 @@ def train(config: Config, beside: tuple[Path, ...] = ()) -> int:
 
 
 def _train(config: Config, world: World) -> bool:
-    problem = world.of_first(_conflict(config) if world.first else "")
-    if problem:
-        raise ConfigError(problem)
+    _agree(world, _conflict(config) if world.first else "")
     trainer = Trainer(config, _find_data(config, world), world)
-    if world.first:  # nothing is written until all options are known to fit
-        trainer.folder.mkdir(parents=True, exist_ok=True)
-        (Path(config.out) / CONFIG).write_text(as_yaml(config), encoding="utf-8")
+    # Nothing is written until all options are known to fit.
+    with contextlib.ExitStack() as stack:
+        _agree(world, _take_folder(config, stack) if world.first else "")
+        return _go_on(config, trainer, world)
+
+
+def _go_on(config: Config, trainer: Trainer, world: World) -> bool:
     newest = None
     if world.first:
         newest = checkpoints.find_newest(trainer.folder, _warn)
@@ -94,6 +98,31 @@ def _train(config: Config, world: World) -> bool:
         reporter.say(f"going on after step {trainer.step} of {trainer.total}, from {newest}")
     with StopRequest() as stop, reporter.running():
         return trainer.run(reporter, stop)
+
+
+def _agree(world: World, problem: str) -> None:
+    """Raise the first process's problem in all."""
+    problem = world.of_first(problem)
+    if problem:
+        raise ConfigError(problem)
+
+
+def _take_folder(config: Config, stack: contextlib.ExitStack) -> str:
+    """Make the run's folder, and keep it locked; what hinders that, if anything does.
+
+    The system gives the lock back when the process ends, however that comes.
+    """
+    folder = Path(config.out)
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock = stack.enter_context((folder / ".lock").open("w"))
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (folder / CONFIG).write_text(as_yaml(config), encoding="utf-8")
+    except BlockingIOError:
+        return f"out: another process is training in {folder}; end it first"
+    except OSError as error:
+        return f"out: {folder}: {error}"
+    return ""
 
 
 def _warn(message: str) -> None:
