@@ -344,7 +344,7 @@ def test_a_step_is_nesterov_s_with_decay_of_weights_only(tmp_path: Path) -> None
     for step in range(2):
         x = torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(step)).double()
         y = torch.arange(32) % 10
-        targets = 0.9 * F.one_hot(y, 10) + 0.01
+        targets = 0.9 * F.one_hot(y, 10).double() + 0.01
         leaves = {name: value.requires_grad_() for name, value in values.items()}
         logits = torch.func.functional_call(network, {**dict(network.named_buffers()), **leaves}, x)
         loss = -(targets * logits.log_softmax(1)).sum(1).mean()
