@@ -154,7 +154,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     disk.mkdir()
     arguments = command(disk / "run", processes, **OPTIONS, keep=1000)
     shell = (
-        f"mount -t tmpfs -o size=40m tmpfs {disk} && {{ {' '.join(arguments)}; "
+        f"mount -t tmpfs -o size=5m tmpfs {disk} && {{ {' '.join(arguments)}; "
         f"echo code $?; rm {disk}/run/checkpoints/*.tmp; cp -r {disk}/run {kept}; }}"
     )
     subprocess.run(["mv", disk.with_name("disk") / "run.yaml", tmp_path / "run.yaml"], check=True)
