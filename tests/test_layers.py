@@ -12,9 +12,10 @@ import resnest_fused as rf
 ROOT = Path(rf.__file__).parent
 # From the top down. A file belongs to the layer with the longest prefix of its name.
 LAYERS = (
-    ("__main__",),
+    ("__main__", "training.__main__"),
     ("cli",),
     ("__init__",),
+    ("training",),
     ("models",),
     ("fusing",),
     ("fusing.verification",),

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import resnest_fused
-from resnest_fused.cli import compare, convert, info, models, predict
+from resnest_fused.cli import compare, convert, evaluate, info, models, predict, train
 
 # What typer raises for wrong arguments; click's, which newer releases carry inside.
 _UsageError: Any = typer.BadParameter.__base__
@@ -62,6 +62,8 @@ app.command("models", cls=_Command)(models.run)
 app.command("predict", cls=_Command)(predict.run)
 app.command("compare", cls=_Command)(compare.run)
 app.command("convert", cls=_Command)(convert.run)
+app.command("train", cls=_Command)(train.run)
+app.command("evaluate", cls=_Command)(evaluate.run)
 
 
 def main() -> None:

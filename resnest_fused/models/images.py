@@ -11,8 +11,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 # Of ImageNet's training images, by channel R, G, B, for values in [0, 1].
-_MEAN = torch.tensor([0.485, 0.456, 0.406])
-_STD = torch.tensor([0.229, 0.224, 0.225])
+MEAN = torch.tensor([0.485, 0.456, 0.406])
+STD = torch.tensor([0.229, 0.224, 0.225])
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
@@ -38,23 +38,28 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         raise ValueError(f"{name}: cannot be decoded ({error})") from error
 
 
-def preprocess(image: Image.Image, size: int = 224) -> Tensor:
+def preprocess(image: Image.Image, size: int = 224, ratio: float | None = None) -> Tensor:
     """An RGB picture as the official verification script feeds it; ``(3, size, size)``, float32.
 
-    The central square with size/(size+32) of the shorter side is resized bicubically, scaled to
-    [0, 1] and normalised by ImageNet's mean and standard deviation.
+    The central square with ``ratio`` of the shorter side is resized bicubically, scaled to [0, 1]
+    and normalised by ImageNet's mean and standard deviation.
 
     Example::
 
         x = preprocess(read_image("photo.jpg"), size=256)[None]
+
+    Args:
+        image: the picture.
+        size: pixels of the output's side.
+        ratio: the share of the shorter side; None for the official size/(size+32).
     """
     width, height = image.size
-    side = min(width, height) * size / (size + 32)
+    side = min(width, height) * (size / (size + 32) if ratio is None else ratio)
     left, top = round((width - side) / 2), round((height - side) / 2)
     # The crop comes first, so that no pixel outside it takes part in the resizing.
     square = image.crop((left, top, round(left + side), round(top + side)))
     pixels = np.asarray(square.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)
-    return ((torch.from_numpy(pixels) / 255 - _MEAN) / _STD).permute(2, 0, 1).contiguous()
+    return ((torch.from_numpy(pixels) / 255 - MEAN) / STD).permute(2, 0, 1).contiguous()
 
 
 def random_images(count: int, size: int, seed: int) -> Tensor:

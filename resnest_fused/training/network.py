@@ -1,0 +1,72 @@
+"""The network of a run: built, fused, and placed as the options say."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from resnest_fused import models
+from resnest_fused.fusing import fuse
+from resnest_fused.models.variants import VARIANTS
+from resnest_fused.training.config import Config, ConfigError
+
+
+def build_network(config: Config, classes: int) -> models.ResNeSt:
+    """The network on the CPU, in training mode, seeded by ``config.seed``.
+
+    Raises:
+        ConfigError: there is no such network, an option does not fit it, or the weights cannot be
+            read or do not fit.
+    """
+    if config.model not in models.list_models():
+        known = ", ".join(models.list_models())
+        raise ConfigError(f"model: expected one of {known}, got {config.model!r}")
+    options = {
+        "num_classes": classes,
+        "fused": False,
+        "drop_rate": config.dropout,
+        "drop_path_rate": config.drop_path,
+        "drop_block_rate": config.drop_block,
+        # Where the scripts have it that trained the published weights.
+        "drop_block_style": "gluon",
+        "zero_init_last": config.zero_gamma,
+        "frozen_stages": config.frozen_stages,
+        **config.options,
+    }
+    weights: models.Checkpoint | None = None
+    leave_out: tuple[str, ...] = ()
+    if config.weights:
+        try:
+            weights = models.read_checkpoint(config.weights)
+        except models.CheckpointError as error:
+            raise ConfigError(f"weights: {error}") from error
+        head = weights.state.get("fc.weight")
+        if head is None or head.shape[0] != classes:
+            leave_out = ("fc",)
+    torch.manual_seed(config.seed)
+    try:
+        network = models.create(config.model, weights, leave_out=leave_out, **options)
+    except models.CheckpointError as error:
+        raise ConfigError(f"weights: {error}") from error
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"options: {error}") from error
+    assert isinstance(network, models.ResNeSt)
+    network.set_grad_checkpointing(config.checkpointing)
+    if config.fuse:
+        try:
+            fuse(network, backend=config.backend)
+        except ValueError as error:
+            raise ConfigError(f"backend: {error}") from error
+    if config.sync_bn:
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    if config.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network.train()
+
+
+def evaluation_size(config: Config) -> int:
+    """Pixels of the side of pictures in evaluation: as asked for, or as published."""
+    if config.eval_crop:
+        return config.eval_crop
+    variant = VARIANTS.get(config.model)
+    return config.crop if variant is None else variant.size

@@ -1,0 +1,194 @@
+"""A training run from its options to its exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from resnest_fused.models import CheckpointError
+from resnest_fused.training import checkpoints
+from resnest_fused.training.config import FREE, Config, ConfigError, as_yaml, read_config
+from resnest_fused.training.datasets import Data, find_data
+from resnest_fused.training.distributed import StopRequest, World, join, tell
+from resnest_fused.training.errors import BadPicture, NotFinite
+from resnest_fused.training.loop import Trainer
+from resnest_fused.training.plots import draw_curves
+from resnest_fused.training.reporting import Reporter, read_metrics
+
+# Exit codes. The last is EX_TEMPFAIL of sysexits.h, "try again later".
+DONE, FAILED, WRONG, STOPPED = 0, 1, 2, 75
+CONFIG = "config.yaml"
+
+
+def train(config: Config, beside: tuple[Path, ...] = ()) -> int:
+    """Train a network, or go on with a run whose folder is there; tell of errors on stderr.
+
+    Started by torchrun, each of its processes calls this.
+
+    Example::
+
+        code = train(make_config("digits", options={"out": "runs/digits"}))
+
+    Args:
+        config: the options.
+        beside: other runs' folders, whose curves are drawn into the same plot.
+
+    Returns:
+        0 the end was reached; 75 a signal asked to stop, a checkpoint is written, and the same
+        call goes on from there; 1 the run failed, and the last good checkpoint is there; 2 wrong
+        options, nothing was done.
+    """
+    try:
+        with join(config.device, config.timeout) as world:
+            finished = _train(config, world)
+    except ConfigError as error:
+        return _end(WRONG, str(error))
+    except BadPicture as error:
+        # Of a process that loads data it comes with that one's traceback in front.
+        return _end(
+            FAILED, _with_last(str(error).splitlines()[-1].rpartition("BadPicture: ")[2], config)
+        )
+    except (CheckpointError, NotFinite, OSError) as error:
+        return _end(FAILED, _with_last(str(error), config))
+    except torch.OutOfMemoryError as error:
+        return _end(FAILED, str(error).splitlines()[0])
+    except Exception as error:
+        if not dist.is_initialized():
+            raise
+        if _of_others(error):
+            return _end(FAILED, _with_last("another process ended, or hangs", config))
+        return _end(FAILED, traceback.format_exc())
+    if not finished:
+        if world.first:
+            _warn("stopped; the same command goes on")
+        return STOPPED
+    if world.first:
+        _draw(Path(config.out), beside)
+    return DONE
+
+
+def _train(config: Config, world: World) -> bool:
+    _agree(world, _conflict(config) if world.first else "")
+    trainer = Trainer(config, _find_data(config, world), world)
+    # Nothing is written until all options are known to fit.
+    with contextlib.ExitStack() as stack:
+        _agree(world, _take_folder(config, stack) if world.first else "")
+        return _go_on(config, trainer, world)
+
+
+def _go_on(config: Config, trainer: Trainer, world: World) -> bool:
+    newest = None
+    if world.first:
+        newest = checkpoints.find_newest(trainer.folder, _warn)
+    newest = world.of_first(newest)
+    if newest is not None:
+        trainer.load(checkpoints.read(newest))
+    reporter = Reporter(
+        Path(config.out), trainer.step, trainer.epoch, trainer.total, not world.first
+    )
+    if newest is not None:
+        reporter.say(f"going on after step {trainer.step} of {trainer.total}, from {newest}")
+    with StopRequest() as stop, reporter.running():
+        return trainer.run(reporter, stop)
+
+
+def _agree(world: World, problem: str) -> None:
+    """Raise the first process's problem in all."""
+    problem = world.of_first(problem)
+    if problem:
+        raise ConfigError(problem)
+
+
+def _take_folder(config: Config, stack: contextlib.ExitStack) -> str:
+    """Make the run's folder, and keep it locked; what hinders that, if anything does.
+
+    The system gives the lock back when the process ends, however that comes.
+    """
+    folder = Path(config.out)
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock = stack.enter_context((folder / ".lock").open("w"))
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (folder / CONFIG).write_text(as_yaml(config), encoding="utf-8")
+    except BlockingIOError:
+        return f"out: another process is training in {folder}; end it first"
+    except OSError as error:
+        return f"out: {folder}: {error}"
+    return ""
+
+
+def _warn(message: str) -> None:
+    print(f"resnest-fused: {message}", file=sys.stderr, flush=True)
+
+
+def _conflict(config: Config) -> str:
+    """Why the run in the folder is another one, if it is and has checkpoints."""
+    folder = Path(config.out)
+    if not checkpoints.list_files(folder / "checkpoints"):
+        return ""
+    try:
+        known = read_config(folder / CONFIG)
+    except ConfigError as error:
+        return f"out: {folder} has a run whose options are lost ({error})"
+    for field in dataclasses.fields(Config):
+        before, now = (getattr(each, field.name) for each in (known, config))
+        if before != now and field.name not in FREE:
+            return (
+                f"out: {folder} has a run with {field.name} {before!r}, not {now!r}; name another "
+                "folder, or remove it"
+            )
+    return ""
+
+
+def _find_data(config: Config, world: World) -> Data:
+    """The data; the first process fetches what is to be downloaded while the others wait."""
+    if config.download and world.size > 1:
+        if world.first:
+            find_data(config)
+        world.any(False)
+    return find_data(config)
+
+
+def _of_others(error: Exception) -> bool:
+    """Whether an error of torch's is about the other processes, which has no class of its own."""
+    known = (
+        "gloo",
+        "nccl",
+        "closed by peer",
+        "timed out",
+        "timeout",
+        "pair closure",
+        "broken pipe",
+    )
+    words = str(error).lower()
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(each in words for each in known)
+    )
+
+
+def _with_last(message: str, config: Config) -> str:
+    files = checkpoints.list_files(Path(config.out) / "checkpoints")
+    return f"{message}; the last checkpoint is {files[0] if files else 'not written yet'}"
+
+
+def _end(code: int, message: str) -> int:
+    """Tell of an error, and leave a group of processes without waiting for any of them."""
+    tell(message)
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _draw(folder: Path, beside: tuple[Path, ...]) -> None:
+    runs = {each.name: read_metrics(each) for each in (folder, *beside)}
+    draw_curves(runs, folder / "curves")

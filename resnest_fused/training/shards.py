@@ -1,0 +1,120 @@
+"""Pictures from WebDataset's shards: tar files that each process reads some of, in order."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import webdataset
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from resnest_fused.training.augmentation import Transform, apply_seeded, mix_seeds
+from resnest_fused.training.errors import BadPicture
+
+_BUFFER = 1000  # encoded pictures among which the next one is drawn
+_SUFFIXES = ("jpg", "jpeg", "png", "webp", "ppm")
+
+
+class Shards(NamedTuple):
+    """Tar files of pictures (jpg, png and others) and labels (cls), as WebDataset writes them.
+
+    Attributes:
+        urls: files, or what else WebDataset opens.
+        samples: how many an epoch has; 0 for all, once.
+    """
+
+    urls: list[str]
+    samples: int
+
+
+def find_shards(urls: str, samples: int = 0) -> Shards:
+    """The shards of a pattern like ``train-{000..146}.tar``."""
+    return Shards(list(webdataset.shardlists.expand_urls(urls)), samples)
+
+
+class ShardPictures(IterableDataset[tuple[Tensor, int, str]]):
+    """Transformed pictures, labels and complaints of one process among many.
+
+    Training goes over the shards in an order that is new each time, endlessly, and draws each
+    picture from a buffer of 1000; evaluation takes all once. A picture that cannot be decoded is
+    left out, and the next one brings the complaint. All depends on the seed, the epoch, and the
+    numbers of processes that train and load.
+
+    Args:
+        shards: which files.
+        transform: of a picture.
+        seed: of all random numbers.
+        strict: raise at a picture that cannot be decoded.
+        rank, size: the process among those that train.
+
+    Attributes:
+        epoch: is set before an iteration begins.
+    """
+
+    def __init__(
+        self, shards: Shards, transform: Transform, seed: int, strict: bool, rank: int, size: int
+    ) -> None:
+        self.shards = shards
+        self.transform = transform
+        self.seed = seed
+        self.strict = strict
+        self.rank = rank
+        self.size = size
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int, str]]:
+        worker = get_worker_info()
+        number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        share = self.rank * count + number
+        complaint = ""
+        place = 0
+        for sample in self._samples(share, self.size * count):
+            try:
+                image, label = _decode(sample)
+            except ValueError as error:
+                if self.strict:
+                    raise BadPicture(str(error)) from error
+                complaint = complaint or str(error)
+                continue
+            numbers = (self.seed, self.epoch, share, place)
+            yield apply_seeded(self.transform, image, *numbers), label, complaint
+            complaint = ""
+            place += 1
+
+    def _samples(self, share: int, shares: int) -> Iterator[dict[str, Any]]:
+        """A share's samples, not decoded."""
+        urls, endless = self.shards
+        for turn in itertools.count() if endless else (0,):
+            seed = mix_seeds(self.seed, self.epoch, turn)
+            order = (
+                np.random.default_rng(seed).permutation(len(urls)) if endless else range(len(urls))
+            )
+            mine = [urls[index] for index in order[share::shares]]
+            if not mine:
+                return
+            stages = [webdataset.SimpleShardList(mine), webdataset.tarfile_to_samples()]
+            if endless:
+                stages.append(webdataset.shuffle(_BUFFER, seed=mix_seeds(seed, share)))
+            yield from webdataset.DataPipeline(*stages)
+
+
+def _decode(sample: dict[str, Any]) -> tuple[Image.Image, int]:
+    """The picture in RGB and the label of a sample.
+
+    Raises:
+        ValueError: one is not there, or cannot be decoded; the message names shard and sample.
+    """
+    name = f"{sample['__url__']}: {sample['__key__']}"
+    picture = next((sample[suffix] for suffix in _SUFFIXES if suffix in sample), None)
+    if picture is None or "cls" not in sample:
+        raise ValueError(f"{name}: expected a picture (.jpg, .png, ...) and a label (.cls)")
+    try:
+        with Image.open(io.BytesIO(picture)) as image:
+            return image.convert("RGB"), int(sample["cls"])
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name}: cannot be decoded ({error})") from error
