@@ -31,7 +31,7 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 1e-39, 3e38, -3e38, 1.0, -1.0]
 
 Array = npt.NDArray[np.generic]
-Run = Callable[[str, npt.ArrayLike], bytes]
+Run = Callable[..., bytes]
 
 
 @pytest.fixture(scope="module", params=SETS)
@@ -49,9 +49,9 @@ def run(instruction_set: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
     flags += TARGETS[instruction_set]
     subprocess.run([*COMPILER, *flags, str(source), "-o", str(program)], check=True)
 
-    def run(function: str, of: npt.ArrayLike) -> bytes:
+    def run(function: str, of: npt.ArrayLike, *options: str) -> bytes:
         return subprocess.run(
-            [program, function],
+            [program, function, *options],
             input=np.ascontiguousarray(of).tobytes(),
             capture_output=True,
             check=True,
@@ -89,6 +89,13 @@ def test_each_16_bit_number_is_widened(run: Run, function: str) -> None:
     assert_same(half, bits.view(np.float16).astype(np.float32))
     bfloat16 = np.frombuffer(run(f"{function} bfloat16", bits), np.float32)
     assert_same(bfloat16, from_bfloat16(bits))
+
+
+def test_float16_keeps_its_subnormal_numbers_where_float32_s_are_flushed(run: Run) -> None:
+    """After ``torch.set_flush_denormal(True)``, whatever the instruction set."""
+    bits = all_patterns()
+    half = np.frombuffer(run("widen float16", bits, "flush"), np.float32)
+    assert_same(half, bits.view(np.float16).astype(np.float32))
 
 
 def ties(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

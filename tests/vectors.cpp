@@ -220,8 +220,14 @@ const std::map<std::string, std::function<Bytes(const Bytes&)>> kFunctions{
 }  // namespace
 }  // namespace resnest_fused::cpu::RF_SET
 
-int main(int, char** arguments) {
+// Arguments: the function, and "flush" if the processor is to take subnormal numbers for zero.
+int main(int count, char** arguments) {
   using namespace resnest_fused::cpu::RF_SET;
+#if defined(__x86_64__)
+  if (count > 2) {
+    _mm_setcsr(_mm_getcsr() | 0x8040);
+  }
+#endif
   Bytes input;
   for (int c = std::getchar(); c != EOF; c = std::getchar()) {
     input.push_back(static_cast<char>(c));

@@ -219,10 +219,18 @@ struct GemmNn {
                           first > 0, out + i * c.row_stride + column, c.row_stride, count);
             });
           } else {
-            for_row_tiles(0, rows, [&]<int kTile>(int64_t i) __attribute__((always_inline)) {
-              tile<kTile>(products, x + i * i_stride, i_stride, k_stride, w, b.row_stride, count,
-                          first > 0, out + i * c.row_stride + column, c.row_stride, count);
-            });
+            const auto tiles = [&](auto width) __attribute__((always_inline)) {
+              for_row_tiles(0, rows, [&]<int kTile>(int64_t i) __attribute__((always_inline)) {
+                tile<kTile>(products, x + i * i_stride, i_stride, k_stride, w, b.row_stride, width,
+                            first > 0, out + i * c.row_stride + column, c.row_stride, count);
+              });
+            };
+            // Where all columns are there, no tail is in the way of the accumulators' registers.
+            if (count == kWidth) {
+              tiles(std::integral_constant<int64_t, kWidth>{});
+            } else {
+              tiles(count);
+            }
           }
         }
       }

@@ -35,10 +35,15 @@ RF_INLINE V widen(HalfBits<V> half, Half) {
   return reinterpret<V>(vcvt_f32_f16(reinterpret<float16x4_t>(half)));
 #else
   const Bits<V> bits = __builtin_convertvector(half, Bits<V>);
-  const Bits<V> magnitude = (bits & 0x7fff) << 13;
-  // The exponent's bias differs by 112; multiplying also normalises subnormal numbers.
-  const auto finite = reinterpret<Bits<V>>(reinterpret<V>(magnitude) * 0x1p112f);
-  const Bits<V> widened = magnitude >= (0x7c00u << 13) ? finite | 0x7f800000 : finite;
+  const Bits<V> magnitude = bits & 0x7fff;
+  // The exponent's bias differs by 112. Infinity and NaN have the largest exponent in both.
+  const Bits<V> normal = (magnitude << 13) + (112u << 23);
+  const Bits<V> special = (magnitude << 13) | 0x7f800000;
+  // A subnormal number counts 2^-24, as the last bit of 0.5 does. No operand is subnormal, so this
+  // holds also where the processor takes those for zero.
+  const auto subnormal = reinterpret<Bits<V>>(reinterpret<V>(magnitude + 0x3f000000) - 0.5f);
+  Bits<V> widened = magnitude < 0x400u ? subnormal : normal;
+  widened = magnitude >= 0x7c00u ? special : widened;
   return reinterpret<V>(widened | ((bits & 0x8000) << 16));
 #endif
 }
