@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -60,7 +62,10 @@ def build_network(config: Config, classes: int) -> models.ResNeSt:
     if config.sync_bn:
         nn.SyncBatchNorm.convert_sync_batchnorm(network)
     if config.channels_last:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        placed: dict[str, Any] = {
+            "memory_format": torch.channels_last
+        }  # older torches lack its type
+        network.to(**placed)
     return network.train()
 
 
