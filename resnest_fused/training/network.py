@@ -62,9 +62,8 @@ def build_network(config: Config, classes: int) -> models.ResNeSt:
     if config.sync_bn:
         nn.SyncBatchNorm.convert_sync_batchnorm(network)
     if config.channels_last:
-        placed: dict[str, Any] = {
-            "memory_format": torch.channels_last
-        }  # older torches lack its type
+        # Unpacked, as some torches have no type for a memory format alone.
+        placed: dict[str, Any] = {"memory_format": torch.channels_last}
         network.to(**placed)
     return network.train()
 
