@@ -539,7 +539,7 @@ def test_gradients_of_gradients(loss: str, norm_layer: NormLayer, conv: bool) ->
             out = out.square()
         grads = torch.autograd.grad(out.sum(), inputs, create_graph=True)
         results.append(torch.autograd.grad(sum(g.square().sum() for g in grads), inputs))
-    # A bias in front of batch statistics has gradient 0: what is left is the rounding of the others.
+    # A bias in front of batch statistics has gradient 0: what is left is rounding of the others.
     atol = 1e-12 * max(float(expected.abs().max()) for expected in results[1])
     for name, ours, expected in zip(["x", *dict(eager.named_parameters())], *results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-8, atol=atol, msg=name)
