@@ -127,15 +127,35 @@ RF_INLINE V masked(V value, Bits<V> mask) {
   return reinterpret<V>(reinterpret<Bits<V>>(value) & mask);
 }
 
-// Ask for memory ahead of its use, where it is read as several streams that are too short for the
-// processor to notice.
+// At least so many bytes lie between what is asked for and what is used.
+constexpr int64_t kAheadBytes = 8 * 1024;
+
+// Asks for memory ahead of its use, where it is read as several streams that are too short for the
+// processor to notice: the rows of a tile of pixels, which lie side by side. Each step of the loop
+// over a tile's columns asks for a share of what follows, as there are only so many requests that
+// the processor has under way.
 template <typename T>
-RF_INLINE void prefetch(const T* begin, int64_t count) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t i = 0; i < count; i += kLine) {
-    __builtin_prefetch(begin + i, 0, 2);
+class Ahead {
+ public:
+  // Of a tile of `count` elements; `wanted` or nothing is asked for.
+  Ahead(bool wanted, const T* tile, int64_t count)
+      : next_(wanted ? tile + std::max<int64_t>(count, kAheadBytes / sizeof(T)) : nullptr) {}
+
+  // With kElements of the tile used, ask for as many.
+  template <int64_t kElements>
+  RF_INLINE void step() {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    if (next_) {
+      for (int64_t i = 0; i < kElements; i += kLine) {
+        __builtin_prefetch(next_ + i, 0, 2);
+      }
+      next_ += kElements;
+    }
   }
-}
+
+ private:
+  const T* next_;
+};
 
 #if defined(__x86_64__)
 template <typename V>

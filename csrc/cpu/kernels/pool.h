@@ -130,7 +130,7 @@ RF_KERNEL void pool_nhwc(const Problem& p, const Prologue<Acc<T>>& prologue, con
   using A = Acc<T>;
   using V = Vec<A>;
   const int64_t channels = p.channels, features = p.features();
-  const bool ahead = prefetches(p, sizeof(T));
+  const bool fetches = prefetches(p, sizeof(T));
   for (int64_t item = begin; item < end; ++item) {
     const PixelItem pixels(p, item);
     const T* rows = x + pixels.first * features;
@@ -138,12 +138,11 @@ RF_KERNEL void pool_nhwc(const Problem& p, const Prologue<Acc<T>>& prologue, con
     std::fill_n(sums, channels, A{});
     for_tiles(pixels.count, [&]<int kPixels>(int64_t first) __attribute__((always_inline)) {
       const T* tile = rows + first * features;
-      if (ahead) {
-        prefetch(tile + kPixels * features, kPixels * features);
-      }
+      Ahead<T> ahead(fetches, tile, kPixels * features);
       for_vectors<V>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
         V sum = {};
         for (int64_t r = 0; r < p.radix; ++r) {
+          ahead.template step<kPixels * kLanes<V>>();
           const int64_t f = r * channels + c;
           const auto at = affine_from<kPrologue, V>(prologue, f, lanes);
           unroll<kPixels>([&](auto i) __attribute__((always_inline)) {
@@ -194,7 +193,7 @@ RF_KERNEL void pool_backward_prologue_nhwc(const Problem& p, const Prologue<Acc<
   using V = Vec<A>;
   const int64_t channels = p.channels, features = p.features();
   const A* mean = prologue.bn0.mean.data();
-  const bool ahead = prefetches(p, sizeof(T));
+  const bool fetches = prefetches(p, sizeof(T));
   for (int64_t item = begin; item < end; ++item) {
     const PixelItem pixels(p, item);
     A* sums = partial + item * kPrologueSums * features;
@@ -202,12 +201,14 @@ RF_KERNEL void pool_backward_prologue_nhwc(const Problem& p, const Prologue<Acc<
     for_tiles(pixels.count, [&]<int kPixels>(int64_t first) __attribute__((always_inline)) {
       const T* g = dout + (pixels.first + first) * channels;
       const T* tile = x + (pixels.first + first) * features;
-      if (ahead) {
-        prefetch(g + kPixels * channels, kPixels * channels);
-        prefetch(tile + kPixels * features, kPixels * features);
-      }
+      Ahead<T> ahead_g(fetches, g, kPixels * channels);
+      Ahead<T> ahead(fetches, tile, kPixels * features);
       for (int64_t r = 0; r < p.radix; ++r) {
         for_vectors<V>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+          if (r == 0) {
+            ahead_g.template step<kPixels * kLanes<V>>();
+          }
+          ahead.template step<kPixels * kLanes<V>>();
           const int64_t f = r * channels + c;
           const auto at = affine_from<true, V>(prologue, f, lanes);
           const V mean_f = load<V>(mean + f, lanes);

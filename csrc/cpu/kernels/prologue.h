@@ -125,14 +125,16 @@ constexpr int kStatisticsTile = 8;
 
 // Let the mean and squares of kPixels pixels join those of the `before` pixels before them.
 template <int kPixels, typename T>
-RF_INLINE void join_statistics(int64_t features, int64_t before, const T* rows, Acc<T>* mean,
+RF_INLINE void join_statistics(bool fetches, int64_t features, int64_t before, const T* rows, Acc<T>* mean,
                                Acc<T>* squares) {
   using A = Acc<T>;
   using V = Vec<A>;
   const A total = static_cast<A>(before + kPixels);
   const V share = broadcast<V>(static_cast<A>(kPixels) / total);
   const V weight = share * static_cast<A>(before);
+  Ahead<T> ahead(fetches, rows, kPixels * features);
   for_vectors<V>(features, [&](int64_t f, auto lanes) __attribute__((always_inline)) {
+    ahead.template step<kPixels * kLanes<V>>();
     V values[kPixels], tile_mean = {}, tile_squares = {};
     unroll<kPixels>([&](auto i) __attribute__((always_inline)) {
       values[i] = load<V>(rows + i * features + f, lanes);
@@ -158,7 +160,7 @@ RF_KERNEL void statistics_nhwc(const Problem& p, const T* x, int64_t begin, int6
                                Acc<T>* mean /* (B, J, R, C) */,
                                Acc<T>* squares /* (B, J, R, C) */) {
   const int64_t features = p.features();
-  const bool ahead = prefetches(p, sizeof(T));
+  const bool fetches = prefetches(p, sizeof(T));
   for (int64_t item = end; item-- > begin;) {
     const PixelItem pixels(p, item);
     const T* rows = x + pixels.first * features;
@@ -168,13 +170,10 @@ RF_KERNEL void statistics_nhwc(const Problem& p, const T* x, int64_t begin, int6
     std::fill_n(item_squares, features, Acc<T>{});
     int64_t i = 0;
     for (; i + kStatisticsTile <= pixels.count; i += kStatisticsTile) {
-      if (ahead) {
-        prefetch(rows + (i + kStatisticsTile) * features, kStatisticsTile * features);
-      }
-      join_statistics<kStatisticsTile>(features, i, rows + i * features, item_mean, item_squares);
+      join_statistics<kStatisticsTile>(fetches, features, i, rows + i * features, item_mean, item_squares);
     }
     for (; i < pixels.count; ++i) {
-      join_statistics<1>(features, i, rows + i * features, item_mean, item_squares);
+      join_statistics<1>(fetches, features, i, rows + i * features, item_mean, item_squares);
     }
   }
 }

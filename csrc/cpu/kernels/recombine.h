@@ -170,7 +170,7 @@ RF_KERNEL void recombine_nhwc(const Problem& p, const Prologue<Acc<T>>& prologue
   using A = Acc<T>;
   using V = Vec<A>;
   const bool streamed = streams<T>(p, p.channels);
-  const bool ahead = prefetches(p, sizeof(T));
+  const bool fetches = prefetches(p, sizeof(T));
   const int64_t channels = p.channels;
   const int64_t radix = kRadix ? kRadix : p.radix;
   const int64_t features = radix * channels;
@@ -180,11 +180,12 @@ RF_KERNEL void recombine_nhwc(const Problem& p, const Prologue<Acc<T>>& prologue
     for_pixel_tiles(pixels.count, [&](int64_t first, int64_t tile) __attribute__((always_inline)) {
       const int64_t pixel = pixels.first + first;
       const T* of_pixels = x + pixel * features;
-      if (ahead) {
-        prefetch(of_pixels + kRecombineTile * features, kRecombineTile * features);
-      }
+      Ahead<T> ahead(fetches, of_pixels, kRecombineTile * features);
       write_rows<V>(streamed, tile, channels, out + pixel * channels, channels,
                     [&](int64_t c, auto lanes, auto rows) __attribute__((always_inline)) {
+                      for (int64_t r = 0; r < radix; ++r) {
+                        ahead.template step<kRecombineTile * kLanes<V>>();
+                      }
                       const auto make = [&](int64_t r) __attribute__((always_inline)) {
                         const int64_t f = r * channels + c;
                         return Split<V, kPrologue>{load<V>(a + f, lanes),
@@ -288,7 +289,7 @@ RF_KERNEL void recombine_backward_nhwc(const Problem& p, const Prologue<Acc<T>>&
   using V = Vec<A>;
   constexpr bool kPrologue = kForm != Form::kPlain;
   const bool streamed = streams<T>(p, p.features());
-  const bool ahead = prefetches(p, sizeof(T));
+  const bool fetches = prefetches(p, sizeof(T));
   const int64_t channels = p.channels, radix = p.radix, features = p.features();
   const A per_pixel = A(1) / static_cast<A>(p.pixels());
   const auto scratch = uninitialized<A>(2 * features);
@@ -312,13 +313,15 @@ RF_KERNEL void recombine_backward_nhwc(const Problem& p, const Prologue<Acc<T>>&
       const int64_t pixel = pixels.first + first;
       const T* g = dout + pixel * channels;
       const T* of_pixels = x + pixel * features;
-      if (ahead) {
-        prefetch(g + kRecombineTile * channels, kRecombineTile * channels);
-        prefetch(of_pixels + kRecombineTile * features, kRecombineTile * features);
-      }
+      Ahead<T> ahead_g(fetches, g, kRecombineTile * channels);
+      Ahead<T> ahead(fetches, of_pixels, kRecombineTile * features);
       for (int64_t r = 0; r < radix; ++r) {
         write_rows<V>(streamed, tile, channels, dx + pixel * features + r * channels, features,
                       [&](int64_t c, auto lanes, auto rows) __attribute__((always_inline)) {
+                        if (r == 0) {
+                          ahead_g.template step<kRecombineTile * kLanes<V>>();
+                        }
+                        ahead.template step<kRecombineTile * kLanes<V>>();
                         const int64_t f = r * channels + c;
                         SplitBackward<V, kForm> split;
                         split.p = load<V>(p_of + f, lanes);
