@@ -130,32 +130,51 @@ RF_INLINE V masked(V value, Bits<V> mask) {
 // At least so many bytes lie between what is asked for and what is used.
 constexpr int64_t kAheadBytes = 8 * 1024;
 
-// Asks for memory ahead of its use, where it is read as several streams that are too short for the
-// processor to notice: the rows of a tile of pixels, which lie side by side. Each step of the loop
-// over a tile's columns asks for a share of what follows, as there are only so many requests that
-// the processor has under way.
+// Asks for memory ahead of its use, where the processor does not foresee it: several streams too
+// short to be noticed, or a descending one. Each step of a loop asks for a share, as there are only
+// so many requests that the processor has under way.
 template <typename T>
 class Ahead {
  public:
-  // Of a tile of `count` elements; `wanted` or nothing is asked for.
-  Ahead(bool wanted, const T* tile, int64_t count)
-      : next_(wanted ? tile + std::max<int64_t>(count, kAheadBytes / sizeof(T)) : nullptr) {}
+  // From `next` on; null: nothing is asked for.
+  explicit Ahead(const T* next) : next_(next) {}
 
-  // With kElements of the tile used, ask for as many.
+  // With kElements more used, ask for as many.
   template <int64_t kElements>
   RF_INLINE void step() {
     constexpr int64_t kLine = 64 / sizeof(T);
-    if (next_) {
+    if (!next_) {
+      return;
+    }
+    if constexpr (kElements < kLine) {
+      if (reinterpret_cast<uintptr_t>(next_) % 64 < kElements * sizeof(T)) {
+        __builtin_prefetch(next_, 0, 2);
+      }
+    } else {
       for (int64_t i = 0; i < kElements; i += kLine) {
         __builtin_prefetch(next_ + i, 0, 2);
       }
-      next_ += kElements;
     }
+    next_ += kElements;
   }
 
  private:
   const T* next_;
 };
+
+// What follows a tile of `count` elements, whose rows lie side by side.
+template <typename T>
+RF_INLINE Ahead<T> ahead_of_tile(bool wanted, const T* tile, int64_t count) {
+  return Ahead<T>(wanted ? tile + std::max<int64_t>(count, kAheadBytes / sizeof(T)) : nullptr);
+}
+
+// What follows a row of `count` elements where rows are walked in descending order: the rows
+// before it.
+template <typename T>
+RF_INLINE Ahead<T> ahead_of_row(bool wanted, const T* row, int64_t count) {
+  constexpr int64_t kElements = kAheadBytes / sizeof(T);
+  return Ahead<T>(wanted ? row - (kElements + count - 1) / count * count : nullptr);
+}
 
 #if defined(__x86_64__)
 template <typename V>

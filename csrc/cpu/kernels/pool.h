@@ -138,7 +138,7 @@ RF_KERNEL void pool_nhwc(const Problem& p, const Prologue<Acc<T>>& prologue, con
     std::fill_n(sums, channels, A{});
     for_tiles(pixels.count, [&]<int kPixels>(int64_t first) __attribute__((always_inline)) {
       const T* tile = rows + first * features;
-      Ahead<T> ahead(fetches, tile, kPixels * features);
+      auto ahead = ahead_of_tile(fetches, tile, kPixels * features);
       for_vectors<V>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
         V sum = {};
         for (int64_t r = 0; r < p.radix; ++r) {
@@ -201,8 +201,8 @@ RF_KERNEL void pool_backward_prologue_nhwc(const Problem& p, const Prologue<Acc<
     for_tiles(pixels.count, [&]<int kPixels>(int64_t first) __attribute__((always_inline)) {
       const T* g = dout + (pixels.first + first) * channels;
       const T* tile = x + (pixels.first + first) * features;
-      Ahead<T> ahead_g(fetches, g, kPixels * channels);
-      Ahead<T> ahead(fetches, tile, kPixels * features);
+      auto ahead_g = ahead_of_tile(fetches, g, kPixels * channels);
+      auto ahead = ahead_of_tile(fetches, tile, kPixels * features);
       for (int64_t r = 0; r < p.radix; ++r) {
         for_vectors<V>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
           if (r == 0) {

@@ -78,14 +78,14 @@ RF_INLINE V preactivation(V x, const Affine<V>& at) {
   return fma(x, at.scale, at.shift);
 }
 
-// z
+// z: the ReLU as a maximum, whose second operand is returned where it is NaN.
 template <typename V>
 RF_INLINE V activation(V x, const NoAffine&) {
   return x;
 }
 template <typename V>
 RF_INLINE V activation(V x, const Affine<V>& at) {
-  return relu(preactivation(x, at));
+  return larger(V{}, preactivation(x, at));
 }
 
 // Mean and squares of each (b, r, c); a work item is (b, c). Sums are of distances from the pixel
@@ -97,6 +97,7 @@ RF_KERNEL void statistics_nchw(const Problem& p, const T* x, int64_t begin, int6
   using V = Vec<A>;
   const int64_t pixels = p.pixels();
   const auto count = static_cast<double>(pixels);
+  const bool fetches = prefetches(p, sizeof(T));
   // Descending: the pool then reads in ascending order, and finds the last rows still in cache.
   for (int64_t item = end; item-- > begin;) {
     const int64_t b = item / p.channels, c = item % p.channels;
@@ -105,8 +106,10 @@ RF_KERNEL void statistics_nchw(const Problem& p, const T* x, int64_t begin, int6
       const T* row = x + feature * pixels;
       const A middle = load_one<V>(row + pixels / 2);
       Sums<V, 2, 4> sums{};
+      auto ahead = ahead_of_row(fetches, row, pixels);
       accumulate(pixels, sums,
                  [&](int64_t i, auto part, V(&sum)[2]) __attribute__((always_inline)) {
+                   ahead.template step<kLanes<V>>();
                    const V apart = keep(load_part<V>(row + i, part) - middle, part);
                    sum[0] += apart;
                    sum[1] = fma(apart, apart, sum[1]);
@@ -125,14 +128,14 @@ constexpr int kStatisticsTile = 8;
 
 // Let the mean and squares of kPixels pixels join those of the `before` pixels before them.
 template <int kPixels, typename T>
-RF_INLINE void join_statistics(bool fetches, int64_t features, int64_t before, const T* rows, Acc<T>* mean,
-                               Acc<T>* squares) {
+RF_INLINE void join_statistics(bool fetches, int64_t features, int64_t before, const T* rows,
+                               Acc<T>* mean, Acc<T>* squares) {
   using A = Acc<T>;
   using V = Vec<A>;
   const A total = static_cast<A>(before + kPixels);
   const V share = broadcast<V>(static_cast<A>(kPixels) / total);
   const V weight = share * static_cast<A>(before);
-  Ahead<T> ahead(fetches, rows, kPixels * features);
+  auto ahead = ahead_of_tile(fetches, rows, kPixels * features);
   for_vectors<V>(features, [&](int64_t f, auto lanes) __attribute__((always_inline)) {
     ahead.template step<kPixels * kLanes<V>>();
     V values[kPixels], tile_mean = {}, tile_squares = {};
@@ -170,7 +173,8 @@ RF_KERNEL void statistics_nhwc(const Problem& p, const T* x, int64_t begin, int6
     std::fill_n(item_squares, features, Acc<T>{});
     int64_t i = 0;
     for (; i + kStatisticsTile <= pixels.count; i += kStatisticsTile) {
-      join_statistics<kStatisticsTile>(fetches, features, i, rows + i * features, item_mean, item_squares);
+      join_statistics<kStatisticsTile>(fetches, features, i, rows + i * features, item_mean,
+                                       item_squares);
     }
     for (; i < pixels.count; ++i) {
       join_statistics<1>(fetches, features, i, rows + i * features, item_mean, item_squares);

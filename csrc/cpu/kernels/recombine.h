@@ -139,6 +139,7 @@ RF_KERNEL void recombine_nchw(const Problem& p, const Prologue<Acc<T>>& prologue
   using A = Acc<T>;
   using V = Vec<A>;
   const bool streamed = streams<T>(p, p.channels);
+  const bool fetches = prefetches(p, sizeof(T));
   const int64_t pixels = p.pixels(), channels = p.channels;
   const int64_t radix = kRadix ? kRadix : p.radix;
   for (int64_t item = end; item-- > begin;) {
@@ -150,8 +151,13 @@ RF_KERNEL void recombine_nchw(const Problem& p, const Prologue<Acc<T>>& prologue
       return Split<V, kPrologue>{broadcast<V>(a[f]), affine_of<kPrologue, V>(prologue, f + c)};
     };
     const auto held = hold<kRadix ? kRadix : 1>(0, make);
+    auto ahead = ahead_of_row(fetches, row, pixels);
+    auto ahead_last =
+        ahead_of_row(fetches && radix > 1, row + (radix - 1) * channels * pixels, pixels);
     write_rows<V>(streamed, 1, pixels, out + item * pixels, 0,
                   [&](int64_t i, auto lanes, auto rows) __attribute__((always_inline)) {
+                    ahead.template step<kLanes<V>>();
+                    ahead_last.template step<kLanes<V>>();
                     const auto x_of = [&](int64_t r) __attribute__((always_inline)) {
                       return load<V>(row + r * channels * pixels + i, lanes);
                     };
@@ -180,7 +186,7 @@ RF_KERNEL void recombine_nhwc(const Problem& p, const Prologue<Acc<T>>& prologue
     for_pixel_tiles(pixels.count, [&](int64_t first, int64_t tile) __attribute__((always_inline)) {
       const int64_t pixel = pixels.first + first;
       const T* of_pixels = x + pixel * features;
-      Ahead<T> ahead(fetches, of_pixels, kRecombineTile * features);
+      auto ahead = ahead_of_tile(fetches, of_pixels, kRecombineTile * features);
       write_rows<V>(streamed, tile, channels, out + pixel * channels, channels,
                     [&](int64_t c, auto lanes, auto rows) __attribute__((always_inline)) {
                       for (int64_t r = 0; r < radix; ++r) {
@@ -247,6 +253,7 @@ RF_KERNEL void recombine_backward_nchw(const Problem& p, const Prologue<Acc<T>>&
   using V = Vec<A>;
   constexpr bool kPrologue = kForm != Form::kPlain;
   const bool streamed = streams<T>(p, p.features());
+  const bool fetches = prefetches(p, sizeof(T));
   const int64_t pixels = p.pixels(), channels = p.channels, radix = p.radix;
   for (int64_t item = end; item-- > begin;) {
     const int64_t b = item / channels, c = item % channels;
@@ -265,8 +272,12 @@ RF_KERNEL void recombine_backward_nchw(const Problem& p, const Prologue<Acc<T>>&
         split.statistics = {broadcast<V>(prologue.bn0.mean[f]), broadcast<V>(statistics.slope[f]),
                             broadcast<V>(statistics.offset[f])};
       }
+      auto ahead = ahead_of_row(fetches, row, pixels);
+      auto ahead_g = ahead_of_row(fetches && r == 0, g, pixels);
       write_rows<V>(streamed, 1, pixels, dx + feature * pixels, 0,
                     [&](int64_t i, auto lanes, auto rows) __attribute__((always_inline)) {
+                      ahead.template step<kLanes<V>>();
+                      ahead_g.template step<kLanes<V>>();
                       const auto x_of = [&]() __attribute__((always_inline)) {
                         return load<V>(row + i, lanes);
                       };
@@ -313,8 +324,8 @@ RF_KERNEL void recombine_backward_nhwc(const Problem& p, const Prologue<Acc<T>>&
       const int64_t pixel = pixels.first + first;
       const T* g = dout + pixel * channels;
       const T* of_pixels = x + pixel * features;
-      Ahead<T> ahead_g(fetches, g, kRecombineTile * channels);
-      Ahead<T> ahead(fetches, of_pixels, kRecombineTile * features);
+      auto ahead_g = ahead_of_tile(fetches, g, kRecombineTile * channels);
+      auto ahead = ahead_of_tile(fetches, of_pixels, kRecombineTile * features);
       for (int64_t r = 0; r < radix; ++r) {
         write_rows<V>(streamed, tile, channels, dx + pixel * features + r * channels, features,
                       [&](int64_t c, auto lanes, auto rows) __attribute__((always_inline)) {

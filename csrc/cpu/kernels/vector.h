@@ -57,7 +57,25 @@ template <typename V>
 struct Halves {
   Lanes<Element<V>, kLanes<V> / 2> low, high;
 
-  RF_INLINE static Halves of(V v) { return reinterpret<Halves>(v); }
+  // By instructions between registers: as a cast of bits it would go through memory.
+  RF_INLINE static Halves of(V v) {
+    using Half = decltype(low);
+#if RF_REGISTER_BYTES == 64
+    if constexpr (sizeof v == 64) {
+      const auto wide = reinterpret<__m512d>(v);
+      return {reinterpret<Half>(_mm512_castpd512_pd256(wide)),
+              reinterpret<Half>(_mm512_extractf64x4_pd(wide, 1))};
+    }
+#endif
+#if RF_REGISTER_BYTES >= 32
+    if constexpr (sizeof v == 32) {
+      const auto wide = reinterpret<__m256d>(v);
+      return {reinterpret<Half>(_mm256_castpd256_pd128(wide)),
+              reinterpret<Half>(_mm256_extractf128_pd(wide, 1))};
+    }
+#endif
+    return reinterpret<Halves>(v);
+  }
 };
 
 // The value in all lanes.
@@ -104,6 +122,36 @@ RF_INLINE V fma(V a, V b, V c) {
 #endif
 }
 
+// a where it is larger, else b: also where one of them is NaN. One instruction, for which the
+// compiler takes two or three.
+template <typename V>
+RF_INLINE V larger(V a, V b) {
+#if defined(__x86_64__)
+  constexpr bool kFloat = std::is_same_v<Element<V>, float>;
+#if RF_REGISTER_BYTES == 64
+  if constexpr (kFloat) {
+    return reinterpret<V>(_mm512_max_ps(a, b));
+  } else {
+    return reinterpret<V>(_mm512_max_pd(a, b));
+  }
+#elif RF_REGISTER_BYTES == 32
+  if constexpr (kFloat) {
+    return reinterpret<V>(_mm256_max_ps(a, b));
+  } else {
+    return reinterpret<V>(_mm256_max_pd(a, b));
+  }
+#else
+  if constexpr (kFloat) {
+    return reinterpret<V>(_mm_max_ps(a, b));
+  } else {
+    return reinterpret<V>(_mm_max_pd(a, b));
+  }
+#endif
+#else
+  return a > b ? a : b;
+#endif
+}
+
 // Loaded once: the compiler would read memory again for each use.
 template <typename V>
 RF_INLINE void hold_in_register(V& value) {
@@ -125,15 +173,33 @@ RF_INLINE V shuffle(V a, V b) {
 #endif
 }
 
+// The upper half of a vector of float32 added to the lower, in float64.
+template <typename V>
+RF_INLINE auto halves_added(V v) {
+  using Wide = Lanes<double, kLanes<V> / 2>;
+#if defined(__x86_64__) && RF_REGISTER_BYTES == 16
+  return reinterpret<Wide>(_mm_cvtps_pd(v)) + reinterpret<Wide>(_mm_cvtps_pd(_mm_movehl_ps(v, v)));
+#else
+  const auto halves = Halves<V>::of(v);
+#if RF_REGISTER_BYTES == 64
+  return reinterpret<Wide>(_mm512_cvtps_pd(halves.low)) +
+         reinterpret<Wide>(_mm512_cvtps_pd(halves.high));
+#elif RF_REGISTER_BYTES == 32
+  return reinterpret<Wide>(_mm256_cvtps_pd(halves.low)) +
+         reinterpret<Wide>(_mm256_cvtps_pd(halves.high));
+#else
+  return __builtin_convertvector(halves.low, Wide) + __builtin_convertvector(halves.high, Wide);
+#endif
+#endif
+}
+
 // Sum of all lanes in float64: halving the vector, a fixed order.
 template <typename V>
 RF_INLINE double sum_lanes(V v) {
-  const auto halves = Halves<V>::of(v);
   if constexpr (sizeof(Element<V>) == sizeof(float)) {
-    using Wide = Lanes<double, kLanes<V> / 2>;
-    return sum_lanes(__builtin_convertvector(halves.low, Wide) +
-                     __builtin_convertvector(halves.high, Wide));
+    return sum_lanes(halves_added(v));
   } else if constexpr (kLanes<V> > 2) {
+    const auto halves = Halves<V>::of(v);
     return sum_lanes(halves.low + halves.high);
   } else {
     return v[0] + v[1];
