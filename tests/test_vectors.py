@@ -161,6 +161,15 @@ def test_multiply_add_rounds_once_where_the_machine_does(
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+def test_the_larger_one_is_the_second_where_either_is_nan(
+    run: Run, dtype: type[np.floating]
+) -> None:
+    a, b, _ = grid = np.array([(x, y, 0) for x in SPECIAL for y in SPECIAL], dtype).T
+    found = np.frombuffer(run(f"larger {dtype.__name__}", grid), dtype)
+    assert_same(found, np.where(a > b, a, b))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_relu_passes_nan(run: Run, dtype: type[np.floating]) -> None:
     grid = np.array([(x, y, 0) for x in SPECIAL for y in SPECIAL], dtype).T
     a, n = grid[0], grid[1]

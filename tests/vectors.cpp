@@ -96,6 +96,7 @@ Bytes map3(const Bytes& input) {
     }                                      \
   };
 RF_FUNCTION(Fma, fma(a, b, c))
+RF_FUNCTION(Larger, larger(a, b))
 RF_FUNCTION(Relu, relu(a))
 RF_FUNCTION(ReluBackward, relu_backward(a, b))
 RF_FUNCTION(Exp, exp_nonpositive(a))
@@ -201,6 +202,8 @@ const std::map<std::string, std::function<Bytes(const Bytes&)>> kFunctions{
     {"load_one bfloat16", load_ones<BFloat16>},
     {"fma float32", map3<float, Fma>},
     {"fma float64", map3<double, Fma>},
+    {"larger float32", map3<float, Larger>},
+    {"larger float64", map3<double, Larger>},
     {"relu float32", map3<float, Relu>},
     {"relu float64", map3<double, Relu>},
     {"relu_backward float32", map3<float, ReluBackward>},

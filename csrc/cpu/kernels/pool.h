@@ -162,16 +162,24 @@ RF_KERNEL void pool_backward_nhwc(const Problem& p, const T* dout, const T* x, i
   using A = Acc<T>;
   using V = Vec<A>;
   const int64_t channels = p.channels, features = p.features();
+  const bool fetches = prefetches(p, sizeof(T));
   for (int64_t item = begin; item < end; ++item) {
     const PixelItem pixels(p, item);
     A* sums = partial + item * features;
     std::fill_n(sums, features, A{});
     for_tiles(pixels.count, [&]<int kPixels>(int64_t first) __attribute__((always_inline)) {
       const T* g = dout + (pixels.first + first) * channels;
+      auto ahead_g = ahead_of_tile(fetches, g, kPixels * channels);
+      auto ahead =
+          ahead_of_tile(fetches, x + (pixels.first + first) * features, kPixels * features);
       for (int64_t r = 0; r < p.radix; ++r) {
         const T* tile = x + (pixels.first + first) * features + r * channels;
         A* split_sums = sums + r * channels;
         for_vectors<V>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+          if (r == 0) {
+            ahead_g.template step<kPixels * kLanes<V>>();
+          }
+          ahead.template step<kPixels * kLanes<V>>();
           V sum = {};
           unroll<kPixels>([&](auto i) __attribute__((always_inline)) {
             sum = fma(load<V>(g + i * channels + c, lanes), load<V>(tile + i * features + c, lanes),
