@@ -54,16 +54,29 @@ def functions() -> dict[str, list[Instruction]]:
     return found
 
 
-def straight_loops(instructions: list[Instruction]) -> list[list[Instruction]]:
-    """The loops without a branch or a call inside: what runs for each vector."""
+def innermost_loops(instructions: list[Instruction]) -> list[list[Instruction]]:
+    """The loops without a loop or a call inside: what runs for each vector. Branches stay inside."""
     addresses = {i.address: index for index, i in enumerate(instructions)}
     loops = []
     for end, jump in enumerate(instructions):
         begin = addresses.get(jump.target or -1, end + 1)
         body = instructions[begin : end + 1]
-        if body and not any(i.target or i.name.startswith("call") for i in body[:-1]):
+        if body and not any(
+            i.name.startswith("call") or (i.target and not i.address < i.target <= jump.address)
+            for i in body[:-1]
+        ):
             loops.append(body)
     return loops
+
+
+def reads_vectors(loop: list[Instruction]) -> bool:
+    """Whether whole vectors come from memory; the rest of a row comes by single elements."""
+    return any(
+        re.search(r"\(.*\).*%[xyz]mm", i.operands)
+        and not STACK.search(i.operands)
+        and not re.fullmatch(r"v?mov(d|[lh]p[sd])|.*s[sd]", i.name)
+        for i in loop
+    )
 
 
 def multiplies(instruction: Instruction) -> bool:
@@ -79,9 +92,9 @@ def test_hot_loops_keep_their_vectors_in_registers(instruction_set: str) -> None
         if kernel is None or kernel[1] not in KERNELS or "lambda" in name:
             continue
         multiplied = 0
-        for loop in straight_loops(instructions):
+        for loop in innermost_loops(instructions):
             vectors = [i for i in loop if re.search(r"%[xyz]mm", i.operands)]
-            if len(vectors) >= 3:
+            if len(vectors) >= 3 and reads_vectors(loop):
                 seen.add(kernel[1])
                 multiplied += sum(map(multiplies, loop))
                 on_stack = [i for i in vectors if STACK.search(i.operands)]
