@@ -715,7 +715,7 @@ def test_evaluate_counts_by_hand(tmp_path: Path) -> None:
     labels = torch.tensor([0, 1, 1, 2, 2])
     network = nn.Flatten()
     data = odds.log()[..., None, None]
-    batches = [(data[:2], labels[:2], None), (data[2:], labels[2:], None)]
+    batches = [(data[:2], labels[:2], []), (data[2:], labels[2:], [])]
     scores = evaluate(network, batches, 3, torch.device("cpu"))
     assert scores.top1 == pytest.approx(60) and scores.top5 == pytest.approx(100)
     assert scores.loss == pytest.approx(-np.log([0.7, 0.3, 0.8, 0.6, 0.1]).mean(), rel=1e-5)
