@@ -578,6 +578,22 @@ def test_a_write_that_fails_leaves_the_last_checkpoint(
     assert {path.name: path.read_bytes() for path in (out / "checkpoints").iterdir()} == before
 
 
+def test_options_outlast_a_full_disk(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A run that goes on writes them anew; without them it could not."""
+    out = tmp_path / "run"
+    assert train(out, epochs=1) == 0
+    before = (out / "config.yaml").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        assert train(out, epochs=1) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"out: {out}: " in capfd.readouterr().err
+    assert (out / "config.yaml").read_bytes() == before
+    assert train(out, epochs=1) == 0
+
+
 def test_nan_stops_the_run_and_names_the_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -662,6 +678,9 @@ def test_options_of_the_command_count_over_the_file_and_the_file_over_the_preset
         (["--preset", "digits", "--weights", "none.pth"], "none.pth: not a file that exists"),
         (["--smoothing", "2"], "smoothing: expected a number from 0 to below 1, got 2.0"),
         (["--config", "none.yaml"], "config: none.yaml cannot be read"),
+        (["--preset", "digits", "--fsdp"], "fsdp: expected several processes"),
+        (["--synthetic", "cifar", "--fsdp"], "fsdp: a step cannot be timed apart"),
+        (["--preset", "digits", "--plot-with", "none"], "plot_with: none: expected a run's folder"),
     ],
 )
 def test_wrong_arguments_are_one_line(
