@@ -229,8 +229,8 @@ def test_incomplete_data_are_named(
     assert message in capsys.readouterr().err
 
 
-def write_shards(folder: Path, name: str, count: int, each: int, bad: int = -1) -> str:
-    """Shards whose pictures have the colour of their label; one picture may be damaged."""
+def write_shards(folder: Path, name: str, count: int, each: int, *bad: int) -> str:
+    """Shards whose pictures have the colour of their label; some may be damaged, or garbage."""
     import io
 
     import webdataset
@@ -243,7 +243,9 @@ def write_shards(folder: Path, name: str, count: int, each: int, bad: int = -1) 
                 Image.new("RGB", (36, 36), (25 * (number % 10), 0, number % 256)).save(
                     buffer, "png"
                 )
-                content = buffer.getvalue()[: 60 if number == bad else None]
+                content = buffer.getvalue()[: 60 if number in bad else None]
+                if number in bad[1:]:
+                    content = b"garbage"
                 key = f"{number:04d}"
                 writer.write({"__key__": key, "png": content, "cls": str(number % 10)})
     return str(folder / f"{name}-{{0..{count - 1}}}.tar")
@@ -252,7 +254,7 @@ def write_shards(folder: Path, name: str, count: int, each: int, bad: int = -1) 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shards_give_every_picture_and_go_on(workers: int, tmp_path: Path) -> None:
     loading, distributed = module("loading"), module("distributed")
-    urls = write_shards(tmp_path, "train", 8, 10, bad=33)
+    urls = write_shards(tmp_path, "train", 8, 10, 33, 38, 39)
     chosen = config(
         tmp_path / "run", data=f"webdataset:{urls}", val=urls, samples=160, classes=10,
         batch=10, workers=workers,
@@ -277,9 +279,14 @@ def test_shards_give_every_picture_and_go_on(workers: int, tmp_path: Path) -> No
     assert rest == [batches[5:] for batches in whole] and other != whole
     once = rows(lambda world: loading.evaluation_batches(data.val, transform, chosen, world))
     labels = sorted(label for batches in once for _, many, _ in batches for label in many)
-    assert labels == sorted(number % 10 for number in range(80) if number != 33)
-    complaints = [c for batches in once for _, _, many in batches for c in many if c]
-    assert len(complaints) == 1 and "train-3.tar: 0033: cannot be decoded" in complaints[0]
+    assert labels == sorted(number % 10 for number in range(80) if number not in (33, 38, 39))
+    said = "\n".join(c for batches in once for _, _, many in batches for c in many if c)
+    for complaint, words in zip(
+        said.splitlines(),
+        ("0033: cannot be decoded", "0038: not an image", "0039: not an image"),
+        strict=True,
+    ):
+        assert f"train-3.tar: {words}" in complaint
     with pytest.raises(module("config").ConfigError, match="expected a shard for each of 20"):
         training(distributed.World(0, 20 // max(workers, 1), torch.device("cpu"), False))
 
@@ -291,6 +298,8 @@ def test_a_run_on_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert result(tmp_path / "run")["state"]["step"] == 4
     assert train(tmp_path / "other", **options, epochs=1) == 2
     assert "samples: shards do not tell it" in capsys.readouterr().err
+    assert train(tmp_path / "few", **{**options, "classes": 9}, samples=80, epochs=1) == 2
+    assert "classes: expected labels below 9, got 9" in capsys.readouterr().err
 
 
 # --- steps

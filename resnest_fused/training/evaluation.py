@@ -76,7 +76,7 @@ def evaluate(
     network.eval()
     complaints: dict[str, None] = {}
     for pictures, labels, said in batches:
-        complaints |= dict.fromkeys(filter(None, said))
+        complaints |= dict.fromkeys(filter(None, "\n".join(said).split("\n")))
         pictures = pictures.to(device, memory_format=memory_format, non_blocking=True)
         labels = labels.to(device, non_blocking=True)
         with torch.autocast(device.type, amp, enabled=amp is not None):

@@ -234,6 +234,10 @@ class Trainer:
         with self._clock.waiting():
             pictures, labels, complaints = next(batches)
         self._note_complaints(complaints)
+        if labels.max() >= self.count:
+            raise ConfigError(
+                f"classes: expected labels below {self.count}, got {int(labels.max())}"
+            )
         self._clock.images += len(labels) * self.world.size
         device = self.world.device
         pictures = pictures.to(device, memory_format=self.format, non_blocking=True)
@@ -242,11 +246,11 @@ class Trainer:
 
     def _note_complaints(self, complaints: Iterable[str]) -> None:
         """Keep what is said of pictures that cannot be decoded, and say it once."""
-        for complaint in filter(None, complaints):
-            if complaint not in self._complaints:
+        for complaint in "\n".join(complaints).split("\n"):
+            if complaint and complaint not in self._complaints:
                 message = f"{complaint}; another picture takes its place"
                 print(f"resnest-fused: {message}", file=sys.stderr, flush=True)
-            self._complaints[complaint] = None
+                self._complaints[complaint] = None
 
     def _set_drop_block(self) -> None:
         """DropBlock's rate, from 0 at the first step to the full one at the last."""
