@@ -622,6 +622,25 @@ def test_nan_stops_the_run_and_names_the_step(
     assert names == {"step-00000007.pt", "best.pt"}
 
 
+def test_weights_that_are_nan_are_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A gradient that is NaN in the last step of an epoch, whose loss is none."""
+    loop = module("loop")
+    next_batch = loop.Trainer._next_batch
+
+    def poisoned(self: Any, batches: Any) -> Any:
+        if self.step == 13:
+            self.network.fc.weight.register_hook(lambda gradient: gradient * float("nan"))
+        return next_batch(self, batches)
+
+    monkeypatch.setattr(loop.Trainer, "_next_batch", poisoned)
+    assert train(tmp_path / "run") == 1
+    assert "weights are NaN or infinite after step 14; " in capfd.readouterr().err
+    names = {path.name for path in (tmp_path / "run/checkpoints").iterdir()}
+    assert names == {"step-00000007.pt", "best.pt"}
+
+
 def test_a_folder_with_another_run_is_not_touched(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -163,14 +163,17 @@ class Trainer:
         randomness.set_states(own["random"])
 
     def save(self) -> None:
-        """Write a checkpoint, once it is known that no loss so far was NaN.
+        """Write a checkpoint, once it is known that no loss so far was NaN, and no weight is.
 
         Raises:
-            NotFinite: one was.
+            NotFinite: one was, or is.
             CheckpointError: the file cannot be written.
         """
         self._fetch_losses()
         state = self.state()
+        # A gradient may be NaN where the loss was not; the next loss would tell it too late.
+        if self.world.any(not all(value.isfinite().all() for value in state["model"].values())):
+            raise NotFinite(f"weights are NaN or infinite after step {self.step}")
         if self.world.first:
             checkpoints.write(state, checkpoints.path_of(self.folder, self.step))
             checkpoints.prune(self.folder, self.config.keep)

@@ -200,5 +200,8 @@ def _end(code: int, message: str) -> int:
 
 
 def _draw(folder: Path, beside: tuple[Path, ...]) -> None:
-    runs = {str(each): read_metrics(each) for each in (folder, *beside)}
-    draw_curves(runs, folder / "curves")
+    folders = (folder, *beside)
+    names = [each.name for each in folders]
+    if len(set(names)) < len(names):
+        names = ["/".join(each.parts[-2:]) for each in folders]
+    draw_curves(dict(zip(names, map(read_metrics, folders), strict=True)), folder / "curves")
