@@ -587,7 +587,7 @@ def test_a_write_that_fails_leaves_the_last_checkpoint(
     assert {path.name: path.read_bytes() for path in (out / "checkpoints").iterdir()} == before
 
 
-def test_options_outlast_a_full_disk(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_options_outlast_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run that goes on writes them anew; without them it could not."""
     out = tmp_path / "run"
     assert train(out, epochs=1) == 0
@@ -598,7 +598,7 @@ def test_options_outlast_a_full_disk(tmp_path: Path, capfd: pytest.CaptureFixtur
         assert train(out, epochs=1) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert f"out: {out}: " in capfd.readouterr().err
+    assert f"out: {out}: " in capsys.readouterr().err
     assert (out / "config.yaml").read_bytes() == before
     assert train(out, epochs=1) == 0
 
