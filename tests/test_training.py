@@ -5,6 +5,7 @@ Modules that need the extra's packages are imported in the tests, which ``-m tra
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import functools
 import importlib
@@ -585,6 +586,23 @@ def test_a_write_that_fails_leaves_the_last_checkpoint(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {path.name: path.read_bytes() for path in (out / "checkpoints").iterdir()} == before
+
+
+def test_the_best_is_copied_where_a_file_has_one_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = module("checkpoints")
+
+    def link(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    path = checkpoints.path_of(tmp_path, 3)
+    for content in (b"first", b"second"):
+        path.write_bytes(content)
+        checkpoints.keep_best(path)
+        assert (tmp_path / "best.pt").read_bytes() == content
+    assert {each.name for each in tmp_path.iterdir()} == {"best.pt", path.name}
 
 
 def test_options_outlast_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
