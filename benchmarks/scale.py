@@ -17,7 +17,7 @@ _BATCH = 64
 _IMAGES = 1_281_167  # of ImageNet-1k's training
 _IN_NODE = 8
 
-# Assumed, not measured here. Bytes per second at which a ring passes gradients: of NVLink 4 in a
+# Assumed, not measured here. Bytes per second at which gradients are passed on: of NVLink 4 in a
 # node, and of a network card of 400 Gb/s for each GPU, each at 80 % of its rate. Seconds of a hop.
 _NVLINK, _NETWORK = 0.8 * 450e9, 0.8 * 50e9
 _HOP = 10e-6
@@ -27,7 +27,7 @@ _BUCKET = 25 * 2**20  # DDP's default, of which the last one cannot overlap with
 
 
 def reduce_seconds(gpus: int, count: float) -> float:
-    """A ring all-reduce of so many bytes over so many GPUs."""
+    """An all-reduce of so many bytes over so many GPUs: a ring's bytes, a tree's hops."""
     if gpus == 1:
         return 0.0
     rate = _NVLINK if gpus <= _IN_NODE else _NETWORK

@@ -11,6 +11,7 @@ from pathlib import Path
 import gpu_summary
 import instructions
 import pytest
+import scale
 from contenders import interleave
 from grid import DTYPES, FORMS, GRIDS, LAYOUTS, STAGES, Case
 from network import Result, Workload
@@ -240,3 +241,20 @@ def test_all_contenders_are_held_to_an_instruction_set() -> None:
     assert instructions.missed("baseline", "baseline", "DEFAULT") is None
     told = instructions.missed("baseline", "baseline", "AVX2")
     assert told is not None and "PyTorch avx2" in told and "ATEN_CPU_CAPABILITY=default" in told
+
+
+def test_the_page_on_scale_is_what_its_script_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    scale.main()
+    page = (Path(scale.__file__).parent / "SCALE.md").read_text()
+    assert capsys.readouterr().out in page
+
+
+def test_scale_by_hand() -> None:
+    """8 GPUs pass 7/4 of 360 MB at 360 GB/s in 6 hops; 64 pass 63/32 of 40 MB at 40 GB/s in 12."""
+    assert scale.reduce_seconds(8, 360e6) == pytest.approx(1.75e-3 + 6e-5)
+    assert scale.reduce_seconds(64, 40e6) == pytest.approx(63 / 32 * 1e-3 + 12e-5)
+    # A step of 30 ms hides 20 ms: all but the last bucket of a short all-reduce, ...
+    last = 63 / 32 * 25 * 2**20 / 40e9 + 12e-5
+    assert scale.predict(64, 0.03, 40e6)[1:] == pytest.approx((last, 0.03 + last))
+    # ... and of one of 39.375 + 0.12 ms what is longer.
+    assert scale.predict(64, 0.03, 800e6)[1] == pytest.approx(39.495e-3 - 0.02)

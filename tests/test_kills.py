@@ -70,21 +70,23 @@ def unbroken(
 def test_a_killed_run_goes_on_to_the_same_bits(
     seed: int, unbroken: tuple[int, dict[str, Any]], tmp_path: Path
 ) -> None:
-    """Killed at random moments, with SIGKILL and all at once."""
+    """Killed at random moments all over the run, with SIGKILL and all at once."""
     processes, expected = unbroken
     generator = random.Random(f"{seed} {processes}")
     out, log = tmp_path / "run", tmp_path / "log"
     arguments = command(out, processes, **OPTIONS)
-    known = 0
-    for _ in range(KILLS):
+    killed = []
+    for number in range(KILLS):
         process = start(arguments, log)
-        # Each time a step further, then anywhere in the next ones.
-        wait_for_step(process, out, known + 1, log)
-        time.sleep(generator.uniform(0, 0.7))
-        if process.poll() is None:
-            kill(process)
-        known = steps_of(out)
-    print(f"{KILLS} kills of {processes}: the last at step {known}", file=sys.stderr)
+        # At least a step further than the last time, and somewhere in this part of the run.
+        upper = expected["state"]["step"] * (number + 1) // (KILLS + 1)
+        known = steps_of(out) + 1
+        wait_for_step(process, out, generator.randint(known, max(known, upper)), log)
+        time.sleep(generator.uniform(0, 0.2))
+        assert process.poll() is None, log.read_text()
+        kill(process)
+        killed.append(steps_of(out))
+    print(f"{processes} processes, killed after steps {killed}", file=sys.stderr)
     finish(arguments, log)
     assert_same(result(out), expected)
 

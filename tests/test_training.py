@@ -5,6 +5,7 @@ Modules that need the extra's packages are imported in the tests, which ``-m tra
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import functools
 import importlib
@@ -229,8 +230,8 @@ def test_incomplete_data_are_named(
     assert message in capsys.readouterr().err
 
 
-def write_shards(folder: Path, name: str, count: int, each: int, bad: int = -1) -> str:
-    """Shards whose pictures have the colour of their label; one picture may be damaged."""
+def write_shards(folder: Path, name: str, count: int, each: int, *bad: int) -> str:
+    """Shards whose pictures have the colour of their label; some may be damaged, or garbage."""
     import io
 
     import webdataset
@@ -243,7 +244,9 @@ def write_shards(folder: Path, name: str, count: int, each: int, bad: int = -1) 
                 Image.new("RGB", (36, 36), (25 * (number % 10), 0, number % 256)).save(
                     buffer, "png"
                 )
-                content = buffer.getvalue()[: 60 if number == bad else None]
+                content = buffer.getvalue()[: 60 if number in bad else None]
+                if number in bad[1:]:
+                    content = b"garbage"
                 key = f"{number:04d}"
                 writer.write({"__key__": key, "png": content, "cls": str(number % 10)})
     return str(folder / f"{name}-{{0..{count - 1}}}.tar")
@@ -252,7 +255,7 @@ def write_shards(folder: Path, name: str, count: int, each: int, bad: int = -1) 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shards_give_every_picture_and_go_on(workers: int, tmp_path: Path) -> None:
     loading, distributed = module("loading"), module("distributed")
-    urls = write_shards(tmp_path, "train", 8, 10, bad=33)
+    urls = write_shards(tmp_path, "train", 8, 10, 33, 38, 39)
     chosen = config(
         tmp_path / "run", data=f"webdataset:{urls}", val=urls, samples=160, classes=10,
         batch=10, workers=workers,
@@ -277,9 +280,14 @@ def test_shards_give_every_picture_and_go_on(workers: int, tmp_path: Path) -> No
     assert rest == [batches[5:] for batches in whole] and other != whole
     once = rows(lambda world: loading.evaluation_batches(data.val, transform, chosen, world))
     labels = sorted(label for batches in once for _, many, _ in batches for label in many)
-    assert labels == sorted(number % 10 for number in range(80) if number != 33)
-    complaints = [c for batches in once for _, _, many in batches for c in many if c]
-    assert len(complaints) == 1 and "train-3.tar: 0033: cannot be decoded" in complaints[0]
+    assert labels == sorted(number % 10 for number in range(80) if number not in (33, 38, 39))
+    said = "\n".join(c for batches in once for _, _, many in batches for c in many if c)
+    for complaint, words in zip(
+        said.splitlines(),
+        ("0033: cannot be decoded", "0038: not an image", "0039: not an image"),
+        strict=True,
+    ):
+        assert f"train-3.tar: {words}" in complaint
     with pytest.raises(module("config").ConfigError, match="expected a shard for each of 20"):
         training(distributed.World(0, 20 // max(workers, 1), torch.device("cpu"), False))
 
@@ -291,6 +299,8 @@ def test_a_run_on_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert result(tmp_path / "run")["state"]["step"] == 4
     assert train(tmp_path / "other", **options, epochs=1) == 2
     assert "samples: shards do not tell it" in capsys.readouterr().err
+    assert train(tmp_path / "few", **{**options, "classes": 9}, samples=80, epochs=1) == 2
+    assert "classes: expected labels below 9, got 9" in capsys.readouterr().err
 
 
 # --- steps
@@ -578,6 +588,39 @@ def test_a_write_that_fails_leaves_the_last_checkpoint(
     assert {path.name: path.read_bytes() for path in (out / "checkpoints").iterdir()} == before
 
 
+def test_the_best_is_copied_where_a_file_has_one_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = module("checkpoints")
+
+    def link(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    path = checkpoints.path_of(tmp_path, 3)
+    for content in (b"first", b"second"):
+        path.write_bytes(content)
+        checkpoints.keep_best(path)
+        assert (tmp_path / "best.pt").read_bytes() == content
+    assert {each.name for each in tmp_path.iterdir()} == {"best.pt", path.name}
+
+
+def test_options_outlast_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that goes on writes them anew; without them it could not."""
+    out = tmp_path / "run"
+    assert train(out, epochs=1) == 0
+    before = (out / "config.yaml").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        assert train(out, epochs=1) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"out: {out}: " in capsys.readouterr().err
+    assert (out / "config.yaml").read_bytes() == before
+    assert train(out, epochs=1) == 0
+
+
 def test_nan_stops_the_run_and_names_the_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -593,6 +636,25 @@ def test_nan_stops_the_run_and_names_the_step(
     told = capfd.readouterr().err
     assert "the loss is nan in step 11, epoch 2" in told
     assert "step-00000007.pt" in told
+    names = {path.name for path in (tmp_path / "run/checkpoints").iterdir()}
+    assert names == {"step-00000007.pt", "best.pt"}
+
+
+def test_weights_that_are_nan_are_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A gradient that is NaN in the last step of an epoch, whose loss is none."""
+    loop = module("loop")
+    next_batch = loop.Trainer._next_batch
+
+    def poisoned(self: Any, batches: Any) -> Any:
+        if self.step == 13:
+            self.network.fc.weight.register_hook(lambda gradient: gradient * float("nan"))
+        return next_batch(self, batches)
+
+    monkeypatch.setattr(loop.Trainer, "_next_batch", poisoned)
+    assert train(tmp_path / "run") == 1
+    assert "weights are NaN or infinite after step 14; " in capfd.readouterr().err
     names = {path.name for path in (tmp_path / "run/checkpoints").iterdir()}
     assert names == {"step-00000007.pt", "best.pt"}
 
@@ -662,6 +724,9 @@ def test_options_of_the_command_count_over_the_file_and_the_file_over_the_preset
         (["--preset", "digits", "--weights", "none.pth"], "none.pth: not a file that exists"),
         (["--smoothing", "2"], "smoothing: expected a number from 0 to below 1, got 2.0"),
         (["--config", "none.yaml"], "config: none.yaml cannot be read"),
+        (["--preset", "digits", "--fsdp"], "fsdp: expected several processes"),
+        (["--synthetic", "cifar", "--fsdp"], "fsdp: a step cannot be timed apart"),
+        (["--preset", "digits", "--plot-with", "none"], "plot_with: none: expected a run's folder"),
     ],
 )
 def test_wrong_arguments_are_one_line(
@@ -715,7 +780,7 @@ def test_evaluate_counts_by_hand(tmp_path: Path) -> None:
     labels = torch.tensor([0, 1, 1, 2, 2])
     network = nn.Flatten()
     data = odds.log()[..., None, None]
-    batches = [(data[:2], labels[:2], None), (data[2:], labels[2:], None)]
+    batches = [(data[:2], labels[:2], []), (data[2:], labels[2:], [])]
     scores = evaluate(network, batches, 3, torch.device("cpu"))
     assert scores.top1 == pytest.approx(60) and scores.top5 == pytest.approx(100)
     assert scores.loss == pytest.approx(-np.log([0.7, 0.3, 0.8, 0.6, 0.1]).mean(), rel=1e-5)

@@ -124,7 +124,7 @@ def _as_values(found: Assessment) -> dict[str, Any]:
             for name, value in zip(found.classes, by_class, strict=True)
         },
         "confusion": scores.confusion.tolist(),
-        "bad_pictures": found.bad,
+        "bad_pictures": scores.complaints,
     }
 
 
@@ -149,9 +149,10 @@ def _print(weights: str, found: Assessment) -> None:
     facts.add_row("top-5", f"{values['top5']:.2f} %")
     facts.add_row("loss", f"{values['loss']:.4f}")
     facts.add_row("calibration", f"off by {values['calibration_error']:.2f} % (15 bins)")
-    if found.bad:
-        more = f" and {len(found.bad) - 1} more" if len(found.bad) > 1 else ""
-        facts.add_row("bad pictures", f"{found.bad[0]}{more}; others took their places")
+    bad = found.scores.complaints
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        facts.add_row("bad pictures", f"{bad[0]}{more}; others took their places")
     console.print(facts)
     known = {name: value for name, value in values["by_class"].items() if value is not None}
     worst = sorted(known.items(), key=lambda pair: pair[1])[:_SHOWN]

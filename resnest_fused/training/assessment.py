@@ -32,14 +32,12 @@ class Assessment(NamedTuple):
         entry: which weights of the file; None for what it has by itself.
         classes: names of the data's classes.
         scores: of the network on the data.
-        bad: a complaint for each picture that could not be decoded.
     """
 
     config: Config
     entry: str | None
     classes: list[str]
     scores: Scores
-    bad: list[str]
 
 
 def assess(
@@ -88,19 +86,12 @@ def assess(
         transform = registry.preprocessing(config.model, network).transform
     memory = torch.channels_last if config.channels_last else torch.contiguous_format
     loader = evaluation_batches(source, transform, config, World(0, 1, place, False))
-    bad: list[str] = []
-
-    def batches() -> Any:
-        for images, labels, complaints in loader:
-            bad.extend(filter(None, complaints))
-            yield images, labels, complaints
-
     count = models.checkpoints.num_classes(checkpoint.state) or len(classes)
     if count < len(classes):
         raise ConfigError(f"data: {len(classes)} classes, and the network has {count}")
     network.to(place, memory_format=memory)  # type: ignore[call-overload]
-    scores = evaluate(network, batches(), count, place, memory, AMP[config.amp])
-    return Assessment(config, entry, classes, scores, bad)
+    scores = evaluate(network, loader, count, place, memory, AMP[config.amp])
+    return Assessment(config, entry, classes, scores)
 
 
 def _options_of_run(weights: str) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -118,7 +120,7 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def keep_best(path: Path) -> None:
-    """Keep a checkpoint as the best one, at no cost where files can have two names.
+    """Keep a checkpoint as the best one: by a second name, or as a copy where a file has but one.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -126,7 +128,15 @@ def keep_best(path: Path) -> None:
     temporary = path.with_name("best.tmp")
     try:
         temporary.unlink(missing_ok=True)
-        os.link(path, temporary)
+        try:
+            os.link(path, temporary)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            with open(path, "rb") as source, open(temporary, "wb") as file:
+                shutil.copyfileobj(source, file)
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path.with_name(BEST))
         _sync_folder(path.parent)
     except OSError as error:

@@ -152,6 +152,7 @@ class Config:
         choices=("none", "bf16", "fp16"),
     )  # fmt: skip
     channels_last: bool = _option(False, "Memory format of pictures and weights.")
+    fsdp: bool = _option(False, "Shard weights, gradients and momenta over the processes (FSDP2).")
     compile: bool = _option(False, "Run the network through torch.compile.")
     timeout: int = _option(60, "Seconds after which a process that hangs ends the others.", least=5)
 

@@ -73,6 +73,11 @@ class World(NamedTuple):
         dist.broadcast_object_list(values)
         return values[0]
 
+    def wait_for_first(self) -> None:
+        """Wait until the first process comes here, for a day rather than for the timeout."""
+        if self.size > 1:
+            dist.barrier(dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1)))
+
     def share_buffers(self, model: nn.Module) -> None:
         """Give all processes the first one's running statistics, as DDP does before each step."""
         if self.size > 1:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from resnest_fused.training.config import Config
+from resnest_fused.training.config import Config, ConfigError
 from resnest_fused.training.datasets import find_data
 from resnest_fused.training.distributed import World, join
 from resnest_fused.training.loop import Trainer
@@ -55,6 +55,8 @@ def measure(config: Config) -> Throughput:
     Raises:
         ConfigError: an option has a wrong value.
     """
+    if config.fsdp:
+        raise ConfigError("fsdp: a step cannot be timed apart from what it exchanges; leave it out")
     with join(config.device, config.timeout) as world:
         return _measure(config, world)
 

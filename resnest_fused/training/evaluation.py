@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ class Scores(NamedTuple):
         calibration_error: mean distance of confidence and accuracy over 15 bins of confidence, in
             percent (arXiv:1706.04599).
         confusion: ``(C, C)`` counts: true classes by row, the likeliest ones by column.
+        complaints: of this process's pictures that cannot be decoded, one for each.
     """
 
     loss: float
@@ -33,6 +34,7 @@ class Scores(NamedTuple):
     top5: float
     calibration_error: float
     confusion: Tensor
+    complaints: list[str]
 
     def by_class(self) -> Tensor:
         """top1 of each class ``(C,)``, in percent; NaN for a class without pictures."""
@@ -42,7 +44,7 @@ class Scores(NamedTuple):
 @torch.inference_mode()
 def evaluate(
     network: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor, Any]],
+    batches: Iterable[tuple[Tensor, Tensor, Sequence[str]]],
     classes: int,
     device: torch.device,
     memory_format: torch.memory_format = torch.contiguous_format,
@@ -52,7 +54,8 @@ def evaluate(
 
     Args:
         network: to logits ``(B, classes)``; its mode is as before afterwards.
-        batches: of pictures, labels and complaints; processes may have different numbers of them.
+        batches: of pictures, labels and complaints, which may be empty; processes may have
+            different numbers of them.
         classes: how many.
         device: where the network is.
         memory_format: of the pictures.
@@ -71,7 +74,9 @@ def evaluate(
     losses = MeanMetric(nan_strategy="disable").to(device)
     before = network.training
     network.eval()
-    for pictures, labels, _ in batches:
+    complaints: dict[str, None] = {}
+    for pictures, labels, said in batches:
+        complaints |= dict.fromkeys(filter(None, "\n".join(said).split("\n")))
         pictures = pictures.to(device, memory_format=memory_format, non_blocking=True)
         labels = labels.to(device, non_blocking=True)
         with torch.autocast(device.type, amp, enabled=amp is not None):
@@ -86,4 +91,5 @@ def evaluate(
         top5=100 * float(found["top5"]),
         calibration_error=100 * float(found["calibration_error"]),
         confusion=found["confusion"].cpu(),
+        complaints=list(complaints),
     )

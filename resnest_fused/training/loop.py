@@ -7,16 +7,15 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
-from resnest_fused.training import checkpoints, randomness
+from resnest_fused.training import checkpoints, parallel, randomness
 from resnest_fused.training.augmentation import (
     evaluation_transform,
     make_loss,
@@ -64,8 +63,14 @@ class Trainer:
         self.folder = Path(config.out) / "checkpoints"
         self.format = torch.channels_last if config.channels_last else torch.contiguous_format
 
+        parallel.check(config, world)
         self._make_batches(data)
         self.network = build_network(config, self.count).to(world.device)
+        self.ema: AveragedModel | None = None
+        if config.ema:
+            average = parallel.averaging(config.ema)
+            self.ema = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
+        self.wrapped = self._wrap()  # which may exchange the parameters for shares of them
         samples = config.batch * config.accumulate * world.size
         self.peak = peak_lr(config.lr, samples)
         groups = parameter_groups(self.network, self.peak, config.weight_decay, config.lr_of)
@@ -76,13 +81,8 @@ class Trainer:
         self.scheduler = make_scheduler(self.optimizer, self.warmup, self.total)
         self.amp = AMP[config.amp]
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "fp16")
-        self.ema: AveragedModel | None = None
-        if config.ema:
-            average = get_ema_multi_avg_fn(config.ema)
-            self.ema = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
         self.mixing = make_mixing(config, self.count)
         self.loss = make_loss(config.smoothing)
-        self.wrapped = self._wrap()
 
         self.step = self.epoch = 0
         self._new_losses: list[Tensor] = []
@@ -105,12 +105,12 @@ class Trainer:
 
     def _wrap(self) -> nn.Module:
         """The network as it is called in training."""
-        wrapped: nn.Module = self.network
-        if self.world.size > 1:
-            device = self.world.device
-            wrapped = DistributedDataParallel(
-                self.network, device_ids=[device] if device.type == "cuda" else None
-            )
+        if self.config.fsdp:
+            for network in (self.network, *(() if self.ema is None else (self.ema.module,))):
+                parallel.shard(network)
+            wrapped: nn.Module = self.network
+        else:
+            wrapped = parallel.replicate(self.network, self.world)
         if self.config.compile:
             wrapped.compile()
         return wrapped
@@ -126,9 +126,9 @@ class Trainer:
         return {
             "step": self.step,
             "epoch": self.epoch,
-            "model": self.network.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": parallel.whole(self.network.state_dict()),
+            "ema": None if self.ema is None else parallel.whole(self.ema.state_dict()),
+            "optimizer": parallel.whole(self.optimizer.state_dict()),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "losses": {"row": list(self._row_losses), "epoch": list(self._epoch_losses)},
@@ -149,10 +149,12 @@ class Trainer:
                 f"{self.world.size}"
             )
         self.step, self.epoch = state["step"], state["epoch"]
-        self.network.load_state_dict(state["model"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for module, saved in ((self.network, state["model"]), (self.ema, state["ema"])):
+            if module is not None:
+                module.load_state_dict(parallel.shares(saved, module.state_dict()))
+        self.optimizer.load_state_dict(
+            parallel.shares_of_optimizer(state["optimizer"], self.optimizer)
+        )
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         self._row_losses, self._epoch_losses = state["losses"]["row"], state["losses"]["epoch"]
@@ -161,14 +163,17 @@ class Trainer:
         randomness.set_states(own["random"])
 
     def save(self) -> None:
-        """Write a checkpoint, once it is known that no loss so far was NaN.
+        """Write a checkpoint, once it is known that no loss so far was NaN, and no weight is.
 
         Raises:
-            NotFinite: one was.
+            NotFinite: one was, or is.
             CheckpointError: the file cannot be written.
         """
         self._fetch_losses()
         state = self.state()
+        # A gradient may be NaN where the loss was not; the next loss would tell it too late.
+        if self.world.any(not all(value.isfinite().all() for value in state["model"].values())):
+            raise NotFinite(f"weights are NaN or infinite after step {self.step}")
         if self.world.first:
             checkpoints.write(state, checkpoints.path_of(self.folder, self.step))
             checkpoints.prune(self.folder, self.config.keep)
@@ -210,9 +215,7 @@ class Trainer:
         losses = []
         for number in range(count):
             pictures, labels = self._next_batch(batches)
-            with contextlib.ExitStack() as stack:
-                if number + 1 < count and isinstance(self.wrapped, DistributedDataParallel):
-                    stack.enter_context(self.wrapped.no_sync())
+            with parallel.exchanging(self.wrapped, number + 1 == count):
                 with torch.autocast(self.world.device.type, self.amp, enabled=self.amp is not None):
                     loss = self.loss(self.wrapped(pictures), labels)
                 self.scaler.scale(loss / count).backward()
@@ -233,16 +236,24 @@ class Trainer:
         """Pictures and labels, or shares of classes, where the network is."""
         with self._clock.waiting():
             pictures, labels, complaints = next(batches)
-        for complaint in filter(None, complaints):
-            if complaint not in self._complaints:
-                message = f"{complaint}; another picture takes its place"
-                print(f"resnest-fused: {message}", file=sys.stderr, flush=True)
-            self._complaints[complaint] = None
+        self._note_complaints(complaints)
+        if labels.max() >= self.count:
+            raise ConfigError(
+                f"classes: expected labels below {self.count}, got {int(labels.max())}"
+            )
         self._clock.images += len(labels) * self.world.size
         device = self.world.device
         pictures = pictures.to(device, memory_format=self.format, non_blocking=True)
         labels = labels.to(device, non_blocking=True)
         return (pictures, labels) if self.mixing is None else self.mixing(pictures, labels)
+
+    def _note_complaints(self, complaints: Iterable[str]) -> None:
+        """Keep what is said of pictures that cannot be decoded, and say it once."""
+        for complaint in "\n".join(complaints).split("\n"):
+            if complaint and complaint not in self._complaints:
+                message = f"{complaint}; another picture takes its place"
+                print(f"resnest-fused: {message}", file=sys.stderr, flush=True)
+                self._complaints[complaint] = None
 
     def _set_drop_block(self) -> None:
         """DropBlock's rate, from 0 at the first step to the full one at the last."""
@@ -292,10 +303,13 @@ class Trainer:
         self.world.share_buffers(network)
         trained = time.perf_counter() - began
         self._clock.close_row()
-        scores = evaluate(
-            network, self.val_batches, self.count, self.world.device, self.format, self.amp
-        )
-        complaints = [name for own in self.world.gather(list(self._complaints)) for name in own]
+        with parallel.gathered(network):
+            scores = evaluate(
+                network, self.val_batches, self.count, self.world.device, self.format, self.amp
+            )
+        self._note_complaints(scores.complaints)
+        known = self.world.gather(list(self._complaints))
+        complaints = list(dict.fromkeys(name for own in known for name in own))
         row = {
             "kind": "epoch",
             "step": self.step,

@@ -72,7 +72,11 @@ class Reporter:
         kept = folder / f"{METRICS}.tmp"
         kept.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
         os.replace(kept, folder / METRICS)
-        self._board = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
+        # From the last checkpoint's step on, of which a row may have been told too early.
+        self._board = SummaryWriter(folder / "tensorboard", purge_step=start)
+        for row in self.rows:
+            if row["step"] == start:
+                self._chart(row)
         console = Console(stderr=True)
         self._progress = Progress(
             BarColumn(30),
@@ -120,9 +124,7 @@ class Reporter:
             file.write(json.dumps(row) + "\n")
         first = not any(known["kind"] == "epoch" for known in self.rows)
         self.rows.append(row)
-        for name, value in row.items():
-            if name not in ("kind", "step", "epoch"):
-                self._board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+        self._chart(row)
         if row["kind"] == "epoch":
             if first:
                 self.say(_table_line(None))
@@ -133,6 +135,12 @@ class Reporter:
                 f"data wait {row['data_wait']:.0%}"
             )
             self._progress.update(self._task, numbers=numbers)
+
+    def _chart(self, row: dict[str, Any]) -> None:
+        """Add a row's numbers to TensorBoard's."""
+        for name, value in row.items():
+            if name not in ("kind", "step", "epoch"):
+                self._board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
 
     def note_bad_files(self, complaints: list[str]) -> None:
         """Keep the names of pictures that could not be decoded."""

@@ -21,7 +21,7 @@ from resnest_fused.training.distributed import StopRequest, World, join, tell
 from resnest_fused.training.errors import BadPicture, NotFinite
 from resnest_fused.training.loop import Trainer
 from resnest_fused.training.plots import draw_curves
-from resnest_fused.training.reporting import Reporter, read_metrics
+from resnest_fused.training.reporting import METRICS, Reporter, read_metrics
 
 # Exit codes. The last is EX_TEMPFAIL of sysexits.h, "try again later".
 DONE, FAILED, WRONG, STOPPED = 0, 1, 2, 75
@@ -48,7 +48,9 @@ def train(config: Config, beside: tuple[Path, ...] = ()) -> int:
     """
     try:
         with join(config.device, config.timeout) as world:
-            finished = _train(config, world)
+            finished = _train(config, beside, world)
+        if finished and world.first:
+            _draw(Path(config.out), beside)
     except ConfigError as error:
         return _end(WRONG, str(error))
     except BadPicture as error:
@@ -70,13 +72,11 @@ def train(config: Config, beside: tuple[Path, ...] = ()) -> int:
         if world.first:
             _warn("stopped; the same command goes on")
         return STOPPED
-    if world.first:
-        _draw(Path(config.out), beside)
     return DONE
 
 
-def _train(config: Config, world: World) -> bool:
-    _agree(world, _conflict(config) if world.first else "")
+def _train(config: Config, beside: tuple[Path, ...], world: World) -> bool:
+    _agree(world, _no_run(beside) or _conflict(config) if world.first else "")
     trainer = Trainer(config, _find_data(config, world), world)
     # Nothing is written until all options are known to fit.
     with contextlib.ExitStack() as stack:
@@ -117,7 +117,9 @@ def _take_folder(config: Config, stack: contextlib.ExitStack) -> str:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         lock = stack.enter_context((folder / ".lock").open("w"))
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        (folder / CONFIG).write_text(as_yaml(config), encoding="utf-8")
+        # Never half a file: a run whose options are lost cannot go on.
+        (folder / f"{CONFIG}.tmp").write_text(as_yaml(config), encoding="utf-8")
+        os.replace(folder / f"{CONFIG}.tmp", folder / CONFIG)
     except BlockingIOError:
         return f"out: another process is training in {folder}; end it first"
     except OSError as error:
@@ -127,6 +129,14 @@ def _take_folder(config: Config, stack: contextlib.ExitStack) -> str:
 
 def _warn(message: str) -> None:
     print(f"resnest-fused: {message}", file=sys.stderr, flush=True)
+
+
+def _no_run(beside: tuple[Path, ...]) -> str:
+    """Which of the folders to draw has no run, if one has none."""
+    for folder in beside:
+        if not (folder / METRICS).is_file():
+            return f"plot_with: {folder}: expected a run's folder, with {METRICS} in it"
+    return ""
 
 
 def _conflict(config: Config) -> str:
@@ -153,7 +163,7 @@ def _find_data(config: Config, world: World) -> Data:
     if config.download and world.size > 1:
         if world.first:
             find_data(config)
-        world.any(False)
+        world.wait_for_first()
     return find_data(config)
 
 
@@ -190,5 +200,8 @@ def _end(code: int, message: str) -> int:
 
 
 def _draw(folder: Path, beside: tuple[Path, ...]) -> None:
-    runs = {each.name: read_metrics(each) for each in (folder, *beside)}
-    draw_curves(runs, folder / "curves")
+    folders = (folder, *beside)
+    names = [each.name for each in folders]
+    if len(set(names)) < len(names):
+        names = ["/".join(each.parts[-2:]) for each in folders]
+    draw_curves(dict(zip(names, map(read_metrics, folders), strict=True)), folder / "curves")

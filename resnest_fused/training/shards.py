@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import webdataset
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -42,8 +42,8 @@ class ShardPictures(IterableDataset[tuple[Tensor, int, str]]):
 
     Training goes over the shards in an order that is new each time, endlessly, and draws each
     picture from a buffer of 1000; evaluation takes all once. A picture that cannot be decoded is
-    left out, and the next one brings the complaint. All depends on the seed, the epoch, and the
-    numbers of processes that train and load.
+    left out, and the one before or after it brings the complaint, one in a line. All depends on
+    the seed, the epoch, and the numbers of processes that train and load.
 
     Args:
         shards: which files.
@@ -71,7 +71,8 @@ class ShardPictures(IterableDataset[tuple[Tensor, int, str]]):
         worker = get_worker_info()
         number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
         share = self.rank * count + number
-        complaint = ""
+        held: tuple[Tensor, int] | None = None  # until it is known what follows
+        complaints: list[str] = []
         place = 0
         for sample in self._samples(share, self.size * count):
             try:
@@ -79,12 +80,16 @@ class ShardPictures(IterableDataset[tuple[Tensor, int, str]]):
             except ValueError as error:
                 if self.strict:
                     raise BadPicture(str(error)) from error
-                complaint = complaint or str(error)
+                complaints.append(str(error))
                 continue
+            if held is not None:
+                yield *held, "\n".join(complaints)
+                complaints = []
             numbers = (self.seed, self.epoch, share, place)
-            yield apply_seeded(self.transform, image, *numbers), label, complaint
-            complaint = ""
+            held = apply_seeded(self.transform, image, *numbers), label
             place += 1
+        if held is not None:
+            yield *held, "\n".join(complaints)
 
     def _samples(self, share: int, shares: int) -> Iterator[dict[str, Any]]:
         """A share's samples, not decoded."""
@@ -116,5 +121,7 @@ def _decode(sample: dict[str, Any]) -> tuple[Image.Image, int]:
     try:
         with Image.open(io.BytesIO(picture)) as image:
             return image.convert("RGB"), int(sample["cls"])
+    except UnidentifiedImageError as error:  # whose own message has an address in memory
+        raise ValueError(f"{name}: not an image that Pillow can read") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name}: cannot be decoded ({error})") from error
