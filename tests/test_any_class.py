@@ -242,8 +242,50 @@ class Offset(Block):
         return super().forward(x)
 
 
+class Clamped(Block):
+    """Like a ReLU6 but for where it ends."""
+
+    def logits(self, gap: Tensor) -> Tensor:
+        return self.fc2(self.relu(self.norm1(self.fc1(gap))).clamp(max=30))
+
+
+class OfOne(Block):
+    """As where squeeze() takes the batch away, too."""
+
+    def logits(self, gap: Tensor) -> Tensor:
+        logits = super().logits(gap)
+        return logits.flip(1) if len(gap) == 1 else logits
+
+
+class OfLargeMaps(Block):
+    def before_gap(self, x: Tensor) -> Tensor:
+        splits = super().before_gap(x)
+        return splits * 0.5 if x.shape[-1] > 14 else splits
+
+
+class WithoutGradients(Block):
+    def logits(self, gap: Tensor) -> Tensor:
+        return super().logits(gap if torch.is_grad_enabled() else 2 * gap)
+
+
+class ByItsOwnMode(Block):
+    """Its norm is called as a function, in the mode of the module."""
+
+    def before_gap(self, x: Tensor) -> Tensor:
+        x, n = self.conv(x), self.before
+        if self.training:
+            n.num_batches_tracked.add_(1)
+        parts = n.running_mean, n.running_var, n.weight, n.bias
+        return self.relu(F.batch_norm(x, *parts, self.training, n.momentum, n.eps))
+
+
 MUTANTS = {
     Dead: "off by",
+    Clamped: "in eval: outputs, in float64 off by",
+    OfOne: "in eval: outputs, in float64 off by",
+    OfLargeMaps: "in eval: outputs, in float64 off by",
+    WithoutGradients: "in eval: outputs, in float64 off by",
+    ByItsOwnMode: "in training with norms in eval: ",
     DeadBefore: "off by",
     Late: "off by",
     Detached: "parameter gradients",

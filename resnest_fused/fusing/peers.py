@@ -36,15 +36,20 @@ class PeerAttention(FusedModule):
 
 def fused_class(original: Any, layout: Layout) -> type[FusedModule]:
     """The class that modules of this class and layout get when they are fused."""
-    return _OURS.get(path_of(original)) or _made(original, layout)
+    forwards = tuple(other.kind.forward for other in layout.others)
+    return _OURS.get(path_of(original)) or _made(original, layout, original.forward, forwards)
 
 
+# Another one for each forward, since a class may get a new one and be fused once more.
 @functools.cache
-def _made(original: Any, layout: Layout) -> type[PeerAttention]:
+def _made(
+    original: Any, layout: Layout, forward: Any, other_forwards: tuple[Any, ...]
+) -> type[PeerAttention]:
     body: dict[str, Any] = {
         "__module__": original.__module__,
-        "_unfused_forward": staticmethod(original.forward),
+        "_unfused_forward": staticmethod(forward),
         "_layout": layout,
+        "_other_forwards": other_forwards,
     }
     if layout.r_softmax is not None:
         body["_r_softmax_forward"] = staticmethod(layout.r_softmax.forward)
