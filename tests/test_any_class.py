@@ -202,6 +202,40 @@ class Pooled(Block):
         return (splits * self.rsoftmax(logits.unflatten(1, (self.radix, -1)))).sum(1)
 
 
+class Named(Block):
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(features)
+
+
+def test_a_tensor_of_another_name():
+    module, x = Named().eval(), features(2, 4, 5, 5)
+    expected = module(x)
+    assert rf.fuse(module)
+    for found in (module(x), module(features=x)):
+        torch.testing.assert_close(found, expected)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(features=x), module(x))
+    with pytest.raises(TypeError, match="missing a required argument: 'features'"):
+        module()
+
+
+class OneNorm(Block):
+    """Its two norms are one, whose statistics are moved twice."""
+
+    def __init__(self) -> None:
+        super().__init__(radix=1)
+        self.before = self.between
+
+
+def test_one_norm_in_two_places():
+    assert_proven(randomise(OneNorm()), features(8, 4, 6, 5))
+    assert_folds(randomise(OneNorm()).double(), features(2, 4, 5, 5).double(), norms=2)
+    module = OneNorm().eval()
+    rf.fuse(module, fold=True)
+    rf.unfuse(module)
+    assert module.before is module.between
+
+
 def test_children_that_no_part_of_the_op_calls():
     module = randomise(Pooled()).double().eval()
     plain, x = copy.deepcopy(module), features(2, 4, 5, 5).double()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from resnest_fused import modules
 from resnest_fused.children import path_of
@@ -51,9 +53,22 @@ def _made(
         "_layout": layout,
         "_other_forwards": other_forwards,
     }
+    signature = inspect.signature(forward)
+    if "x" not in signature.parameters:
+        body["forward"] = _forward_of(signature)
     if layout.r_softmax is not None:
         body["_r_softmax_forward"] = staticmethod(layout.r_softmax.forward)
     return type(f"Fused{original.__name__}", (PeerAttention, original), body)
+
+
+def _forward_of(signature: inspect.Signature) -> Callable[..., Tensor]:
+    """The fused forward whose tensor has another name, by which it may be given."""
+
+    def forward(self: FusedModule, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        return FusedModule.forward(self, *signature.bind(self, *args, **kwargs).args[1:])
+
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    return forward
 
 
 def _new(original: type[nn.Module], layout: Layout) -> nn.Module:
