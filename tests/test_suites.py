@@ -1,4 +1,4 @@
-"""Other packages' own tests over fused models; run with ``-m suites --sources FOLDER``.
+"""Other packages' own tests over fused models; run with ``-m sources --sources FOLDER``.
 
 The folder has the packages' sources, which hold the tests; CONTRIBUTING.md says how to get them.
 Each suite runs twice, in processes of its own. What passes unfused must pass fused, but for
@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-pytestmark = [pytest.mark.suites, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.sources, pytest.mark.timeout(3600)]
 
 # The folder's name, what of its tests has a split attention or an ancestor, how many fused modules
 # these make at least.
