@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,9 @@ def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     sources = request.config.getoption("--sources")
     if sources is None:
         pytest.fail("--sources: expected the folder with the packages' sources")
+    for name in list(sys.modules):  # other tests' stand-ins
+        if name.partition(".")[0] in ("detectron2", "resnest"):
+            monkeypatch.delitem(sys.modules, name)
     for name in ("detectron2", "ResNeSt"):
         monkeypatch.syspath_prepend(str(Path(sources, name).resolve()))
     config = importlib.import_module("detectron2.config")
@@ -50,7 +54,8 @@ def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
 def test_whole_backbones(build, norm, depth, modules):
     torch.manual_seed(0)
     plain = tame(build(norm, depth)).double()
-    network, x = copy.deepcopy(plain), torch.randn(8, 3, 32, 32).double()
+    # The last maps have four pixels: normalising few numbers amplifies rounding.
+    network, x = copy.deepcopy(plain), torch.randn(8, 3, 48, 48).double()
     report = rf.fuse(network)
     assert len(report) == modules and not report.left_alone, report
     assert all(entry.proven for entry in report.entries)
