@@ -65,7 +65,7 @@ def row(name: str, eager: nn.Module, fused: nn.Module, x: Tensor, args: argparse
             error = ((found - expected).abs().max() / expected.abs().max()).item()
             assert error <= _TOLERANCE, f"{name}: {form} differs from eager by {error:.1e}"
             steps[form] = Work(step_of(module, x, args.train))
-        samples = take_turns(steps, 6, seconds=args.seconds, burst=1e-3, settle=x.dim() == 4)
+        samples = take_turns(steps, 6, seconds=args.seconds, burst=1e-3, settle=args.stages)
     cells = [name, "x".join(map(str, x.shape)), f"{Timing.of(samples['eager']).median * 1e3:.3g}"]
     for base in list(forms)[::2]:
         ratio = Speedup.of(samples[base], samples["fused"])

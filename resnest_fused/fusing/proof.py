@@ -171,8 +171,8 @@ def _difference(
                 return problem
     if not used:
         return "its forward does not call the parts that the op would replace"
-    x = _LARGE * _draw(torch.randn, (1, inputs, *_LARGE_SIZES[dimensions]), generator).to(device)
-    problem = _compared(forms, Call((x,), {}, grad_enabled=False), _eval)
+    large = _large_call(forms[0], (inputs, *_LARGE_SIZES[dimensions]), generator)
+    problem = _compared(forms, large, _eval)
     if problem is not None:
         return problem
     # A norm may take the place of nothing later: then it is called where the forward calls nothing.
@@ -357,6 +357,19 @@ def _call(
     results = agreement.run(unfused, Call((x,), {}, grad_enabled=False), torch.float64)
     gradients = tuple(draw(*out.shape) for out in results[agreement.OUTPUTS].values())
     return Call((x.requires_grad_(),), {}, gradients)
+
+
+def _large_call(unfused: Form, shape: tuple[int, ...], generator: torch.Generator) -> Call:
+    """One sample without gradients, or two where the module refuses one, as some norms do."""
+    device = next(unfused.module.parameters()).device
+    unfused.module.eval()
+    x = _LARGE * _draw(torch.randn, (2, *shape), generator).to(device)
+    one, two = (Call((x[:batch],), {}, grad_enabled=False) for batch in (1, 2))
+    try:
+        agreement.run(unfused, one, torch.float64)
+    except Incomparable:
+        return two
+    return one
 
 
 class _Varied(Exception):
