@@ -38,7 +38,8 @@ class PeerAttention(FusedModule):
 
 def fused_class(original: Any, layout: Layout) -> type[FusedModule]:
     """The class that modules of this class and layout get when they are fused."""
-    forwards = tuple(other.kind.forward for other in layout.others)
+    kinds: list[Any] = [other.kind for other in layout.others]
+    forwards = tuple(kind.forward for kind in kinds)
     return _OURS.get(path_of(original)) or _made(original, layout, original.forward, forwards)
 
 
