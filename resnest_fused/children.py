@@ -117,6 +117,21 @@ def computes_as_conv(kind: Any, original: type = Conv2d) -> bool:
     return computes_as(kind, original) and kind._conv_forward is _CONV_FORWARDS[original]
 
 
+# Has a forward of its own, which is a convolution unless it has a norm or an activation.
+_DETECTRON2 = ("detectron2.layers.wrappers.Conv2d",)
+
+
+def is_conv(module: Any, original: type = Conv2d) -> bool:
+    """Whether a module is a convolution of torch or computes the same from its weight and bias."""
+    kind = type(module)
+    return computes_as_conv(kind, original) or (
+        original is Conv2d
+        and is_found_at(kind, _DETECTRON2)
+        and module.norm is None
+        and module.activation is None
+    )
+
+
 def is_sequence(module: Any) -> bool:
     """Whether the forward of ``module`` calls its children in order, and does nothing else."""
     kind = type(module)
@@ -183,19 +198,11 @@ def is_pointwise(fc: Any, cardinality: int) -> bool:
 
 
 _ONES, _ZEROS = ((1, 1), (1,), (1, 1, 1)), ((0, 0), (0,), (0, 0, 0))
-# Has a forward of its own, which is a convolution unless it has a norm or an activation.
-_DETECTRON2 = ("detectron2.layers.wrappers.Conv2d",)
 
 
 def _mixes_channels(fc: Any, cardinality: int) -> bool:
-    kind = type(fc)
-    if not (
-        computes_as_conv(kind)
-        or computes_as_conv(kind, Conv1d)
-        or computes_as_conv(kind, Conv3d)
-        or (is_found_at(kind, _DETECTRON2) and fc.norm is None and fc.activation is None)
-    ):
-        return cardinality == 1 and computes_as(kind, Linear)
+    if not (is_conv(fc) or is_conv(fc, Conv1d) or is_conv(fc, Conv3d)):
+        return cardinality == 1 and computes_as(type(fc), Linear)
     return fc.kernel_size in _ONES and fc.padding in _ZEROS and fc.groups == cardinality
 
 

@@ -136,11 +136,15 @@ class _Exchanged:
     """Stands for a block while its forward runs: functions take the place of some children."""
 
     def __init__(self, block: nn.Module, functions: dict[str, Callable[[Tensor], Tensor]]) -> None:
-        self._block, self._functions = block, functions
+        object.__setattr__(self, "_block", block)
+        object.__setattr__(self, "_functions", functions)
 
     def __getattr__(self, name: str) -> Any:
         functions = vars(self)["_functions"]
         return functions[name] if name in functions else getattr(vars(self)["_block"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._block, name, value)
 
     def __iter__(self) -> Iterator[Any]:
         """A ``Sequential``'s children in order."""
@@ -157,9 +161,11 @@ class FusedModule(nn.Module):
 
     backend: str = "auto"
     # Each fused class has its own: the unfused class's forward when this class was made, where the
-    # parts are, and the forward of the r-softmax that the op may replace.
+    # parts are, the forwards of the other submodules' classes, and that of the r-softmax that the
+    # op may replace.
     _unfused_forward: Callable[..., Any]
     _layout: Layout
+    _other_forwards: tuple[Any, ...] = ()
     _r_softmax_forward: Callable[..., Any] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -231,9 +237,13 @@ class FusedModule(nn.Module):
         """Whether submodules that the op replaces silently must be called."""
         if calls_are_watched():
             return True
-        for path, kind, children in others:
-            child = read(self, path)
-            if path and (type(child) is not kind or intercepted(child) is not None):
+        for (path, kind, children), forward in zip(others, self._other_forwards, strict=True):
+            child: Any = read(self, path)
+            if path and (
+                type(child) is not kind
+                or kind.forward is not forward
+                or intercepted(child) is not None
+            ):
                 return True
             if tuple(child._modules) != children:
                 return True

@@ -33,6 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=0,
         help="seed of all random numbers (default: %(default)s)",
     )
+    parser.addoption("--sources", help="folder of other packages' sources, for the mark sources")
 
 
 def pytest_configure(config: pytest.Config) -> None:

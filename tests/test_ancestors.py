@@ -365,15 +365,70 @@ class Divided(Block):
         return self.conv3(self.se(self.front(x)))
 
 
-@pytest.mark.parametrize("kind", [Twice, Pooled, Divided])
+class Listed(Block):
+    """Finds its children where they cannot be exchanged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [self.conv1, self.conv2, self.se, self.conv3]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("kind", [Twice, Pooled, Divided, Listed])
 def test_a_block_of_another_order_keeps_its_norm(kind):
     """Then the squeeze-and-excitation alone is fused."""
     module = randomise(kind()).double()
     plain = copy.deepcopy(module)
     report = rf.fuse(module)
     assert [(entry.name, entry.fused) for entry in report.entries] == [("", False), ("se", True)]
-    assert "off by" in report.entries[0].reason
+    expected = "does not call the parts" if kind is Listed else "off by"
+    assert expected in report.entries[0].reason
     assert_same(module, plain, features(6, 6, 5, 5))
+
+
+class Counting(Block):
+    """Its forward sets an attribute of the block."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.conv3(self.se(self.conv2(self.conv1(x))))
+
+
+def test_what_a_block_sets_is_set():
+    module = randomise(Counting())
+    assert entry_of(module) == ("", True)
+    module(features(2, 6, 5, 5))
+    module(features(2, 6, 5, 5))
+    assert module.calls == 2
+
+
+def test_another_forward_of_a_class_that_the_op_replaces(monkeypatch):
+    """Until it is fused once more, the unfused forward calls it."""
+    plain, x = randomise(Block()).double(), features(6, 6, 5, 5)
+    fused = copy.deepcopy(plain)
+    rf.fuse(fused)
+    forward = Excitation.forward
+    monkeypatch.setattr(Excitation, "forward", lambda self, x: 2 * forward(self, x))
+    assert_same(fused, plain, x)
+    monkeypatch.setattr(Block, "forward", lambda self, x: self.conv3(self.se(self.conv2(x))))
+    plain, x = randomise(Block()).double(), features(6, 8, 5, 5)
+    monkeypatch.setattr(Excitation, "forward", lambda self, x: x * self._attention(x))
+    fused = copy.deepcopy(plain)
+    assert rf.fuse(fused)
+    assert_same(fused, plain, x)
+    called: list[int] = []
+    attention = rf.modules.split_attention
+    monkeypatch.setattr(
+        rf.modules, "split_attention", lambda *a, **k: called.append(1) or attention(*a, **k)
+    )
+    fused(x.double())
+    assert called
 
 
 def test_another_activation_in_front():

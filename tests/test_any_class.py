@@ -136,6 +136,11 @@ def test_any_norm(norm):
         assert_proven(randomise(Block(norm=norm)), features(8, 4, 6, 5))
 
 
+def test_a_norm_that_refuses_one_sample():
+    """With one number a group, as PyTorch does."""
+    assert rf.fuse(Block(norm=lambda n: nn.GroupNorm(8, n)))
+
+
 def test_copies_and_pickles_of_a_fused_module():
     module = randomise(Block(2, 2)).eval()
     rf.fuse(module, backend="reference")
@@ -202,6 +207,40 @@ class Pooled(Block):
         return (splits * self.rsoftmax(logits.unflatten(1, (self.radix, -1)))).sum(1)
 
 
+class Named(Block):
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(features)
+
+
+def test_a_tensor_of_another_name():
+    module, x = Named().eval(), features(2, 4, 5, 5)
+    expected = module(x)
+    assert rf.fuse(module)
+    for found in (module(x), module(features=x)):
+        torch.testing.assert_close(found, expected)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(features=x), module(x))
+    with pytest.raises(TypeError, match="missing a required argument: 'features'"):
+        module()
+
+
+class OneNorm(Block):
+    """Its two norms are one, whose statistics are moved twice."""
+
+    def __init__(self) -> None:
+        super().__init__(radix=1)
+        self.before = self.between
+
+
+def test_one_norm_in_two_places():
+    assert_proven(randomise(OneNorm()), features(8, 4, 6, 5))
+    assert_folds(randomise(OneNorm()).double(), features(2, 4, 5, 5).double(), norms=2)
+    module = OneNorm().eval()
+    rf.fuse(module, fold=True)
+    rf.unfuse(module)
+    assert module.before is module.between
+
+
 def test_children_that_no_part_of_the_op_calls():
     module = randomise(Pooled()).double().eval()
     plain, x = copy.deepcopy(module), features(2, 4, 5, 5).double()
@@ -242,8 +281,50 @@ class Offset(Block):
         return super().forward(x)
 
 
+class Clamped(Block):
+    """Like a ReLU6 but for where it ends."""
+
+    def logits(self, gap: Tensor) -> Tensor:
+        return self.fc2(self.relu(self.norm1(self.fc1(gap))).clamp(max=30))
+
+
+class OfOne(Block):
+    """As where squeeze() takes the batch away, too."""
+
+    def logits(self, gap: Tensor) -> Tensor:
+        logits = super().logits(gap)
+        return logits.flip(1) if len(gap) == 1 else logits
+
+
+class OfLargeMaps(Block):
+    def before_gap(self, x: Tensor) -> Tensor:
+        splits = super().before_gap(x)
+        return splits * 0.5 if x.shape[-1] > 14 else splits
+
+
+class WithoutGradients(Block):
+    def logits(self, gap: Tensor) -> Tensor:
+        return super().logits(gap if torch.is_grad_enabled() else 2 * gap)
+
+
+class ByItsOwnMode(Block):
+    """Its norm is called as a function, in the mode of the module."""
+
+    def before_gap(self, x: Tensor) -> Tensor:
+        x, n = self.conv(x), self.before
+        if self.training:
+            n.num_batches_tracked.add_(1)
+        parts = n.running_mean, n.running_var, n.weight, n.bias
+        return self.relu(F.batch_norm(x, *parts, self.training, n.momentum, n.eps))
+
+
 MUTANTS = {
     Dead: "off by",
+    Clamped: "in eval: outputs, in float64 off by",
+    OfOne: "in eval: outputs, in float64 off by",
+    OfLargeMaps: "in eval: outputs, in float64 off by",
+    WithoutGradients: "in eval: outputs, in float64 off by",
+    ByItsOwnMode: "in training with norms in eval: ",
     DeadBefore: "off by",
     Late: "off by",
     Detached: "parameter gradients",

@@ -134,6 +134,8 @@ def test_timm_s_registry_builds_ours() -> None:
     assert model(torch.randn(2, 1, 64, 64)).shape == (2, 3)
     assert isinstance(model.layer1[0].conv2.act0, nn.SiLU)
     assert copy.deepcopy(model).pretrained_cfg["classifier"] == "fc"
+    model = package.create_model("fused_resnest14d", device="meta", dtype=torch.float16)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.float16)}
 
 
 IMPORT = """

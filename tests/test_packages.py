@@ -115,7 +115,7 @@ def test_whole_networks(make, modules, proven, folded):
     report = rf.fuse(network)
     assert len(report) == modules and not report.left_alone, report
     assert all(entry.proven == proven for entry in report.entries)
-    for training in (False, True)[: 1 if modules > 16 else 2]:  # larger networks in eval alone
+    for training in (False, True):
         found, expected = (results(each, x, training) for each in (network, plain))
         assert found.keys() == expected.keys()
         assert error(found["out"], expected["out"]) <= 1e-12
@@ -186,6 +186,16 @@ def test_openmmlab_s_norms(norm, groups):
         module = revert(module)
         assert type(module.bn0).__name__ == "_BatchNormXd"
     assert_proven(module, features(8, 8, 5, 4))
+
+
+@pytest.mark.parametrize(("dimensions", "size"), [(1, (7,)), (2, (5, 4)), (3, (3, 2, 4))])
+def test_monai_s_squeeze_and_excitation(dimensions, size):
+    """With linear layers, over maps of any dimensions; another gate is another function."""
+    make = importlib.import_module("monai.networks.blocks").ChannelSELayer
+    module = make(dimensions, 8, r=2, acti_type_1="relu", acti_type_2="sigmoid")
+    assert_proven(randomise(module), torch.randn(6, 8, *size))
+    residual = importlib.import_module("monai.networks.blocks").ResidualSELayer(dimensions, 8)
+    assert not rf.fuse(residual)
 
 
 def timm(**options: Any) -> nn.Module:

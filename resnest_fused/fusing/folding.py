@@ -20,8 +20,8 @@ from torch.nn.modules.linear import Identity
 from resnest_fused.children import (
     FoldedNorm,
     batch_norm_args,
-    computes_as_conv,
     intercepted,
+    is_conv,
     is_sequence,
     own_method,
 )
@@ -168,7 +168,7 @@ def _obstacle(pair: _Pair, shared: Set[nn.Module]) -> str | None:
         return intercepted(norm) or f"expected a batch normalisation, got {type(norm).__name__}"
     if args.batch_stats:
         return "it normalises with the batch's statistics"
-    if not computes_as_conv(type(conv)):
+    if not is_conv(conv):
         return f"{pair.conv_name}: expected a Conv2d, got {type(conv).__name__}"
     if intercepted(conv) is not None:
         return f"{pair.conv_name}: {intercepted(conv)}"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from resnest_fused import modules
 from resnest_fused.children import path_of
@@ -36,19 +38,38 @@ class PeerAttention(FusedModule):
 
 def fused_class(original: Any, layout: Layout) -> type[FusedModule]:
     """The class that modules of this class and layout get when they are fused."""
-    return _OURS.get(path_of(original)) or _made(original, layout)
+    kinds: list[Any] = [other.kind for other in layout.others]
+    forwards = tuple(kind.forward for kind in kinds)
+    return _OURS.get(path_of(original)) or _made(original, layout, original.forward, forwards)
 
 
+# Another one for each forward, since a class may get a new one and be fused once more.
 @functools.cache
-def _made(original: Any, layout: Layout) -> type[PeerAttention]:
+def _made(
+    original: Any, layout: Layout, forward: Any, other_forwards: tuple[Any, ...]
+) -> type[PeerAttention]:
     body: dict[str, Any] = {
         "__module__": original.__module__,
-        "_unfused_forward": staticmethod(original.forward),
+        "_unfused_forward": staticmethod(forward),
         "_layout": layout,
+        "_other_forwards": other_forwards,
     }
+    signature = inspect.signature(forward)
+    if "x" not in signature.parameters:
+        body["forward"] = _forward_of(signature)
     if layout.r_softmax is not None:
         body["_r_softmax_forward"] = staticmethod(layout.r_softmax.forward)
     return type(f"Fused{original.__name__}", (PeerAttention, original), body)
+
+
+def _forward_of(signature: inspect.Signature) -> Callable[..., Tensor]:
+    """The fused forward whose tensor has another name, by which it may be given."""
+
+    def forward(self: FusedModule, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        return FusedModule.forward(self, *signature.bind(self, *args, **kwargs).args[1:])
+
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    return forward
 
 
 def _new(original: type[nn.Module], layout: Layout) -> nn.Module:

@@ -42,6 +42,9 @@ _SIZES: dict[int, tuple[tuple[int, ...], ...]] = {
     3: ((3, 4, 2), (1, 1, 1), (2, 3, 5)),
 }
 _LAYOUTS = (torch.contiguous_format, torch.channels_last, torch.contiguous_format)
+# Of the map that has one sample and many pixels, and large numbers, which tell a ReLU from a ReLU6.
+_LARGE_SIZES: dict[int, tuple[int, ...]] = {1: (131,), 2: (17, 16), 3: (9, 5, 6)}
+_LARGE = 50.0
 
 
 class Unproven(Exception):
@@ -141,11 +144,18 @@ def _difference(
     generator = torch.Generator("cpu").manual_seed(0)
     twin = _twin(module, layout, features, dimensions, device, generator)
 
+    used = False
+
+    def attend(x: Tensor) -> Tensor:
+        nonlocal used
+        used = True
+        return fused._fused_attention(twin, x)  # type: ignore[arg-type]
+
     @contextlib.contextmanager
     def as_fused() -> Iterator[None]:
         with agreement.preserved(twin):
             twin.__class__ = fused
-            vars(twin)["backend"] = backend
+            vars(twin).update(backend=backend, _fused_attention=attend)
             yield
 
     forms = Form("unfused", twin, contextlib.nullcontext), Form("fused", twin, as_fused)
@@ -154,10 +164,17 @@ def _difference(
     for batch, size, memory in zip(_BATCHES, _SIZES[dimensions], _LAYOUTS, strict=True):
         call = _call(forms[0], (batch, inputs, *size), memory, generator)
         calls.append(call)
-        for training in (False, True):
-            problem = _compared(forms, call, training)
+        # A norm may be frozen in training; its mode counts then, not the module's.
+        for mode in (_eval, _training, _norms_in_eval)[: 2 if len(calls) > 1 else 3]:
+            problem = _compared(forms, call, mode)
             if problem is not None:
                 return problem
+    if not used:
+        return "its forward does not call the parts that the op would replace"
+    large = _large_call(forms[0], (inputs, *_LARGE_SIZES[dimensions]), generator)
+    problem = _compared(forms, large, _eval)
+    if problem is not None:
+        return problem
     # A norm may take the place of nothing later: then it is called where the forward calls nothing.
     nothing = [part for part in ("bn0", "drop", "bn1") if _is_identity(twin, layout, part)]
     for part in nothing:
@@ -170,17 +187,34 @@ def _difference(
         for parameter in probe.parameters():
             parameter.data = _draw(torch.randn, parameter.shape, generator).to(device)
         setattr(read(twin, tuple(parents)), name, probe)
-    return _compared(forms, calls[0], training=False) if nothing else None
+    return _compared(forms, calls[0], _eval) if nothing else None
 
 
-def _compared(forms: tuple[Form, Form], call: Call, training: bool) -> str | None:
-    forms[0].module.train(training)
+def _eval(module: nn.Module) -> str:
+    module.eval()
+    return "eval"
+
+
+def _training(module: nn.Module) -> str:
+    module.train()
+    return "training"
+
+
+def _norms_in_eval(module: nn.Module) -> str:
+    module.train()
+    for child in module.modules():
+        if "running_mean" in child._buffers:
+            child.eval()
+    return "training with norms in eval"
+
+
+def _compared(
+    forms: tuple[Form, Form], call: Call, set_mode: Callable[[nn.Module], str]
+) -> str | None:
+    mode = set_mode(forms[0].module)
     checks, _ = agreement.compare(*forms, call)
     worst = agreement.worst(checks)
-    if worst.passed:
-        return None
-    mode = "training" if training else "eval"
-    return f"fused it would compute something else, in {mode}: {worst}"
+    return None if worst.passed else f"fused it would compute something else, in {mode}: {worst}"
 
 
 def _is_identity(module: nn.Module, layout: Layout, part: str) -> bool:
@@ -323,6 +357,19 @@ def _call(
     results = agreement.run(unfused, Call((x,), {}, grad_enabled=False), torch.float64)
     gradients = tuple(draw(*out.shape) for out in results[agreement.OUTPUTS].values())
     return Call((x.requires_grad_(),), {}, gradients)
+
+
+def _large_call(unfused: Form, shape: tuple[int, ...], generator: torch.Generator) -> Call:
+    """One sample without gradients, or two where the module refuses one, as some norms do."""
+    device = next(unfused.module.parameters()).device
+    unfused.module.eval()
+    x = _LARGE * _draw(torch.randn, (2, *shape), generator).to(device)
+    one, two = (Call((x[:batch],), {}, grad_enabled=False) for batch in (1, 2))
+    try:
+        agreement.run(unfused, one, torch.float64)
+    except Incomparable:
+        return two
+    return one
 
 
 class _Varied(Exception):

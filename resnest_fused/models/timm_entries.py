@@ -6,6 +6,7 @@ waits for it, and ``import resnest_fused`` is enough for ``timm.create_model("fu
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import sys
@@ -16,6 +17,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from resnest_fused.models.resnest import ResNeSt
@@ -90,8 +92,11 @@ def _entry(name: str, variant: Variant) -> Callable[..., nn.Module]:
             options["act_layer"] = layers.get_act_layer(options["act_layer"])
         if "norm_layer" in options:
             options["norm_layer"] = layers.get_norm_layer(options["norm_layer"])
+        device, dtype = options.pop("device", None), options.pop("dtype", None)
         options = _DEFAULTS | variant.options | options
-        return models.build_model_with_cfg(ResNeSt, name, pretrained, **options)
+        with contextlib.nullcontext() if device is None else torch.device(device):
+            network = models.build_model_with_cfg(ResNeSt, name, pretrained, **options)
+        return network if dtype is None else network.to(dtype)
 
     build.__name__ = build.__qualname__ = name
     return build
