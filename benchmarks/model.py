@@ -1,4 +1,4 @@
-"""A model of the CUDA kernels' time: from the planner's launches and the compiled code to microseconds.
+"""A model of the CUDA kernels' time, from the planner's launches and the compiled code.
 
 It needs no GPU. :func:`predict` takes what the planner would launch on a GPU and what nvcc made of
 the kernels (``sass.py``), and gives for each launch the bytes that it keeps in flight and the time
@@ -138,7 +138,6 @@ MAPS = {
 PRODUCTS = ("hidden", "attention", "hidden_gradient", "gradients")
 COLUMNS = ("combine", "batch_norm", "batch_norm_backward", "prologue_backward")
 ELEMENTS = ("prepare", "pool_finish", "pool_backward_finish")
-
 
 
 # Waits for L2 one after the other outside of loops, as the source has them. Counted from the code
@@ -319,9 +318,8 @@ def _map_work(
 ) -> Work:
     name = launch["name"]
     of, tiling = MAPS[name], plan[_TILINGS.get(name, "tiling")]
-    nhwc, vector, size = workload["channels_last"], tiling["vector"], workload["element_size"]
-    radix = workload["radix"]
-    unit = workload["batch"] * workload["channels"] * workload["pixels"] * size
+    nhwc, radix = workload["channels_last"], workload["radix"]
+    unit = math.prod(workload[field] for field in ("batch", "channels", "pixels", "element_size"))
     x = radix * unit * of.reads_x
     # In NHWC a backward takes a split at a time, as their coefficients fill the registers. So it
     # reads dout once for each.
@@ -331,24 +329,19 @@ def _map_work(
     written = (radix * of.writes_x + of.writes_out) * unit
     loop = _loop_with_most_loads(kernel)
     together = len(loop.loads) // (splits * of.reads_x + of.reads_dout)  # positions of a turn
-    if nhwc:
-        rows = tiling["threads"] // tiling["lanes"]
-        turns, single_turns = math.ceil(math.ceil(tiling["chunk_pixels"] / rows) / together), 0.0
-        in_vectors = 1.0
-    else:
-        turns, single_turns, in_vectors = _turns(workload["pixels"], vector, tiling["lanes"], together)
+    walk = _walk(workload, tiling, together)
     singles = [other for other in kernel.loading if other.span != loop.span][:1]
-    in_flight = (x + dout) * in_vectors / launch["blocks"] / passes / max(turns, 1)
-    cycles = passes * turns * len(loop.waits) * gpu.memory_cycles * constants.under_load
-    cycles += passes * single_turns * gpu.l2_cycles
-    cycles += CHAINS[name] * passes * gpu.l2_cycles
-    cycles += (_barriers(kernel) > 0) * passes * constants.barrier_cycles
-    issued = len(kernel.outside) + passes * turns * len(loop.body)
-    issued += passes * single_turns * sum(len(single.body) for single in singles)
+    in_flight = (x + dout) * walk.in_vectors / launch["blocks"] / passes / max(walk.turns, 1)
+    cycles = walk.turns * len(loop.waits) * gpu.memory_cycles * constants.under_load
+    cycles += (walk.single_turns + CHAINS[name]) * gpu.l2_cycles
+    cycles += (_barriers(kernel) > 0) * constants.barrier_cycles
+    # Code for a position is jumped over where a warp has none.
+    issued = len(kernel.outside) + walk.positions / together * len(loop.body)
+    issued += walk.single_turns * sum(len(single.body) for single in singles)
     return Work(
-        waiting=cycles,
-        issued=issued,
-        doubles=_doubles(kernel.outside),
+        waiting=passes * cycles,
+        issued=passes * issued,
+        doubles=passes * _doubles(kernel.outside),
         in_flight=in_flight,
         memory_bytes=x + unit * of.reads_dout + written,
         l2_bytes=x + dout + written,
@@ -356,16 +349,32 @@ def _map_work(
     )
 
 
-def _turns(pixels: int, vector: int, lanes: int, together: int) -> tuple[float, float, float]:
-    """In NCHW: turns of a lane over vectors, over single elements, and the part in vectors.
+class _Walk(NamedTuple):
+    """How a thread goes over its share of a map, in the mean over threads."""
 
-    In the mean over channels, whose rows start at any element of a vector.
-    """
-    vectors = [(pixels - (-channel * pixels) % vector) // vector for channel in range(vector)]
-    turns = [math.ceil(math.ceil(count / lanes) / together) for count in vectors]
+    positions: float  # of vectors
+    turns: float  # over them
+    single_turns: float  # over single elements
+    in_vectors: float  # the part of the map that is loaded in vectors
+
+
+def _walk(workload: Mapping[str, Any], tiling: Mapping[str, int], together: int) -> _Walk:
+    if workload["channels_last"]:
+        rows = tiling["threads"] // tiling["lanes"]
+        turns = math.ceil(math.ceil(tiling["chunk_pixels"] / rows) / together)
+        return _Walk(tiling["chunk_pixels"] / rows, turns, 0.0, 1.0)
+    # The row of a channel starts at any element of a vector.
+    pixels, vector, lanes = workload["pixels"], tiling["vector"], tiling["lanes"]
+    starts = [channel * pixels % vector for channel in range(vector)]
+    vectors = [(pixels - -start % vector) // vector for start in starts]
+    turns_of = [math.ceil(math.ceil(count / lanes) / together) for count in vectors]
     single_turns = [math.ceil((pixels - count * vector) / lanes) for count in vectors]
-    part = sum(vectors) * vector / (vector * pixels)
-    return sum(turns) / vector, sum(single_turns) / vector, part
+    return _Walk(
+        sum(vectors) / lanes / vector,
+        sum(turns_of) / vector,
+        sum(single_turns) / vector,
+        sum(vectors) / pixels,
+    )
 
 
 def _product_work(

@@ -40,7 +40,9 @@ class Instruction(NamedTuple):
         if not self.name.startswith(kind):
             return frozenset()
         first = min(registers(self.operands.partition("[")[0]), default=None)
-        return frozenset() if first is None else frozenset(range(first, first + -(-self.width // 4)))
+        return (
+            frozenset() if first is None else frozenset(range(first, first + -(-self.width // 4)))
+        )
 
     @property
     def read(self) -> frozenset[int]:
@@ -135,7 +137,9 @@ class Kernel(NamedTuple):
 
 def innermost(loops: Sequence[Loop]) -> list[Loop]:
     """Those that have no other one in them."""
-    return [a for a in loops if not any(a is not b and a.has(b) and a.span != b.span for b in loops)]
+    return [
+        a for a in loops if not any(a is not b and a.has(b) and a.span != b.span for b in loops)
+    ]
 
 
 def find_tool(name: str) -> str:
@@ -166,9 +170,7 @@ def read(binary: Path, arch: str, only: str = "") -> dict[str, Kernel]:
     listed = subprocess.run(["c++filt", *usage], capture_output=True, text=True, check=True)
     plain = [re.sub(r"^void |\(.*$|\w+::", "", name) for name in listed.stdout.splitlines()]
     names = {
-        mangled: name
-        for mangled, name in zip(usage, plain, strict=True)
-        if re.match(only, name)
+        mangled: name for mangled, name in zip(usage, plain, strict=True) if re.match(only, name)
     }
     if not names:
         raise ValueError(f"{binary}: no kernels {only or 'at all'} for {arch}")
