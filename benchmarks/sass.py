@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,13 +108,14 @@ class Loop(NamedTuple):
         return waits_of(self.body, GLOBAL, pending)
 
 
-class Kernel(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Kernel:
     name: str  # as in C++, without namespaces
     registers: int
     shared_bytes: int  # beside what a launch asks for
     body: Sequence[Instruction]
 
-    @property
+    @functools.cached_property
     def loops(self) -> list[Loop]:
         """All of them, also those around others."""
         index = {instruction.address: i for i, instruction in enumerate(self.body)}
@@ -123,12 +125,12 @@ class Kernel(NamedTuple):
             if i.target is not None and i.target < i.address
         ]
 
-    @property
+    @functools.cached_property
     def loading(self) -> list[Loop]:
         """The innermost loops that load from global memory."""
         return innermost([loop for loop in self.loops if loop.loads])
 
-    @property
+    @functools.cached_property
     def outside(self) -> list[Instruction]:
         """The instructions in no innermost loop that loads."""
         inside = {i.address for loop in self.loading for i in loop.body}
