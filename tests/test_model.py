@@ -1,5 +1,5 @@
-"""The model of the CUDA kernels' time: what it reads off compiled code, its bytes and times, and the
-bytes that today's kernels keep in flight.
+"""The model of the CUDA kernels' time: what it reads off compiled code, its bytes and times, and
+what today's kernels keep in flight.
 
 Most tests give it kernels made up here, whose numbers are known. The long ones compile those that
 stream maps and hold the model against what an H100 measured.
