@@ -121,11 +121,10 @@ class MadeUp(dict[str, sass.Kernel]):
 
 
 def predict(
-    case: Case, name: str, gpu: model.Gpu = H100, made_up: MadeUp | None = None
+    case: Case, name: str, gpu: model.Gpu = H100, made_up: dict[str, sass.Kernel] | None = None
 ) -> dict[str, model.Prediction]:
-    launches = model.predict(
-        gpu, made_up or MadeUp(), model.workload(case, name, coupled=name != "eval")
-    )
+    kernels = MadeUp() if made_up is None else made_up
+    launches = model.predict(gpu, kernels, model.workload(case, name, coupled=name != "eval"))
     return {launch.name: launch for launch in launches}
 
 
