@@ -339,7 +339,7 @@ def test_the_model_against_an_h100() -> None:
     """In the mean within 15 %, and no case beyond 40 %."""
     results = predicted.measured_gpus()["H100"]
     rows = [row for row in results["rows"] if row["contender"] in JUDGED]
-    judged = list(predicted.judge(H100, compiled(), {"rows": rows}))
+    judged = list(predicted.judge(H100, Compiled(compiled()), {"rows": rows}))
     assert len(judged) == len(JUDGED) * len(predicted.CASES)
     for op in JUDGED:
         of_op = [one for one in judged if one.op == op]
