@@ -18,7 +18,7 @@ up in part (``OVERLAP``):
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -124,9 +124,8 @@ CONSTANTS = Constants()
 
 
 class Map(NamedTuple):
-    """What a kernel that streams a map moves, in units of a split's map."""
+    """What a kernel that streams a map moves beside x, which all of them read."""
 
-    reads_x: bool = True
     reads_dout: bool = False
     writes_out: bool = False
     writes_x: bool = False
@@ -164,6 +163,10 @@ CHAINS = {
     "pool_backward": 1,
     "recombine_backward": 1,
 }
+# Instructions of a thread behind a product's loop, on the one way that it takes: the sums of eight
+# warps, bias and norm. And branches for a parameter's dtype, of which a thread takes one.
+BEHIND_A_PRODUCT = 300
+DTYPES_OF_PARAMETERS = 4
 
 
 class Bounds(NamedTuple):
@@ -229,29 +232,38 @@ def predict(
         ValueError: the model does not know a launch.
     """
     plan = _C.plan(gpu.planned(), dict(workload))
-    return [_launch(gpu, kernels, workload, plan, launch, constants) for launch in plan["launches"]]
+    predictions = []
+    for launch in plan["launches"]:
+        name = launch["name"]
+        if name not in CHAINS:
+            raise ValueError(f"the model does not know the launch {name!r}")
+        kernel = kernels[instance(name, workload, plan[_TILINGS.get(name, "tiling")])]
+        at = _Launch(gpu, kernel, workload, plan, launch, constants)
+        predictions.append(_predict_launch(at))
+    return predictions
 
 
-def _launch(
-    gpu: Gpu,
-    kernels: Mapping[str, sass.Kernel],
-    workload: Mapping[str, Any],
-    plan: Mapping[str, Any],
-    launch: Mapping[str, Any],
-    constants: Constants,
-) -> Prediction:
+class _Launch(NamedTuple):
+    """A launch with all that its time depends on."""
+
+    gpu: Gpu
+    kernel: sass.Kernel
+    workload: Mapping[str, Any]
+    plan: Mapping[str, Any]
+    launch: Mapping[str, Any]
+    constants: Constants
+
+
+def _predict_launch(at: _Launch) -> Prediction:
+    gpu, kernel, _, _, launch, constants = at
     name, blocks, threads = launch["name"], launch["blocks"], launch["threads"]
-    if name not in CHAINS:
-        raise ValueError(f"the model does not know the launch {name!r}")
-    tiling = plan[_TILINGS.get(name, "tiling")]
-    kernel = kernels[instance(name, workload, tiling)]
     works = {
         **dict.fromkeys(MAPS, _map_work),
         **dict.fromkeys(PRODUCTS, _product_work),
         **dict.fromkeys(COLUMNS, _column_work),
         **dict.fromkeys(ELEMENTS, _element_work),
     }
-    work = works[name](gpu, kernel, workload, plan, launch, constants)
+    work = works[name](at)
     warps = threads / WARP
     resident = gpu.resident(kernel, threads, launch["shared_bytes"])
     of_one = blocks / gpu.multiprocessors  # blocks of a multiprocessor in all
@@ -304,7 +316,7 @@ def _loop_with_most_loads(kernel: sass.Kernel) -> sass.Loop:
     return max(kernel.loading, key=lambda loop: sum(i.width for i in loop.loads))
 
 
-def _doubles(body: Any) -> int:
+def _doubles(body: Sequence[sass.Instruction]) -> int:
     return sum(i.name.startswith(("DADD", "DMUL", "DFMA")) for i in body)
 
 
@@ -312,19 +324,13 @@ def _barriers(kernel: sass.Kernel) -> int:
     return sum(i.name.startswith("BAR") for i in kernel.body)
 
 
-def _map_work(
-    gpu: Gpu,
-    kernel: sass.Kernel,
-    workload: Mapping[str, Any],
-    plan: Mapping[str, Any],
-    launch: Mapping[str, Any],
-    constants: Constants,
-) -> Work:
+def _map_work(at: _Launch) -> Work:
+    gpu, kernel, workload, plan, launch, constants = at
     name = launch["name"]
     of, tiling = MAPS[name], plan[_TILINGS.get(name, "tiling")]
     nhwc, radix = workload["channels_last"], workload["radix"]
     unit = math.prod(workload[field] for field in ("batch", "channels", "pixels", "element_size"))
-    x = radix * unit * of.reads_x
+    x = radix * unit
     # In NHWC a backward takes a split at a time, as their coefficients fill the registers. So it
     # reads dout once for each.
     passes = radix if nhwc and of.reads_dout else 1
@@ -332,7 +338,7 @@ def _map_work(
     dout = passes * unit * of.reads_dout
     written = (radix * of.writes_x + of.writes_out) * unit
     loop = _loop_with_most_loads(kernel)
-    together = len(loop.loads) // (splits * of.reads_x + of.reads_dout)  # positions of a turn
+    together = len(loop.loads) // (splits + of.reads_dout)  # positions of a turn
     walk = _walk(workload, tiling, together)
     singles = [other for other in kernel.loading if other.span != loop.span][:1]
     in_flight = (x + dout) * walk.in_vectors / launch["blocks"] / passes / max(walk.turns, 1)
@@ -381,14 +387,8 @@ def _walk(workload: Mapping[str, Any], tiling: Mapping[str, int], together: int)
     )
 
 
-def _product_work(
-    gpu: Gpu,
-    kernel: sass.Kernel,
-    workload: Mapping[str, Any],
-    plan: Mapping[str, Any],
-    launch: Mapping[str, Any],
-    constants: Constants,
-) -> Work:
+def _product_work(at: _Launch) -> Work:
+    gpu, kernel, workload, _, launch, constants = at
     name = launch["name"]
     radix, channels, inter, batch = (
         workload[field] for field in ("radix", "channels", "inter", "batch")
@@ -411,25 +411,19 @@ def _product_work(
     operands = limits["tile_rows"] * 4 + limits["tile_columns"] * workload["element_size"]
     return Work(
         waiting=cycles,
-        issued=products * (turns * len(loop.body) + 300),
+        issued=products * (turns * len(loop.body) + BEHIND_A_PRODUCT),
         doubles=0,
         l2_bytes=products * launch["blocks"] * depth * operands,
     )
 
 
-def _column_work(
-    gpu: Gpu,
-    kernel: sass.Kernel,
-    workload: Mapping[str, Any],
-    plan: Mapping[str, Any],
-    launch: Mapping[str, Any],
-    constants: Constants,
-) -> Work:
+def _column_work(at: _Launch) -> Work:
+    gpu, kernel, workload, plan, launch, constants = at
     rows = workload["batch"]
     if launch["name"] == "combine":
         rows = plan["statistics_tiling"]["chunks"] * (1 if workload["channels_last"] else rows)
     lanes = launch["threads"] // _C.plan_limits()["columns"]
-    cycles, issued, doubles = CHAINS[launch["name"]] * gpu.l2_cycles, len(kernel.outside), 0
+    cycles, issued = CHAINS[launch["name"]] * gpu.l2_cycles, len(kernel.outside)
     doubles = _doubles(kernel.outside)
     loaded = 0.0
     for loop in kernel.loading:
@@ -442,14 +436,8 @@ def _column_work(
     return Work(cycles, issued, doubles, l2_bytes=launch["blocks"] * loaded)
 
 
-def _element_work(
-    gpu: Gpu,
-    kernel: sass.Kernel,
-    workload: Mapping[str, Any],
-    plan: Mapping[str, Any],
-    launch: Mapping[str, Any],
-    constants: Constants,
-) -> Work:
+def _element_work(at: _Launch) -> Work:
+    gpu, kernel, workload, plan, launch, _ = at
     name, chunks = launch["name"], plan["tiling"]["chunks"]
     kinds = {"prepare": 0, "pool_finish": 1, "pool_backward_finish": 4 if workload["relu"] else 1}
     turns = 0
@@ -460,7 +448,7 @@ def _element_work(
     bytes_of_thread = chunks * kinds[name] * 4
     return Work(
         waiting=(CHAINS[name] + turns) * gpu.l2_cycles,
-        issued=len(kernel.outside) / 4,
+        issued=len(kernel.outside) / DTYPES_OF_PARAMETERS,
         doubles=0,
         l2_bytes=launch["blocks"] * launch["threads"] * bytes_of_thread,
     )
