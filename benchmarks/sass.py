@@ -169,7 +169,9 @@ def read(binary: Path, arch: str, only: str = "") -> dict[str, Kernel]:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     usage = dict(re.findall(r"Function (\w+):\s+(REG:.*)", dump("-res-usage")))
-    listed = subprocess.run(["c++filt", *usage], capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["c++filt"], input="\n".join(usage), capture_output=True, text=True, check=True
+    )
     plain = [re.sub(r"^void |\(.*$|\w+::", "", name) for name in listed.stdout.splitlines()]
     names = {
         mangled: name for mangled, name in zip(usage, plain, strict=True) if re.match(only, name)
