@@ -14,6 +14,9 @@ import contextlib
 import copy
 import datetime
 import gc
+import importlib
+import importlib.util
+import itertools
 import json
 import math
 import platform
@@ -30,7 +33,7 @@ import gpu_summary
 import torch
 from capture import prepare
 from contenders import check, exact_step, make_module, make_step, random_maps
-from grid import STAGES, Case
+from grid import DTYPES, STAGES, Case
 from torch import Tensor, nn
 
 import resnest_fused as rf
@@ -59,8 +62,23 @@ ROUNDS = 15
 NETWORK_ROUNDS = 7
 # Bound on the relative difference of logits in bfloat16, there to notice a wrong network.
 NETWORK_TOLERANCE = 0.2
+# The compiler rounds to 16 bits between its kernels, which the fused ones do not.
+COMPILED_SLACK = 4
 
 Step = Callable[[], object]
+
+
+def _of_timm(name: str) -> Callable[[], nn.Module]:
+    return lambda: importlib.import_module("timm").create_model(name)
+
+
+# Networks of other packages, by the package; and what of torch.compile's modes is timed.
+PEERS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
+    "official": ("resnest", lambda: importlib.import_module("resnest.torch").resnest50()),
+    "timm resnest50d": ("timm", _of_timm("resnest50d")),
+    "timm resnet50d": ("timm", _of_timm("resnet50d")),
+}
+COMPILER_MODES = {"compile": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 
 class Bench:
@@ -139,15 +157,27 @@ class Bench:
         for row in self.rows:
             row["of_copy"] = row["floor_bytes"] / row["median_us"] * 1e6 / self.copy_bytes_per_s
 
-    def case(self, case: Case, names: Sequence[str], what: str | None = None) -> None:
-        """The contenders of a case; checks the fused module first."""
+    def case(
+        self,
+        case: Case,
+        names: Sequence[str],
+        what: str | None = None,
+        *,
+        amp: bool = False,
+        graph: bool = True,
+    ) -> None:
+        """The contenders of a case; checks the results of each but eager's first.
+
+        With ``amp`` parameters are in float32 and calls under autocast, as users train. Without
+        ``graph`` a call has its way through Python in its time.
+        """
         torch.manual_seed(0)
         torch.compiler.reset()
-        graph = case.floor_bytes < GRAPH_BYTES
+        graph = graph and case.floor_bytes < GRAPH_BYTES
         with torch.set_grad_enabled(case.train):
             eager, fused, sets = self._modules_and_maps(case)
-            x, dout = sets[0]
-            check(case, make_step(fused, x, dout)(), exact_step(eager, x, dout)())
+            if amp:
+                eager, fused = eager.float(), fused.float()
             modules = {"eager": eager, "fused": fused}
             if "triton" in names:
                 modules["triton"] = copy.deepcopy(fused)
@@ -157,6 +187,18 @@ class Bench:
             contenders = {
                 name: [make_step(modules[name], *maps) for maps in sets] for name in names
             }
+            if amp:
+                dtype = DTYPES[case.dtype]
+                contenders = {
+                    name: [self._autocast(step, dtype) for step in steps]
+                    for name, steps in contenders.items()
+                }
+            exact = exact_step(eager, *sets[0])()
+            for name in names:
+                if name != "eager":
+                    slack = COMPILED_SLACK if name == "compile" else 1
+                    check(case, contenders[name][0](), exact, name, slack)
+            del exact
             self.time(
                 what or ("train" if case.train else "eval"),
                 case,
@@ -165,6 +207,13 @@ class Bench:
                 graph=graph,
                 facts=_facts(case),
             )
+
+    def _autocast(self, step: Callable[[], Any], dtype: torch.dtype) -> Callable[[], Any]:
+        def under() -> Any:
+            with torch.autocast(self.device.type, dtype):
+                return step()
+
+        return under
 
     def _modules_and_maps(
         self, case: Case
@@ -203,9 +252,14 @@ class Bench:
         graph = case.floor_bytes < GRAPH_BYTES
         self.time("op", case, contenders, floor_bytes=floors, graph=graph, facts=_facts(case))
 
-    def network(self, batch: int, train: bool, layout: str) -> None:
-        """ResNeSt-50 in bfloat16: its parameters in inference, under autocast in training."""
+    def network(self, batch: int, train: bool, layout: str, names: Sequence[str]) -> None:
+        """ResNeSt-50 in bfloat16: its parameters in inference, under autocast in training.
+
+        ``names`` are of what stands beside eager and the fused one. Those of ``PEERS`` are networks
+        of other packages with weights of their own; one that is not installed is left out.
+        """
         torch.manual_seed(0)
+        torch.compiler.reset()
         side = 64 if self.quick else 224
         memory_format = (
             torch.channels_last if layout == "channels_last" else torch.contiguous_format
@@ -213,16 +267,30 @@ class Bench:
         dtype = torch.float32 if train else torch.bfloat16
         with self.device:
             eager = rf.models.create("resnest50", fused=False)
-            eager = eager.to(dtype=dtype, memory_format=memory_format).train(train)
             x = torch.randn(batch, 3, side, side, dtype=dtype)
             x = x.contiguous(memory_format=memory_format)
             target = torch.randint(1000, (batch,))
-        networks = {"eager": eager}
-        for name in ("fused",) if train else ("fused", "folded"):
-            networks[name] = copy.deepcopy(eager)
-            rf.fuse(networks[name], backend=self.backend, fold=name == "folded")
 
-        def step(network: nn.Module) -> object:
+        def placed(network: nn.Module) -> nn.Module:
+            return network.to(self.device, dtype, memory_format=memory_format).train(train)
+
+        networks = {"eager": placed(eager)}
+        for name in ("fused", *names):
+            if name in PEERS:
+                package, create = PEERS[name]
+                if importlib.util.find_spec(package) is not None:
+                    networks[name] = placed(create())
+                else:
+                    print(f"  {name} is left out: {package} is not installed", flush=True)
+            elif name in COMPILER_MODES:
+                networks[name] = torch.compile(
+                    copy.deepcopy(eager), dynamic=False, mode=COMPILER_MODES[name]
+                )
+            else:
+                networks[name] = copy.deepcopy(eager)
+                rf.fuse(networks[name], backend=self.backend, fold=name == "folded")
+
+        def step(network: nn.Module) -> Tensor:
             if not train:
                 return network(x)
             with torch.autocast(self.device.type, torch.bfloat16):
@@ -232,20 +300,46 @@ class Bench:
             name: [lambda network=network: step(network)] for name, network in networks.items()
         }
         with torch.set_grad_enabled(train):
-            results = {name: calls[0]() for name, calls in steps.items()}
-            for name, result in results.items():
-                error = agreement.relative_error(result, results["eager"], order=2)
-                assert error <= NETWORK_TOLERANCE, f"{name} differs from eager by {error:.1e}"
+            expected = step(networks["eager"])
+            peaks = {}
+            for name, network in networks.items():
+                result = step(network)  # compiles
+                if name not in PEERS:
+                    error = agreement.relative_error(result, expected, order=2)
+                    assert error <= NETWORK_TOLERANCE, f"{name} differs from eager by {error:.1e}"
+                del result
+                peaks[name] = self._peak_bytes(steps[name][0])
+            first = len(self.rows)
             mode = "train step" if train else "inference"
             self.time(
                 "network",
                 f"ResNeSt-50 {mode} bf16 {layout} B={batch}",
                 steps,
                 floor_bytes={},
-                graph=batch == 1,
+                graph=batch == 1 and not names,
                 rounds=NETWORK_ROUNDS,
                 facts={"train": train, "batch": batch},
             )
+            for row in self.rows[first:]:
+                row["images_per_s"] = batch / row["median_us"] * 1e6
+                row["peak_bytes"] = peaks[row["contender"]]
+
+    def _peak_bytes(self, step: Step) -> int | None:
+        """The most memory that a call takes beside what is there before it."""
+        if self.device.type != "cuda":
+            return None
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        step()
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+    def once(self) -> None:
+        """Each case's evaluation and training step, for a profiler to see the kernels of."""
+        for case in itertools.chain(*cases(self.quick)):
+            with torch.set_grad_enabled(case.train), self.device:
+                module = make_module(case, fused=True)
+                module.backend = self.backend
+                make_step(module, *random_maps(case))()
 
 
 def _facts(case: Case) -> dict[str, object]:
@@ -344,9 +438,24 @@ def plan(quick: bool, has_triton: bool) -> Iterator[tuple[str, Callable[[Bench],
     def of(case: Case, names: Sequence[str], what: str | None = None) -> Any:
         return str(case), lambda bench: bench.case(case, names, what)
 
-    def network(batch: int, train: bool, layout: str) -> Any:
-        label = f"ResNeSt-50 {'train' if train else 'inference'} {layout} B={batch}"
-        return label, lambda bench: bench.network(2 if quick else batch, train, layout)
+    def network(batch: int, train: bool, layout: str, *names: str) -> Any:
+        mode = "train" if train else "inference"
+        label = " and ".join((f"ResNeSt-50 {mode} {layout} B={batch}", *names))
+        size = 2 if quick else batch
+        names = names or (() if train else ("folded",))
+        return label, lambda bench: bench.network(size, train, layout, names)
+
+    def amp(case: Case) -> Any:
+        def run(bench: Bench) -> None:
+            bench.case(case, CONTENDERS, "amp", amp=True)
+
+        return f"{case} under autocast", run
+
+    def calls(case: Case) -> Any:
+        def run(bench: Bench) -> None:
+            bench.case(case, CONTENDERS, "calls", graph=False)
+
+        return f"{case} without a graph", run
 
     def ops(case: Case, *others: str) -> Any:
         label = " and ".join((f"ops of {case}", *others))
@@ -361,9 +470,17 @@ def plan(quick: bool, has_triton: bool) -> Iterator[tuple[str, Callable[[Bench],
     yield network(128, False, "channels_last")
     yield network(64, True, "channels_last")
     yield network(1, False, "channels_last")
+    # What users run: parameters in float32, and small calls that wait for Python.
+    yield from (amp(case) for case in trains)
+    for case in (evals[0], evals[-1]):
+        yield calls(replace(case, batch=small))
+        yield calls(replace(case, batch=2, train=True))
     for case in compiled_cases(quick):
         label, run = of(case, ("fused", "compile"), "compile")
         yield f"torch.compile of {label}", run
+    for train in (False, True):
+        yield network(64, train, "channels_last", *PEERS)
+        yield network(64, train, "channels_last", *COMPILER_MODES)
     if has_triton:
         yield from (of(case, WITH_TRITON) for case in evals)
         yield from (ops(case, "triton") for case in trains)
@@ -423,6 +540,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--compile-only", action="store_true", help="fill torch.compile's cache and measure nothing"
     )
+    parser.add_argument("--once", action="store_true", help="call each case once, under a profiler")
     return parser.parse_args()
 
 
@@ -435,6 +553,9 @@ def main() -> int:
     if options.compile_only:
         for case in compiled_cases(options.quick):
             bench.compile(case)
+        return 0
+    if options.once:
+        bench.once()
         return 0
     # Each capture of a graph collects garbage; what is imported by now is none.
     torch.compiler.reset()

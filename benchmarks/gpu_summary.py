@@ -131,10 +131,13 @@ def lines(results: Results) -> list[str]:
         *(target.line(results) for target in TARGETS),
         *_table("eval, us", [row for row in rows if _is_shown(row, "eval")]),
         *_table("train step, us", [row for row in rows if _is_shown(row, "train")]),
+        *_table("train step under autocast, us", [row for row in rows if _is_shown(row, "amp")]),
+        *_table("calls without a graph, us", [row for row in rows if row["what"] == "calls"]),
         *_table("beside torch.compile, us", [row for row in rows if row["what"] == "compile"]),
         *_ops([row for row in rows if row["what"] == "op" and row["form"] == "after conv"]),
         *_triton_ops([row for row in rows if row["what"] == "op"]),
         *_table("whole network, us", [row for row in rows if row["what"] == "network"]),
+        *_images([row for row in rows if row["what"] == "network"]),
         *_list("FAILED", [f"{label}: {why}" for label, why in results["failed"].items()], 6),
         *_list("skipped, as the time was over", results["skipped"], 3),
     ]
@@ -170,6 +173,20 @@ def _table(title: str, rows: Sequence[Row]) -> list[str]:
             ratio = cells[name]["median_us"] / fused["median_us"] if name in cells else None
             line += f"{'-' if ratio is None else f'{ratio:.2f}':>10}"
         found.append(line + _number(fused, "of_copy", 9, ".0%"))
+    return found
+
+
+def _images(rows: Sequence[Row]) -> list[str]:
+    """A line for each network and contender: its images a second, and the memory of a call."""
+    if not rows:
+        return []
+    found = [f"{'whole network':<58}{'images/s':>11}{'peak MB':>11}"]
+    for row in rows:
+        peak = row["peak_bytes"]
+        memory = "-" if peak is None else f"{peak / 1e6:,.0f}"
+        found.append(
+            f"{row['case'] + ', ' + row['contender']:<58}{row['images_per_s']:>11,.0f}{memory:>11}"
+        )
     return found
 
 

@@ -3,7 +3,12 @@
 # command, no network, about eight minutes. A failure stops nothing; a short table comes last, and
 # the exit status is 1 if anything failed.
 #
-#   STEPS    what to do, of "build tests compare sanitize time" (all); a build stays, in build/gpu
+# More is measured in two calls, each of at most ten minutes:
+#
+#   STEPS="build tests compare sanitize" tests/gpu.sh && STEPS="profile time" MINUTES=9 tests/gpu.sh
+#
+#   STEPS    what to do, of "build tests compare sanitize profile time" (all); a build stays, in
+#            build/gpu, as what torch.compile made does, in build/inductor
 #   OUT      the folder for logs, summary.txt and gpu.json (benchmarks/results)
 #   KERNELS  whose kernels to test and to call fused in the timings, native or triton (native);
 #            beside the native ones Triton's are timed too
@@ -16,7 +21,13 @@ set -uo pipefail
 shopt -s inherit_errexit
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-steps=" ${STEPS:-build tests compare sanitize time} "
+known=" build tests compare sanitize profile time "
+steps=" ${STEPS:-$known} "
+for step in $steps; do
+    [[ $known == *" $step "* ]] && continue
+    echo "tests/gpu.sh: STEPS: expected some of$known, got $step" >&2
+    exit 2
+done
 out=${OUT:-$root/benchmarks/results}
 end=$((${MINUTES:-8} * 60))
 kernels=${KERNELS:-native}
@@ -84,10 +95,9 @@ capabilities=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | sort -
 
 if wanted build; then
     started=$SECONDS
-    if wanted time; then # what torch.compile needs of the reference is ready when it is timed
-        PYTHONPATH=$root${given_path:+:$given_path} limited 200 "$work/compile.log" \
-            python3 "$root/benchmarks/gpu.py" --compile-only &
-    fi
+    # What torch.compile needs of the reference is ready when it is timed, by this call or the next.
+    PYTHONPATH=$root${given_path:+:$given_path} limited 200 "$work/compile.log" \
+        python3 "$root/benchmarks/gpu.py" --compile-only &
     rm -rf "$site"
     RESNEST_FUSED_CUDA=1 TORCH_CUDA_ARCH_LIST=$capabilities MAX_JOBS=$(nproc) \
         limited 180 "$out/build.log" python3 -m pip install -v --no-build-isolation --no-deps \
@@ -99,6 +109,9 @@ if wanted build; then
         echo "Nothing was built to go on with; all of it is in $out/build.log"
         exit 1
     fi
+elif [[ ! -d $site ]]; then
+    echo "tests/gpu.sh: nothing is built in $site; STEPS has to begin with build" >&2
+    exit 1
 fi
 
 # Beside the tests, on cores that those leave.
@@ -169,6 +182,22 @@ if wanted compare; then
             judge compare $status $((SECONDS - started)) \
                 "$options: $(grep . "$work/compare.log" | tail -n 1)"
         done
+    fi
+fi
+
+# Whether a second read of x comes from L2, which no time tells.
+if wanted profile; then
+    if ! command -v ncu >/dev/null; then
+        note profile "NOT RUN" 0 "ncu is not on this machine"
+    else
+        started=$SECONDS
+        limited 120 "$work/ncu.log" ncu --target-processes all --clock-control none --csv \
+            --log-file "$out/ncu.csv" --kernel-name-base demangled \
+            --kernel-name regex:resnest_fused \
+            --metrics gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum \
+            python3 "$root/benchmarks/gpu.py" --once --backend "$kernels"
+        status=$?
+        judge profile $status $((SECONDS - started)) "$(grep . "$work/ncu.log" | tail -n 1)"
     fi
 fi
 

@@ -217,6 +217,21 @@ def test_gpu_summary_says_what_failed_and_what_was_skipped() -> None:
     assert "eval, us" in text and "train step, us: not measured" in text
 
 
+def test_gpu_summary_has_what_users_run() -> None:
+    machine = dict.fromkeys(("device", "driver", "cuda", "torch", "date", "settings"), "?")
+    results = {**machine, "commit": "0" * 40, "copy_bytes_per_s": 4e12, "failed": {}, "skipped": []}
+    network = {"what": "network", "case": "net", "batch": 64}
+    rows = [_gpu_row(name, 10.0, what=what) for what in ("amp", "calls") for name in ("fused",)]
+    rows.append(_gpu_row("fused", 2e4, **network, images_per_s=3200.4, peak_bytes=1_500_000_000))
+    rows.append(_gpu_row("eager", 4e4, **network, images_per_s=1600.0, peak_bytes=None))
+    text = "\n".join(gpu_summary.lines({**results, "rows": rows}))
+    assert "train step under autocast, us" in text and "calls without a graph, us" in text
+    assert "autocast, us: not measured" not in text
+    fused, eager = text.partition("images/s")[2].splitlines()[1:3]
+    assert fused.split() == ["net,", "fused", "3,200", "1,500"]
+    assert eager.split() == ["net,", "eager", "1,600", "-"]
+
+
 REPORT = """
 import instructions
 import torch
