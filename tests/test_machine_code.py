@@ -55,7 +55,7 @@ def functions() -> dict[str, list[Instruction]]:
 
 
 def innermost_loops(instructions: list[Instruction]) -> list[list[Instruction]]:
-    """The loops without a loop or a call inside: what runs for each vector. Branches stay inside."""
+    """The loops without a loop or a call inside: what runs for each vector."""
     addresses = {i.address: index for index, i in enumerate(instructions)}
     loops = []
     for end, jump in enumerate(instructions):
