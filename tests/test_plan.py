@@ -248,7 +248,7 @@ def shared_bytes(name: str, call: Call, result: dict[str, Any]) -> int:
 
     product = threads // WARP * LIMITS["tile_rows"] * LIMITS["tile_columns"] * acc
     columns = threads // WARP * LIMITS["columns"] * 8
-    held = 3 * LIMITS["held_features"] * acc if call.mode.relu else 0
+    held = 3 * (512 if tiling["vector"] > 1 else WARP) * acc if call.mode.relu else 0
     match name:
         case "statistics":
             return of_map(1)

@@ -332,7 +332,8 @@ __global__ void __launch_bounds__(kProductThreads, kProductBlocks<A>)
   using Stage = BackwardStage;
   const auto& stages = args.stages;
   int64_t item;
-  switch (stages.take(item)) {
+  const int stage = stages.take(item);
+  switch (stage) {
     case Stage::kLogits:
       logits_gradient_item(args.logits, item);
       stages.done(Stage::kLogits);
@@ -353,12 +354,9 @@ __global__ void __launch_bounds__(kProductThreads, kProductBlocks<A>)
       stages.done(Stage::kGap);
       break;
     case Stage::kFc2Weight:
-      stages.wait_for(Stage::kBatchNorm);
-      weight_gradient_item(args.gradients, true, item);
-      break;
     case Stage::kFc1Weight:
       stages.wait_for(Stage::kBatchNorm);
-      weight_gradient_item(args.gradients, false, item);
+      weight_gradient_item(args.gradients, stage == Stage::kFc2Weight, item);
       break;
     case Stage::kFc2Bias:
       stages.wait_for(Stage::kLogits);

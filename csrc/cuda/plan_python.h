@@ -182,8 +182,8 @@ inline pybind11::dict plan_limits() {
                         arg("blocks_per_multiprocessor") = kBlocksPerMultiprocessor,
                         arg("registers") = kRegisters, arg("tile_rows") = kTileRows,
                         arg("tile_columns") = kTileColumns, arg("most_blocks") = kMostBlocks,
-                        arg("most_pixels") = kMostPixels, arg("most_channels") = kMostChannels, arg("counters") = kCounters,
-                        arg("held_features") = kHeldFeatures);
+                        arg("most_pixels") = kMostPixels, arg("most_channels") = kMostChannels,
+                        arg("counters") = kCounters);
 }
 
 inline void define_plan(pybind11::module_& m) {

@@ -1,9 +1,10 @@
 // Runs kernels on the CPU, one after the other: CUDA threads are coroutines of the thread that
 // launches, so that a barrier costs nanoseconds and every run of a kernel is repeatable.
 //
-// `resident_blocks` blocks at a time run concurrently; in which order they begin, and which of their
-// threads goes on, is drawn at random from the `seed`. Shared memory starts as NaN. A launch fails when all of its threads wait
-// for each other, at barriers or in loops, or when a warp operation is not one of the whole warp.
+// `resident_blocks` blocks at a time run concurrently; in which order they begin, and which of
+// their threads goes on, is drawn at random from the `seed`. Shared memory starts as NaN. A launch
+// fails when all of its threads wait for each other, at barriers or in loops, or when a warp
+// operation is not one of the whole warp.
 //
 // ThreadSanitizer takes each coroutine for a thread. This file is compiled without it and declares
 // what orders memory in CUDA: __syncthreads, __syncwarp, the beginning and the end of a launch.
