@@ -148,7 +148,7 @@ def disassembled(arch: str) -> dict[str, str]:
         assert run.returncode == 0, run.stderr
         command = [find_tool("nvdisasm"), "-c", str(binary)]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    # A kernel's section begins with its name: _ZN13resnest_fused4cuda13hidden_kernelIfEE...
+    # A kernel's section begins with its name: _ZN13resnest_fused4cuda16attention_kernelIfEE...
     sections = re.split(r"^\.text\.\w*?\d+([a-z_]+)_kernelIfE\w*:$", listing, flags=re.MULTILINE)
     return dict(zip(sections[1::2], sections[2::2], strict=True))
 
