@@ -121,7 +121,8 @@ def loops_of(listing: str) -> Iterator[Loop]:
             if target and target[1] in labels:
                 first = labels[target[1]]
                 loop = Loop(first, len(instructions), instructions[first:])
-                if loop.depth >= WARP_DEPTH:
+                # Not that over a tile's results, whose multiply-adds are bn1's, of square roots.
+                if loop.depth >= WARP_DEPTH and loop.depth.is_integer():
                     loops.append(loop)
     for loop in loops:
         inside = [other for other in loops if loop.first <= other.first and other.last <= loop.last]
