@@ -56,7 +56,8 @@ int64_t share_sums_bytes(const Tiling& t, bool nhwc, int64_t sums, int64_t acc_s
 }
 // of a pool's `HeldPrologue` beside those sums, one after the other,
 int64_t pool_bytes(const Tiling& t, const Workload& w, int64_t sums) {
-  const int64_t held = w.relu ? 3 * held_features(t.vector) * w.acc_size() : 0;
+  const int64_t features = t.vector > 1 ? kHeldFeatures : kWarp;
+  const int64_t held = w.relu ? 3 * features * w.acc_size() : 0;
   return std::max(share_sums_bytes(t, w.channels_last, sums, w.acc_size()), held);
 }
 // of `sum_over_rows`,

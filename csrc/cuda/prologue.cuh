@@ -67,8 +67,8 @@ struct HeldPrologue {
   __device__ __forceinline__ void take(const Share<kVector, kNhwc>& share, const MapSizes& sizes,
                                        const Norm<A>& bn0, const Prologue<A>& prologue,
                                        int first_split) {
-    static_assert(kSplits * (kNhwc ? kWarp * kVector : kMapThreads / kLeastLanes) <=
-                  held_features(kVector));
+    constexpr int64_t kWidest = kNhwc ? kWarp * kVector : kMapThreads / kLeastLanes;
+    static_assert(kSplits * kWidest <= (kVector > 1 ? kHeldFeatures : kWarp));
     A* const held = shared<A>();
     const int count = kSplits * share.width;
     const bool leaves = prologue.scale && share.sample == 0 && share.chunk == 0;

@@ -46,8 +46,9 @@ struct Tiling {
 
 // Threads of a channel in NCHW, at least, and in NHWC at most kWarp side by side.
 constexpr int64_t kLeastLanes = 8;
-// Features whose bn0 parameters a block of the pool keeps in shared memory at a time, at most.
-constexpr int64_t held_features(int64_t vector) { return vector > 1 ? 512 : kWarp; }
+// Features whose bn0 parameters a block of the pool keeps in shared memory at a time, at most; with
+// single elements kWarp.
+constexpr int64_t kHeldFeatures = 512;
 
 // The stages of phase 2, in their order: each waits for one before it (stages.cuh).
 struct ForwardStage {
