@@ -48,6 +48,8 @@ from test_op import (
 )
 from torch import Tensor
 
+import resnest_fused as rf
+
 # The first test waits for the build.
 pytestmark = [
     pytest.mark.usefixtures("kernels"),
@@ -205,6 +207,24 @@ def test_a_pixel_unlike_the_others(kernels: Kernels) -> None:
 def test_numbers_of_any_sizes_are_finite(case: Case, kernels: Kernels) -> None:
     """For a sanitizer, which finds what test_odd_sizes does not and has no time for its numbers."""
     assert all(result.isfinite().all() for result in _results(draw_any(case)))
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_launches_are_few(layout: str, kernels: Kernels) -> None:
+    """Of a module without its convolution, whose samples are pooled in several chunks."""
+    module = rf.FusedSplitAttentionConv2d(8, 12, 1)
+    module.conv = torch.nn.Identity()
+    x = torch.randn(3, 24, 12, 11).contiguous(
+        memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    )
+    before = kernels.launches()
+    module(x.requires_grad_()).sum().backward()
+    assert kernels.launches() - before == 9  # the last of them updates the running statistics
+    module.eval()
+    with torch.no_grad():
+        before = kernels.launches()
+        module(x)
+    assert kernels.launches() - before == 3
 
 
 def test_a_launch_that_fails_is_an_error(kernels: Kernels) -> None:

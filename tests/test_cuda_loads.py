@@ -24,9 +24,9 @@ ARCHS = ("sm_80", "sm_90")
 MOST_WAITS = 2  # in 32 of the depth
 SUMS = 16  # of a thread
 WARP_DEPTH = 4  # of 32
-# Loops of each kernel: its products with weights in three dtypes, and its others; each of them in
-# vectors and in single elements.
-LOOPS = {"hidden": 6, "attention": 6, "hidden_gradient": 6, "gradients": 8}
+# Loops of each kernel: its two products with weights in three dtypes, and that of two weights'
+# gradients; each of them in vectors and in single elements.
+LOOPS = {"attention": 12, "attention_backward": 14}
 # Of float32 and of 16 bits, four elements or one.
 LOADS = {"LDG.E.128", "LDG.E", "LDG.E.64", "LDG.E.U16"}
 
@@ -60,7 +60,9 @@ def compiled(arch: str) -> dict[str, sass.Kernel]:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_product_loads_before_it_uses(arch: str, kernel: str) -> None:
     every = compiled(arch)[f"{kernel}_kernel<float>"].loops
-    loops = sass.innermost([loop for loop in every if depth(loop) >= WARP_DEPTH])
+    # Not the loop over a tile's results, whose multiply-adds are bn1's, of square roots.
+    deep = [loop for loop in every if depth(loop) >= WARP_DEPTH and depth(loop).is_integer()]
+    loops = sass.innermost(deep)
     waits = [len(loop.waits) * WARP_DEPTH / depth(loop) for loop in loops]
     assert max(waits) <= MOST_WAITS, waits
     assert min(waits) > 0, waits

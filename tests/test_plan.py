@@ -202,42 +202,39 @@ def tiles(rows: int, columns: int, groups: int) -> int:
     return ceil_div(rows, LIMITS["tile_rows"]) * ceil_div(columns, LIMITS["tile_columns"]) * groups
 
 
+def expected_stages(call: Call, result: dict[str, Any]) -> list[int]:
+    """The items of each stage of phase 2."""
+    (radix, cardinality, channels, _, inter), mode, batch = call.shape, call.mode, call.batch
+    outputs, inputs = channels // cardinality, inter // cardinality
+    columns, features = LIMITS["columns"], radix * channels
+    of_sums = ceil_div(batch * channels, result["tiling"]["threads"])
+    hidden, attention = (tiles(batch, size, cardinality) for size in (inputs, outputs))
+    norm = ceil_div(inter, columns)
+    if mode.name != "backward":
+        gap = of_sums if result["tiling"]["chunks"] > 1 else 0
+        return [gap, hidden, norm if mode.bn1_batch_stats else 0, attention]
+    weights = [tiles(radix * outputs, inputs, cardinality), tiles(inputs, outputs, cardinality)]
+    biases = ceil_div(features, columns)
+    return [of_sums, hidden, norm, attention, *weights, biases, biases if mode.bn0 else 0]
+
+
 def expected_launches(call: Call, result: dict[str, Any]) -> Iterator[tuple[str, int]]:
     """The name and the blocks of each launch."""
-    (radix, cardinality, channels, _, inter), mode, batch = call.shape, call.mode, call.batch
-    threads, columns, features = result["tiling"]["threads"], LIMITS["columns"], radix * channels
+    mode, batch = call.mode, call.batch
     of_sample, of_recombine = (
         result[name]["channel_blocks"] * result[name]["chunks"]
         for name in ("tiling", "recombine_tiling")
     )
-    outputs, inputs = channels // cardinality, inter // cardinality
+    stages = sum(expected_stages(call, result))
     if mode.batch_stats and mode.name == "train":
         tiling = result["statistics_tiling"]
         samples = 1 if call.channels_last else batch
         yield "statistics", tiling["channel_blocks"] * tiling["chunks"] * samples
-        yield "combine", ceil_div(features, columns)
-    elif mode.bn0:
-        yield "prepare", ceil_div(features, threads)
-    if mode.name == "backward":
-        yield "pool_backward", batch * of_sample
-        yield "pool_backward_finish", ceil_div(batch * channels, threads)
-        yield "hidden_gradient", tiles(batch, inputs, cardinality)
-        yield "batch_norm_backward", ceil_div(inter, columns)
-        weights = tiles(radix * outputs, inputs, cardinality) + tiles(inputs, outputs, cardinality)
-        dgap, bias = tiles(batch, outputs, cardinality), ceil_div(features, columns)
-        yield "gradients", weights + dgap + bias
-        if mode.bn0:
-            yield "prologue_backward", ceil_div(features, columns)
-        yield "recombine_backward", batch * of_recombine
-    else:
-        yield "pool", batch * of_sample
-        if result["tiling"]["chunks"] > 1:
-            yield "pool_finish", ceil_div(batch * channels, threads)
-        yield "hidden", tiles(batch, inputs, cardinality)
-        if mode.bn1_batch_stats:
-            yield "batch_norm", ceil_div(inter, columns)
-        yield "attention", tiles(batch, outputs, cardinality)
-        yield "recombine", batch * of_recombine
+        yield "combine", ceil_div(call.shape.features, LIMITS["columns"])
+    suffix = "_backward" if mode.name == "backward" else ""
+    yield f"pool{suffix}", batch * of_sample
+    yield f"attention{suffix}", stages
+    yield f"recombine{suffix}", batch * of_recombine
 
 
 def shared_bytes(name: str, call: Call, result: dict[str, Any]) -> int:
@@ -250,17 +247,19 @@ def shared_bytes(name: str, call: Call, result: dict[str, Any]) -> int:
         return each * sums * acc
 
     product = threads // WARP * LIMITS["tile_rows"] * LIMITS["tile_columns"] * acc
+    columns = threads // WARP * LIMITS["columns"] * 8
+    held = 3 * (512 if tiling["vector"] > 1 else WARP) * acc if call.mode.relu else 0
     match name:
-        case "statistics" | "pool":
+        case "statistics":
             return of_map(1)
+        case "combine":
+            return columns
+        case "pool":
+            return max(of_map(1), held)
         case "pool_backward":
-            return of_map(4 if call.mode.relu else 1)
-        case "hidden" | "attention" | "hidden_gradient" | "gradients":
-            return product
-        case "combine" | "batch_norm":
-            return threads // WARP * LIMITS["columns"] * 8
-        case "batch_norm_backward" | "prologue_backward":
-            return 2 * threads // WARP * LIMITS["columns"] * 8
+            return max(of_map(4 if call.mode.relu else 1), held)
+        case "attention" | "attention_backward":
+            return max(product, 2 * columns)
         case _:
             return 0
 
@@ -270,7 +269,10 @@ def check_launches(gpu: dict[str, int], call: Call, result: dict[str, Any]) -> N
     resident = LIMITS["blocks_per_multiprocessor"]
     for launch in result["launches"]:
         name, threads, shared = launch["name"], launch["threads"], launch["shared_bytes"]
-        assert launch["blocks"] >= 1
+        # The pool opens the stages behind it, of parameters alone too.
+        assert launch["blocks"] >= (0 if name.startswith("pool") else 1)
+        if name.startswith("attention"):
+            assert launch["stages"] == expected_stages(call, result)
         assert threads == result["tiling"]["threads"]  # all within their kernels' launch bounds
         assert shared == shared_bytes(name, call, result) <= limit, name
         assert resident * shared <= gpu["shared_per_multiprocessor"], name
@@ -279,7 +281,8 @@ def check_launches(gpu: dict[str, int], call: Call, result: dict[str, Any]) -> N
         <= gpu["registers_per_multiprocessor"]
     )
     listed = [(launch["name"], launch["blocks"]) for launch in result["launches"]]
-    assert listed == [launch for launch in expected_launches(call, result) if launch[1] > 0]
+    expected = expected_launches(call, result)
+    assert listed == [launch for launch in expected if launch[1] > 0 or "pool" in launch[0]]
 
 
 def expected_workspace(call: Call, result: dict[str, Any]) -> int:
@@ -300,7 +303,8 @@ def expected_workspace(call: Call, result: dict[str, Any]) -> int:
             counts += [batch * chunks * channels]
         counts += [batch * channels if evaluates else 0]
         counts += [batch * shape.inter, batch * features if evaluates else 0]
-    return sum(ceil_div(count * call.acc_size, 16) * 16 for count in counts)
+    sizes = [4 * LIMITS["counters"], *(count * call.acc_size for count in counts)]
+    return sum(ceil_div(size, 16) * 16 for size in sizes)
 
 
 def check(gpu: dict[str, int], call: Call) -> dict[str, Any]:
@@ -462,6 +466,20 @@ def test_statistics_occupy_the_device() -> None:
     assert launch["blocks"] >= H200["multiprocessors"]
 
 
+@pytest.mark.parametrize("nhwc", [False, True])
+@pytest.mark.parametrize("batch", [1, 32, 256])
+@pytest.mark.parametrize("shape", [shape(2, 1, 64, 3136), shape(2, 1, 512, 49)])
+def test_launches_are_few(shape: Shape, batch: int, nhwc: bool) -> None:
+    """With all that comes behind a convolution: evaluation, and a training step."""
+
+    def count(name: str, *, batch_stats: bool) -> int:
+        mode = Mode(name, True, True, batch_stats, batch_stats)
+        return len(check(H200, Call(shape, mode, batch, 2, nhwc))["launches"])
+
+    assert count("eval", batch_stats=False) == 3
+    assert count("train", batch_stats=True) + count("backward", batch_stats=True) == 8
+
+
 # --- far from the models
 
 
@@ -526,11 +544,10 @@ def test_no_call_is_too_large(gpu: dict[str, int], call: Call) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("nhwc", [False, True])
 def test_empty_batch(mode: Mode, nhwc: bool) -> None:
-    """What is left are the launches over parameters."""
+    """What is left are the launches over parameters, and the pool that opens their stages."""
     result = check(H200, Call(shape(2, 1, 64, 3136), mode, 0, 2, nhwc))
     assert {launch["name"] for launch in result["launches"]} <= {
-        *("prepare", "combine", "batch_norm", "batch_norm_backward", "gradients"),
-        "prologue_backward",
+        *("combine", "pool", "attention", "pool_backward", "attention_backward"),
     }
 
 

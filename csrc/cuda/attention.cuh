@@ -1,10 +1,12 @@
 // Phase 2, attention: fc1, bn1, ReLU, fc2 and the r-softmax on (B, C)-sized data, and their
-// gradients.
+// gradients. Each direction is one launch, in stages.
 #pragma once
 
 #include "cuda/norm.cuh"
+#include "cuda/pool_sums.cuh"
 #include "cuda/product.cuh"
 #include "cuda/prologue.cuh"
+#include "cuda/stages.cuh"
 
 namespace resnest_fused::cuda {
 
@@ -22,12 +24,11 @@ struct FcSizes {
 
 // hidden = fc1(gap) and, if bn1 has its statistics already, u = relu(bn1(hidden)). Both are (B, I),
 // and either may be null.
-//   Grid: a block for a tile of samples and of a group's outputs.
+//   Items: a tile of samples and of a group's outputs.
 template <typename A>
 struct HiddenArgs {
   FcSizes sizes;
   int64_t batch;
-  int64_t blocks;
   const A* gap;      // (B, C)
   Parameter weight;  // (I, C/K)
   Parameter bias;    // (I) or absent
@@ -37,9 +38,9 @@ struct HiddenArgs {
 };
 
 template <typename A>
-__device__ __forceinline__ void hidden_block(const HiddenArgs<A>& args, int64_t block) {
+__device__ __forceinline__ void hidden_item(const HiddenArgs<A>& args, int64_t item) {
   const int64_t inputs = args.sizes.group_channels, outputs = args.sizes.group_inter;
-  const Tile tile(block, args.batch, outputs);
+  const Tile tile(item, args.batch, outputs);
   const Operand<A, false> gap{args.gap + tile.group * inputs, args.sizes.channels, args.batch,
                               inputs};
   const WeightOperand<false> weight{args.weight, tile.group * outputs * inputs, inputs, outputs,
@@ -56,16 +57,8 @@ __device__ __forceinline__ void hidden_block(const HiddenArgs<A>& args, int64_t 
   });
 }
 
-template <typename A>
-__global__ void __launch_bounds__(kProductThreads, kProductBlocks<A>)
-    hidden_kernel(HiddenArgs<A> args) {
-  for (int64_t block = blockIdx.x; block < args.blocks; block += gridDim.x) {
-    hidden_block(args, block);
-  }
-}
-
 // bn1's batch statistics, and u = relu(bn1(hidden)) with them.
-//   Grid: a block for kColumns features.
+//   Items: kColumns features.
 template <typename A>
 struct BatchNormArgs {
   ColumnStatistics<A> hidden;  // (B, I)
@@ -76,32 +69,29 @@ struct BatchNormArgs {
 };
 
 template <typename A>
-__global__ void __launch_bounds__(kColumnThreads) batch_norm_kernel(BatchNormArgs<A> args) {
+__device__ __forceinline__ void batch_norm_item(const BatchNormArgs<A>& args, int64_t item) {
   const int64_t inter = args.hidden.features, batch = args.hidden.rows;
-  for (int64_t block = blockIdx.x; block * kColumns < inter; block += gridDim.x) {
-    const Column column(block, inter);
-    A mean, var;
-    args.hidden.compute(column, mean, var);
-    if (column.inside && column.lane == 0) {
-      args.mean[column.feature] = mean;
-      args.var[column.feature] = var;
-    }
-    const NormAt<A> at = column.inside ? args.bn1.with(column.feature, mean, var) : NormAt<A>{};
-    for_rows(
-        column, batch, [&](int64_t b) { return args.hidden.mean[b * inter + column.feature]; },
-        [&](int64_t b, A hidden) {
-          args.u[b * inter + column.feature] = relu(at.normalise(hidden));
-        });
+  const Column column(item, inter);
+  A mean, var;
+  args.hidden.compute(column, mean, var);
+  if (column.inside && column.lane == 0) {
+    args.mean[column.feature] = mean;
+    args.var[column.feature] = var;
   }
+  const NormAt<A> at = column.inside ? args.bn1.with(column.feature, mean, var) : NormAt<A>{};
+  for_rows(
+      column, batch, [&](int64_t b) { return args.hidden.mean[b * inter + column.feature]; },
+      [&](int64_t b, A hidden) {
+        args.u[b * inter + column.feature] = relu(at.normalise(hidden));
+      });
 }
 
 // attention = r-softmax(fc2(u))
-//   Grid: a block for a tile of samples and of a group's channels, in all splits.
+//   Items: a tile of samples and of a group's channels, in all splits.
 template <typename A>
-struct AttentionArgs {
+struct SoftmaxArgs {
   FcSizes sizes;
   int64_t batch;
-  int64_t blocks;
   const A* u;        // (B, I)
   Parameter weight;  // (R*C, I/K), rows in the logits' order
   Parameter bias;    // (R*C) or absent
@@ -114,14 +104,16 @@ struct Exp {
 };
 
 template <typename A>
-__device__ __forceinline__ void attention_block(const AttentionArgs<A>& args, int64_t block) {
+__device__ __forceinline__ void softmax_item(const SoftmaxArgs<A>& args, int64_t item) {
   const int64_t radix = args.sizes.radix, channels = args.sizes.channels;
   const int64_t features = args.sizes.features();
   const int64_t inputs = args.sizes.group_inter, outputs = args.sizes.group_channels;
-  const Tile tile(block, args.batch, outputs);
+  const Tile tile(item, args.batch, outputs);
   const Operand<A, false> u{args.u + tile.group * inputs, args.sizes.inter, args.batch, inputs};
   const int64_t first_channel = tile.group * outputs;
-  for (int64_t r = 0; r < radix; ++r) {
+  // Each split's product needs all registers: no two are to be in flight.
+#pragma unroll 1
+  for (int r = 0; r < static_cast<int>(radix); ++r) {
     const int64_t first = logit_row(r, first_channel, radix, outputs);
     const WeightOperand<false> weight{args.weight, first * inputs, inputs, outputs, inputs};
     multiply_tile<A>(u, weight, tile.row, tile.column, [&](int64_t b, int64_t c, A value) {
@@ -137,46 +129,72 @@ __device__ __forceinline__ void attention_block(const AttentionArgs<A>& args, in
   }
 }
 
+// Phase 2, from the pool's sums to the attention.
+//   Grid: a block for each item.
+template <typename A>
+struct AttentionArgs {
+  Stages<ForwardStage::kCount> stages;
+  GapArgs<A> gap;
+  HiddenArgs<A> hidden;
+  BatchNormArgs<A> batch_norm;
+  SoftmaxArgs<A> softmax;
+};
+
 template <typename A>
 __global__ void __launch_bounds__(kProductThreads, kProductBlocks<A>)
     attention_kernel(AttentionArgs<A> args) {
-  for (int64_t block = blockIdx.x; block < args.blocks; block += gridDim.x) {
-    attention_block(args, block);
+  using Stage = ForwardStage;
+  const auto& stages = args.stages;
+  int64_t item;
+  switch (stages.take(item)) {
+    case Stage::kGap:
+      gap_item(args.gap, item);
+      stages.done(Stage::kGap);
+      break;
+    case Stage::kHidden:
+      stages.wait_for(Stage::kGap);
+      hidden_item(args.hidden, item);
+      stages.done(Stage::kHidden);
+      break;
+    case Stage::kBatchNorm:
+      stages.wait_for(Stage::kHidden);
+      batch_norm_item(args.batch_norm, item);
+      stages.done(Stage::kBatchNorm);
+      break;
+    default:
+      stages.wait_for(stages.items[Stage::kBatchNorm] > 0 ? Stage::kBatchNorm : Stage::kHidden);
+      softmax_item(args.softmax, item);
   }
 }
 
 // du = fc2^T dlogits
-//   Grid: a block for a tile of samples and of a group's inputs.
+//   Items: a tile of samples and of a group's inputs.
 template <typename A>
 struct HiddenGradientArgs {
   FcSizes sizes;
   int64_t batch;
-  int64_t blocks;
   const A* dlogits;  // (B, K, R, C/K)
   Parameter weight;  // (R*C, I/K)
   A* du;             // (B, I)
 };
 
 template <typename A>
-__global__ void __launch_bounds__(kProductThreads, kProductBlocks<A>)
-    hidden_gradient_kernel(HiddenGradientArgs<A> args) {
+__device__ __forceinline__ void hidden_gradient_item(const HiddenGradientArgs<A>& args,
+                                                     int64_t item) {
   const int64_t inputs = args.sizes.group_inter;
   const int64_t outputs = args.sizes.group_features();
-  for (int64_t block = blockIdx.x; block < args.blocks; block += gridDim.x) {
-    const Tile tile(block, args.batch, inputs);
-    const int64_t first = tile.group * outputs;
-    const Operand<A, false> dlogits{args.dlogits + first, args.sizes.features(), args.batch,
-                                    outputs};
-    const WeightOperand<true> weight{args.weight, first * inputs, inputs, inputs, outputs};
-    multiply_tile<A>(dlogits, weight, tile.row, tile.column, [&](int64_t b, int64_t i, A value) {
-      args.du[b * args.sizes.inter + tile.group * inputs + i] = value;
-    });
-  }
+  const Tile tile(item, args.batch, inputs);
+  const int64_t first = tile.group * outputs;
+  const Operand<A, false> dlogits{args.dlogits + first, args.sizes.features(), args.batch, outputs};
+  const WeightOperand<true> weight{args.weight, first * inputs, inputs, inputs, outputs};
+  multiply_tile<A>(dlogits, weight, tile.row, tile.column, [&](int64_t b, int64_t i, A value) {
+    args.du[b * args.sizes.inter + tile.group * inputs + i] = value;
+  });
 }
 
 // dhidden = du through the ReLU and bn1, with the gradients of bn1 and of fc1's bias. It computes u
 // again, for the gradient of fc2's weight.
-//   Grid: a block for kColumns features.
+//   Items: kColumns features.
 template <typename A>
 struct BatchNormBackwardArgs {
   int64_t batch;
@@ -192,102 +210,99 @@ struct BatchNormBackwardArgs {
 };
 
 template <typename A>
-__global__ void __launch_bounds__(kColumnThreads)
-    batch_norm_backward_kernel(BatchNormBackwardArgs<A> args) {
-  for (int64_t block = blockIdx.x; block * kColumns < args.inter; block += gridDim.x) {
-    const Column column(block, args.inter);
-    const NormAt<A> at = column.inside ? args.bn1.at(column.feature) : NormAt<A>{};
-    struct Row {
-      A hidden, gradient;
-    };
-    const auto load = [&](int64_t b) -> Row {
-      const int64_t i = b * args.inter + column.feature;
-      return {args.hidden[i], args.dhidden[i]};
-    };
-    double sums[2];
-    sum_over_rows<2>(column, args.batch, sums, load, [&](int64_t b, Row row, double (&add)[2]) {
-      const int64_t i = b * args.inter + column.feature;
-      const A n = at.normalise(row.hidden);
-      const A dn = relu_backward(row.gradient, n);
-      args.dhidden[i] = dn;
-      args.u[i] = relu(n);
-      add[0] += dn;
-      add[1] += static_cast<double>(dn) * at.xhat(row.hidden);
-    });
-    // Not a product with 0, through which NaN would reach every sample.
-    const A mean_dn = args.batch_stats ? static_cast<A>(sums[0] / args.batch) : A(0);
-    const A mean_dn_xhat = args.batch_stats ? static_cast<A>(sums[1] / args.batch) : A(0);
-    double bias[1];
-    sum_over_rows<1>(column, args.batch, bias, load, [&](int64_t b, Row row, double (&add)[1]) {
-      const A dhidden =
-          batch_norm_backward(row.gradient, at.xhat(row.hidden), at.scale, mean_dn, mean_dn_xhat);
-      args.dhidden[b * args.inter + column.feature] = dhidden;
-      add[0] += dhidden;
-    });
-    if (column.inside && column.lane == 0) {
-      args.dbeta.put(column.feature, static_cast<A>(sums[0]));
-      args.dgamma.put(column.feature, static_cast<A>(sums[1]));
-      args.dfc1_bias.put(column.feature, static_cast<A>(bias[0]));
-    }
+__device__ __forceinline__ void batch_norm_backward_item(const BatchNormBackwardArgs<A>& args,
+                                                         int64_t item) {
+  const Column column(item, args.inter);
+  const NormAt<A> at = column.inside ? args.bn1.at(column.feature) : NormAt<A>{};
+  struct Row {
+    A hidden, gradient;
+  };
+  const auto load = [&](int64_t b) -> Row {
+    const int64_t i = b * args.inter + column.feature;
+    return {args.hidden[i], args.dhidden[i]};
+  };
+  double sums[2];
+  sum_over_rows<2>(column, args.batch, sums, load, [&](int64_t b, Row row, double (&add)[2]) {
+    const int64_t i = b * args.inter + column.feature;
+    const A n = at.normalise(row.hidden);
+    const A dn = relu_backward(row.gradient, n);
+    args.dhidden[i] = dn;
+    args.u[i] = relu(n);
+    add[0] += dn;
+    add[1] += static_cast<double>(dn) * at.xhat(row.hidden);
+  });
+  // Not a product with 0, through which NaN would reach every sample.
+  const A mean_dn = args.batch_stats ? static_cast<A>(sums[0] / args.batch) : A(0);
+  const A mean_dn_xhat = args.batch_stats ? static_cast<A>(sums[1] / args.batch) : A(0);
+  double bias[1];
+  sum_over_rows<1>(column, args.batch, bias, load, [&](int64_t b, Row row, double (&add)[1]) {
+    const A dhidden =
+        batch_norm_backward(row.gradient, at.xhat(row.hidden), at.scale, mean_dn, mean_dn_xhat);
+    args.dhidden[b * args.inter + column.feature] = dhidden;
+    add[0] += dhidden;
+  });
+  if (column.inside && column.lane == 0) {
+    args.dbeta.put(column.feature, static_cast<A>(sums[0]));
+    args.dgamma.put(column.feature, static_cast<A>(sums[1]));
+    args.dfc1_bias.put(column.feature, static_cast<A>(bias[0]));
   }
 }
 
 // dfc2 = dlogits^T u and dfc1 = dhidden^T gap, each element a sum over the batch in one block;
 // dgap = fc1^T dhidden; and the gradient of fc2's bias, dlogits summed over the batch.
-//   Grid: the tiles of dfc2, of dfc1 and of dgap, then a block for kColumns of fc2's bias. Those
-//   of a gradient that is not wanted are left out.
+//   Items: tiles of dfc2 and of dfc1, in groups; of samples and of a group's channels; and, for
+//   fc2's bias, kColumns features.
 template <typename A>
 struct GradientsArgs {
   FcSizes sizes;
   int64_t batch;
-  const A* gap;           // (B, C)
-  const A* u;             // (B, I)
-  const A* dlogits;       // (B, K, R, C/K)
-  const A* dhidden;       // (B, I)
-  Parameter fc1_weight;   // (I, C/K)
-  Result dfc1_weight;     // (I, C/K) or absent
-  Result dfc2_weight;     // (R*C, I/K) or absent
-  Result dfc2_bias;       // (R*C) or absent
-  A* dgap;                // (B, C) or null
-  GradientBlocks blocks;  // 0 where not wanted
+  const A* gap;          // (B, C)
+  const A* u;            // (B, I)
+  const A* dlogits;      // (B, K, R, C/K)
+  const A* dhidden;      // (B, I)
+  Parameter fc1_weight;  // (I, C/K)
+  Result dfc1_weight;    // (I, C/K) or absent
+  Result dfc2_weight;    // (R*C, I/K) or absent
+  Result dfc2_bias;      // (R*C) or absent
+  A* dgap;               // (B, C) or null
 };
 
+// The same product of one FC or the other, so that there is one code for both.
 template <typename A>
-__device__ __forceinline__ void gradients_block(const GradientsArgs<A>& args, int64_t block) {
+__device__ __forceinline__ void weight_gradient_item(const GradientsArgs<A>& args, bool of_fc2,
+                                                     int64_t item) {
   const FcSizes& sizes = args.sizes;
-  const int64_t group_channels = sizes.group_channels, group_inter = sizes.group_inter;
-  const int64_t features = sizes.features(), outputs = sizes.group_features();
-  if (block < args.blocks.fc2 + args.blocks.fc1) {
-    // The same product of one FC or the other, so that there is one code for both.
-    const bool of_fc2 = block < args.blocks.fc2;
-    const int64_t rows = of_fc2 ? outputs : group_inter;
-    const int64_t columns = of_fc2 ? group_inter : group_channels;
-    const Tile tile(of_fc2 ? block : block - args.blocks.fc2, rows, columns);
-    const int64_t first = tile.group * rows;
-    const Operand<A, true> gradient{(of_fc2 ? args.dlogits : args.dhidden) + first,
-                                    of_fc2 ? features : sizes.inter, rows, args.batch};
-    const Operand<A, true> input{(of_fc2 ? args.u : args.gap) + tile.group * columns,
-                                 of_fc2 ? sizes.inter : sizes.channels, columns, args.batch};
-    const Result result = of_fc2 ? args.dfc2_weight : args.dfc1_weight;
-    multiply_tile<A>(gradient, input, tile.row, tile.column, [&](int64_t m, int64_t n, A value) {
-      result.put((first + m) * columns + n, value);
-    });
-    return;
-  }
-  block -= args.blocks.fc2 + args.blocks.fc1;
-  if (block < args.blocks.gap) {
-    const Tile tile(block, args.batch, group_channels);
-    const int64_t first = tile.group * group_inter;
-    const Operand<A, false> dhidden{args.dhidden + first, sizes.inter, args.batch, group_inter};
-    const WeightOperand<true> weight{args.fc1_weight, first * group_channels, group_channels,
-                                     group_channels, group_inter};
-    multiply_tile<A>(dhidden, weight, tile.row, tile.column, [&](int64_t b, int64_t c, A value) {
-      args.dgap[b * sizes.channels + tile.group * group_channels + c] = value;
-    });
-    return;
-  }
-  block -= args.blocks.gap;
-  const Column column(block, features);
+  const int64_t rows = of_fc2 ? sizes.group_features() : sizes.group_inter;
+  const int64_t columns = of_fc2 ? sizes.group_inter : sizes.group_channels;
+  const Tile tile(item, rows, columns);
+  const int64_t first = tile.group * rows;
+  const Operand<A, true> gradient{(of_fc2 ? args.dlogits : args.dhidden) + first,
+                                  of_fc2 ? sizes.features() : sizes.inter, rows, args.batch};
+  const Operand<A, true> input{(of_fc2 ? args.u : args.gap) + tile.group * columns,
+                               of_fc2 ? sizes.inter : sizes.channels, columns, args.batch};
+  const Result result = of_fc2 ? args.dfc2_weight : args.dfc1_weight;
+  multiply_tile<A>(gradient, input, tile.row, tile.column, [&](int64_t m, int64_t n, A value) {
+    result.put((first + m) * columns + n, value);
+  });
+}
+
+template <typename A>
+__device__ __forceinline__ void gap_gradient_item(const GradientsArgs<A>& args, int64_t item) {
+  const FcSizes& sizes = args.sizes;
+  const int64_t channels = sizes.group_channels, inter = sizes.group_inter;
+  const Tile tile(item, args.batch, channels);
+  const int64_t first = tile.group * inter;
+  const Operand<A, false> dhidden{args.dhidden + first, sizes.inter, args.batch, inter};
+  const WeightOperand<true> weight{args.fc1_weight, first * channels, channels, channels, inter};
+  multiply_tile<A>(dhidden, weight, tile.row, tile.column, [&](int64_t b, int64_t c, A value) {
+    args.dgap[b * sizes.channels + tile.group * channels + c] = value;
+  });
+}
+
+template <typename A>
+__device__ __forceinline__ void fc2_bias_gradient_item(const GradientsArgs<A>& args, int64_t item) {
+  const int64_t features = args.sizes.features();
+  const Column column(item, features);
   double sums[1];
   sum_over_rows<1>(
       column, args.batch, sums,
@@ -298,12 +313,58 @@ __device__ __forceinline__ void gradients_block(const GradientsArgs<A>& args, in
   }
 }
 
+// Phase 2's backward, from the pool's sums to all gradients but x's. Stages of what is not wanted
+// have no items.
+//   Grid: as in the forward.
+template <typename A>
+struct AttentionBackwardArgs {
+  Stages<BackwardStage::kCount> stages;
+  LogitsGradientArgs<A> logits;
+  HiddenGradientArgs<A> hidden;
+  BatchNormBackwardArgs<A> batch_norm;
+  GradientsArgs<A> gradients;
+  PrologueBackwardArgs<A> prologue;
+};
+
 template <typename A>
 __global__ void __launch_bounds__(kProductThreads, kProductBlocks<A>)
-    gradients_kernel(GradientsArgs<A> args) {
-  const int64_t blocks = args.blocks.fc2 + args.blocks.fc1 + args.blocks.gap + args.blocks.bias;
-  for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
-    gradients_block(args, block);
+    attention_backward_kernel(AttentionBackwardArgs<A> args) {
+  using Stage = BackwardStage;
+  const auto& stages = args.stages;
+  int64_t item;
+  const int stage = stages.take(item);
+  switch (stage) {
+    case Stage::kLogits:
+      logits_gradient_item(args.logits, item);
+      stages.done(Stage::kLogits);
+      break;
+    case Stage::kHidden:
+      stages.wait_for(Stage::kLogits);
+      hidden_gradient_item(args.hidden, item);
+      stages.done(Stage::kHidden);
+      break;
+    case Stage::kBatchNorm:
+      stages.wait_for(Stage::kHidden);
+      batch_norm_backward_item(args.batch_norm, item);
+      stages.done(Stage::kBatchNorm);
+      break;
+    case Stage::kGap:
+      stages.wait_for(Stage::kBatchNorm);
+      gap_gradient_item(args.gradients, item);
+      stages.done(Stage::kGap);
+      break;
+    case Stage::kFc2Weight:
+    case Stage::kFc1Weight:
+      stages.wait_for(Stage::kBatchNorm);
+      weight_gradient_item(args.gradients, stage == Stage::kFc2Weight, item);
+      break;
+    case Stage::kFc2Bias:
+      stages.wait_for(Stage::kLogits);
+      fc2_bias_gradient_item(args.gradients, item);
+      break;
+    default:
+      stages.wait_for(Stage::kGap);
+      prologue_backward_item(args.prologue, item);
   }
 }
 

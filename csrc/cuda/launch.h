@@ -23,10 +23,10 @@ inline void check_launch(cudaError_t error, const Launch& planned) {
   }
 }
 
-// Launch the kernel as planned; nothing without blocks.
+// Launch the kernel as planned; nothing without a grid.
 template <typename Args>
 void launch(cudaStream_t stream, void (*kernel)(Args), const Launch& planned, const Args& args) {
-  if (planned.blocks == 0) {
+  if (planned.grid == 0) {
     return;
   }
   cudaLaunchConfig_t config{};

@@ -29,29 +29,16 @@ void prologue_backward(cudaStream_t stream, const Launch& planned,
                        const PrologueBackwardArgs<A>& args);
 template <typename T>
 void pool(cudaStream_t stream, const Launch& planned, Form form, const PoolArgs<T>& args);
-template <typename A>
-void pool_finish(cudaStream_t stream, const Launch& planned, const PoolFinishArgs<A>& args);
 template <typename T>
 void pool_backward(cudaStream_t stream, const Launch& planned, Form form,
                    const PoolBackwardArgs<T>& args);
-template <typename A>
-void pool_backward_finish(cudaStream_t stream, const Launch& planned,
-                          const PoolBackwardFinishArgs<A>& args);
 
 // Phase 2.
 template <typename A>
-void hidden(cudaStream_t stream, const Launch& planned, const HiddenArgs<A>& args);
-template <typename A>
-void batch_norm(cudaStream_t stream, const Launch& planned, const BatchNormArgs<A>& args);
-template <typename A>
 void attention(cudaStream_t stream, const Launch& planned, const AttentionArgs<A>& args);
 template <typename A>
-void hidden_gradient(cudaStream_t stream, const Launch& planned, const HiddenGradientArgs<A>& args);
-template <typename A>
-void batch_norm_backward(cudaStream_t stream, const Launch& planned,
-                         const BatchNormBackwardArgs<A>& args);
-template <typename A>
-void gradients(cudaStream_t stream, const Launch& planned, const GradientsArgs<A>& args);
+void attention_backward(cudaStream_t stream, const Launch& planned,
+                        const AttentionBackwardArgs<A>& args);
 
 // Phase 3.
 template <typename T>

@@ -27,8 +27,9 @@ template <int kVector, bool kNhwc>
 struct Share {
   int64_t sample;
   int chunk;
-  int channel;  // the first of a vector in NHWC
-  int lane;     // among those that share the sums: in NCHW of the channel, in NHWC of the chunk
+  int first_channel, width;  // of the block
+  int channel;               // the first of a vector in NHWC
+  int lane;  // among those that share the sums: in NCHW of the channel, in NHWC of the chunk
   int lanes;
   bool inside;           // of the channels
   int begin, end, step;  // positions of the thread's vectors
@@ -47,7 +48,9 @@ struct Share {
     const int channel_block = block % tiling.channel_blocks;
     const int slot = thread / tiling.lanes, within = thread % tiling.lanes;
     if constexpr (kNhwc) {
-      channel = (channel_block * tiling.lanes + within) * kVector;
+      width = tiling.lanes * kVector;
+      first_channel = channel_block * width;
+      channel = first_channel + within * kVector;
       lane = slot;
       lanes = tiling.threads / tiling.lanes;
       inside = channel < sizes.channels && slot < lanes;
@@ -61,7 +64,9 @@ struct Share {
       x_step = sizes.features();
       out_step = sizes.channels;
     } else {
-      channel = channel_block * (tiling.threads / tiling.lanes) + slot;
+      width = tiling.threads / tiling.lanes;
+      first_channel = channel_block * width;
+      channel = first_channel + slot;
       lane = within;
       lanes = tiling.lanes;
       inside = channel < sizes.channels;
@@ -158,7 +163,7 @@ __device__ __forceinline__ void sum_over_share(const Share<kVector, kNhwc>& shar
                                                Put put) {
   if constexpr (kNhwc) {
     A* const buffer = shared<A>();
-    const int width = tiling.lanes * kVector;  // channels of the block
+    const int width = share.width, first = share.first_channel;
     const int thread = static_cast<int>(threadIdx.x);
     const int within = thread % tiling.lanes;
     if (thread < share.lanes * tiling.lanes) {
@@ -172,7 +177,6 @@ __device__ __forceinline__ void sum_over_share(const Share<kVector, kNhwc>& shar
       }
     }
     __syncthreads();
-    const int first = share.channel - within * kVector;
     for (int c = thread; c < width && first + c < channels; c += tiling.threads) {
       A totals[kSums];
 #pragma unroll

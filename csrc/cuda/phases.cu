@@ -13,7 +13,7 @@ void Kernels::batch_statistics(const Map& map, const Tensor& mean, const Tensor&
     const Run<T> run(context, map, w, make_plan(context.device, w),
                      2 * rows * w.features() * w.acc_size());
     run.take_statistics(run.of(Kernel::kStatistics), run.at(0));
-    run.combine(run.of(Kernel::kCombine), run.at(0), {}, mean, var);
+    run.combine(run.of(Kernel::kCombine), run.at(0), mean, var);
   });
 }
 
@@ -27,17 +27,27 @@ void Kernels::pool(const Map& map, const Tensor& gap) {
     const ForwardWorkspace space(context.device, w, plan);
     const Run<T> run(context, map, w, plan, space.bytes);
     const int64_t chunks = plan.tiling.chunks;
-    const Prologue<A> prologue = run.prologue_at(space.prologue, false);
     A* const partial = chunks == 1 ? data<A>(gap) : run.at(space.partial);
     const A per_pixel = A(1) / static_cast<A>(w.pixels);
     const Launch planned = run.of(Kernel::kPool);
-    run.prepare(run.of(Kernel::kPrepare), prologue);
     cuda::pool<T>(context.stream, planned, run.form,
-                  {run.sizes, plan.tiling, planned.blocks, const_data<T>(map.x), prologue,
-                   chunks == 1 ? per_pixel : A(1), partial});
+                  {run.sizes,
+                   plan.tiling,
+                   planned.blocks,
+                   const_data<T>(map.x),
+                   norm_of<A>(map.bn0),
+                   {},
+                   chunks == 1 ? per_pixel : A(1),
+                   partial,
+                   run.template at<unsigned>(space.counters)});
     if (chunks > 1) {
-      pool_finish<A>(context.stream, run.of(Kernel::kPoolFinish),
-                     {w.batch, chunks, w.channels, partial, per_pixel, data<A>(gap)});
+      ForwardItems items{};
+      items[ForwardStage::kGap] = sample_channel_items(context.device, w);
+      AttentionArgs<A> args{};
+      args.stages = run.stages(items, space.counters);
+      args.gap = {w.batch, chunks, w.channels, partial, per_pixel, data<A>(gap)};
+      cuda::attention<A>(context.stream,
+                         launch_of_stages(context.device, w, Kernel::kAttention, items), args);
     }
   });
 }
@@ -69,19 +79,28 @@ void Kernels::pool_backward(const Map& map, const Tensor& dout, const Tensor& da
     const Plan plan = make_plan(context.device, w);
     const int64_t chunks = plan.tiling.chunks, kinds = w.relu ? kPrologueSums : 1;
     Workspace space;
+    const int64_t counters = space.take(kCounters, sizeof(unsigned));
     const int64_t parameters = space.take(kPrologueArrays * w.features(), w.acc_size());
     const int64_t partial = space.take(w.batch * chunks * kinds * w.features(), w.acc_size());
     const Run<T> run(context, map, w, plan, space.bytes);
     const Prologue<A> prologue = run.prologue_at(parameters, false);
+    const Norm<A> bn0 = norm_of<A>(map.bn0);
     const Launch planned = run.of(Kernel::kPoolBackward);
-    run.prepare(run.of(Kernel::kPrepare), prologue);
-    cuda::pool_backward<T>(context.stream, planned, run.form,
-                           {run.sizes, plan.tiling, planned.blocks, const_data<T>(dout),
-                            const_data<T>(map.x), prologue, run.at(partial)});
-    pool_backward_finish<A>(context.stream, run.of(Kernel::kPoolBackwardFinish),
-                            {w.batch, chunks, w.radix, w.channels, w.channels, w.relu,
-                             run.at(partial), norm_of<A>(map.bn0), prologue.invstd, data<A>(sums),
-                             data<A>(dattention), nullptr, nullptr});
+    cuda::pool_backward<T>(
+        context.stream, planned, run.form,
+        {run.sizes, plan.tiling, planned.blocks, const_data<T>(dout), const_data<T>(map.x), bn0,
+         prologue, run.at(partial), run.template at<unsigned>(counters)});
+    BackwardItems items{};
+    items[BackwardStage::kLogits] = sample_channel_items(context.device, w);
+    AttentionBackwardArgs<A> args{};
+    args.stages = run.stages(items, counters);
+    args.logits = {
+        w.batch,         chunks, w.radix,         w.channels,    w.channels,          w.relu,
+        run.at(partial), bn0,    prologue.invstd, data<A>(sums), data<A>(dattention), nullptr,
+        nullptr};
+    attention_backward<A>(context.stream,
+                          launch_of_stages(context.device, w, Kernel::kAttentionBackward, items),
+                          args);
   });
 }
 

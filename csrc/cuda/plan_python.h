@@ -156,9 +156,14 @@ inline pybind11::dict plan(const pybind11::dict& of_device, const pybind11::dict
   const Plan plan = make_plan(device, w);
   pybind11::list launches;
   for (const Launch& launch : launches_of(device, w, plan)) {
-    launches.append(dict(arg("name") = launch.name, arg("blocks") = launch.blocks,
-                         arg("threads") = launch.threads,
-                         arg("shared_bytes") = launch.shared_bytes));
+    dict one(arg("name") = launch.name, arg("blocks") = launch.blocks,
+             arg("threads") = launch.threads, arg("shared_bytes") = launch.shared_bytes);
+    if (launch.kernel == Kernel::kAttention) {
+      one["stages"] = forward_items(device, w, plan);
+    } else if (launch.kernel == Kernel::kAttentionBackward) {
+      one["stages"] = backward_items(device, w);
+    }
+    launches.append(one);
   }
   dict result(arg("tiling") = tiling_dict(plan.tiling),
               arg("recombine_tiling") = tiling_dict(plan.recombine_tiling),
@@ -177,7 +182,8 @@ inline pybind11::dict plan_limits() {
                         arg("blocks_per_multiprocessor") = kBlocksPerMultiprocessor,
                         arg("registers") = kRegisters, arg("tile_rows") = kTileRows,
                         arg("tile_columns") = kTileColumns, arg("most_blocks") = kMostBlocks,
-                        arg("most_pixels") = kMostPixels, arg("most_channels") = kMostChannels);
+                        arg("most_pixels") = kMostPixels, arg("most_channels") = kMostChannels,
+                        arg("counters") = kCounters);
 }
 
 inline void define_plan(pybind11::module_& m) {

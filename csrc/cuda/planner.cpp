@@ -2,6 +2,7 @@
 #include "cuda/planner.h"
 
 #include <algorithm>
+#include <numeric>
 #include <stdexcept>
 
 #include "cuda/tuning.h"
@@ -42,14 +43,22 @@ void set_lanes(Tiling& t, int64_t channels, int64_t lanes) {
   t.channel_blocks = static_cast<int32_t>(ceil_div(channels, t.threads / lanes));
 }
 
-// Blocks of `groups` matrix products.
-int64_t product_blocks(int64_t rows, int64_t columns, int64_t groups) {
+// Tiles of `groups` matrix products.
+int64_t product_tiles(int64_t rows, int64_t columns, int64_t groups) {
+  counted(rows, kMostRows);
+  counted(columns, kMostRows);
   return counted(ceil_div(rows, kTileRows) * ceil_div(columns, kTileColumns) * groups, kMostBlocks);
 }
 
 // Shared memory in bytes of `sum_over_share`,
 int64_t share_sums_bytes(const Tiling& t, bool nhwc, int64_t sums, int64_t acc_size) {
   return (nhwc ? t.threads * t.vector : ceil_div(t.threads, kWarp)) * sums * acc_size;
+}
+// of a pool's `HeldPrologue` beside those sums, one after the other,
+int64_t pool_bytes(const Tiling& t, const Workload& w, int64_t sums) {
+  const int64_t features = t.vector > 1 ? kHeldFeatures : kWarp;
+  const int64_t held = w.relu ? 3 * features * w.acc_size() : 0;
+  return std::max(share_sums_bytes(t, w.channels_last, sums, w.acc_size()), held);
 }
 // of `sum_over_rows`,
 int64_t row_sums_bytes(int64_t threads, int64_t sums) {
@@ -62,30 +71,21 @@ int64_t product_bytes(int64_t threads, int64_t acc_size) {
 
 // Call visit(kernel) for each kernel of a call, in the order of their launches.
 template <typename Visit>
-void for_kernels(const Workload& w, const Plan& plan, const Visit& visit) {
+void for_kernels(const Workload& w, const Visit& visit) {
   const auto visit_if = [&](bool needed, Kernel kernel) {
     if (needed) {
       visit(kernel);
     }
   };
   if (w.pass == Pass::kBackward) {
-    visit_if(w.bn0, Kernel::kPrepare);
     visit(Kernel::kPoolBackward);
-    visit(Kernel::kPoolBackwardFinish);
-    visit(Kernel::kHiddenGradient);
-    visit(Kernel::kBatchNormBackward);
-    visit(Kernel::kGradients);
-    visit_if(w.wanted.bn0, Kernel::kPrologueBackward);
+    visit(Kernel::kAttentionBackward);
     visit_if(w.wanted.x, Kernel::kRecombineBackward);
     return;
   }
   visit_if(w.batch_stats, Kernel::kStatistics);
   visit_if(w.batch_stats, Kernel::kCombine);
-  visit_if(w.bn0 && !w.batch_stats, Kernel::kPrepare);
   visit(Kernel::kPool);
-  visit_if(plan.tiling.chunks > 1, Kernel::kPoolFinish);
-  visit(Kernel::kHidden);
-  visit_if(w.bn1_batch_stats, Kernel::kBatchNorm);
   visit(Kernel::kAttention);
   visit(Kernel::kRecombine);
 }
@@ -141,7 +141,7 @@ Tiling sample_tiling(const Device& device, const Workload& w) {
   } else {
     // About four vectors of each split for a thread.
     const int64_t lanes = power_of_two_at_least(ceil_div(w.pixels * w.element_size, 4 * 16));
-    set_lanes(t, w.channels, std::clamp<int64_t>(lanes, 8, threads));
+    set_lanes(t, w.channels, std::clamp<int64_t>(lanes, kLeastLanes, threads));
     set_chunks(t, w.pixels, 1);
   }
   return t;
@@ -170,21 +170,48 @@ int64_t map_blocks(const Tiling& t, int64_t samples) {
   return counted(samples * t.blocks_per_sample(), kMostBlocks);
 }
 
-int64_t hidden_blocks(const Workload& w) {
-  return product_blocks(w.batch, w.inter / w.cardinality, w.cardinality);
+int64_t sample_channel_items(const Device& device, const Workload& w) {
+  return ceil_div(w.batch * w.channels, block_threads(device));
 }
 
-int64_t attention_blocks(const Workload& w) {
-  return product_blocks(w.batch, w.channels / w.cardinality, w.cardinality);
+ForwardItems forward_items(const Device& device, const Workload& w, const Plan& plan) {
+  const int64_t groups = w.cardinality;
+  ForwardItems items{};
+  items[ForwardStage::kGap] = plan.tiling.chunks > 1 ? sample_channel_items(device, w) : 0;
+  items[ForwardStage::kHidden] = product_tiles(w.batch, w.inter / groups, groups);
+  items[ForwardStage::kBatchNorm] = w.bn1_batch_stats ? ceil_div(w.inter, kColumns) : 0;
+  items[ForwardStage::kAttention] = product_tiles(w.batch, w.channels / groups, groups);
+  return items;
 }
 
-GradientBlocks gradient_blocks(const Workload& w) {
+BackwardItems backward_items(const Device& device, const Workload& w) {
   const int64_t groups = w.cardinality, outputs = w.features() / groups;
   const int64_t channels = w.channels / groups, inter = w.inter / groups;
-  return {w.wanted.fc2_weight ? product_blocks(outputs, inter, groups) : 0,
-          w.wanted.fc1_weight ? product_blocks(inter, channels, groups) : 0,
-          w.wanted.x || w.wanted.bn0 ? product_blocks(w.batch, channels, groups) : 0,
-          w.wanted.fc2_bias ? ceil_div(w.features(), kColumns) : 0};
+  const auto wanted = [](bool is_wanted, int64_t count) { return is_wanted ? count : 0; };
+  BackwardItems items{};
+  items[BackwardStage::kLogits] = sample_channel_items(device, w);
+  items[BackwardStage::kHidden] = product_tiles(w.batch, inter, groups);
+  items[BackwardStage::kBatchNorm] = ceil_div(w.inter, kColumns);
+  items[BackwardStage::kGap] =
+      wanted(w.wanted.x || w.wanted.bn0, product_tiles(w.batch, channels, groups));
+  items[BackwardStage::kFc2Weight] =
+      wanted(w.wanted.fc2_weight, product_tiles(outputs, inter, groups));
+  items[BackwardStage::kFc1Weight] =
+      wanted(w.wanted.fc1_weight, product_tiles(inter, channels, groups));
+  items[BackwardStage::kFc2Bias] = wanted(w.wanted.fc2_bias, ceil_div(w.features(), kColumns));
+  items[BackwardStage::kPrologue] = wanted(w.wanted.bn0, ceil_div(w.features(), kColumns));
+  return items;
+}
+
+// A block takes one item, so the grid has them all; CUDA allows kMostBlocks.
+Launch launch_of_stages(const Device& device, const Workload& w, Kernel kernel,
+                        std::span<const int64_t> items) {
+  const int64_t threads = block_threads(device);
+  const int64_t blocks = std::accumulate(items.begin(), items.end(), int64_t{0});
+  counted(blocks, kMostBlocks);
+  return {kernel,  kernel == Kernel::kAttention ? "attention" : "attention_backward",
+          blocks,  blocks,
+          threads, std::max(product_bytes(threads, w.acc_size()), row_sums_bytes(threads, 2))};
 }
 
 int64_t Workspace::take(int64_t count, int64_t size) {
@@ -197,6 +224,7 @@ ForwardWorkspace::ForwardWorkspace(const Device& device, const Workload& w, cons
   const bool eval = w.pass == Pass::kEval;
   const int64_t rows = w.batch_stats ? statistics_rows(device, w) : 0;
   const int64_t size = w.acc_size(), chunks = plan.tiling.chunks;
+  counters = take(kCounters, sizeof(uint32_t));
   prologue = take(w.bn0 ? kPrologueArrays * w.features() : 0, size);
   statistics = take(2 * rows * w.features(), size);
   partial = take(chunks > 1 ? w.batch * chunks * w.channels : 0, size);
@@ -207,6 +235,7 @@ ForwardWorkspace::ForwardWorkspace(const Device& device, const Workload& w, cons
 
 BackwardWorkspace::BackwardWorkspace(const Workload& w, const Plan& plan) {
   const int64_t size = w.acc_size(), maps = w.batch * w.features();
+  counters = take(kCounters, sizeof(uint32_t));
   prologue = take(w.bn0 ? kPrologueArrays * w.features() : 0, size);
   partial = take(plan.tiling.chunks * (w.relu ? kPrologueSums : 1) * maps, size);
   sums = take(w.relu ? kPrologueSums * maps : 0, size);
@@ -238,9 +267,12 @@ Launch launch_of(const Device& device, const Workload& w, const Plan& plan, Kern
     const int64_t grid = std::min(blocks, device.grid_blocks);
     return Launch{kernel, name, blocks, grid, threads, shared_bytes};
   };
-  const auto of_map = [&](const char* name, int64_t sums) {
-    return launch(name, map_blocks(plan.tiling, w.batch),
-                  share_sums_bytes(plan.tiling, w.channels_last, sums, acc));
+  // Of at least one block, which opens the stages of phase 2.
+  const auto of_pool = [&](const char* name, int64_t sums) {
+    Launch planned =
+        launch(name, map_blocks(plan.tiling, w.batch), pool_bytes(plan.tiling, w, sums));
+    planned.grid = std::max<int64_t>(planned.grid, 1);
+    return planned;
   };
   const auto of_recombine = [&](const char* name) {
     return launch(name, map_blocks(plan.recombine_tiling, w.batch), 0);
@@ -248,16 +280,9 @@ Launch launch_of(const Device& device, const Workload& w, const Plan& plan, Kern
   const auto of_columns = [&](const char* name, int64_t columns, int64_t sums) {
     return launch(name, ceil_div(columns, kColumns), row_sums_bytes(threads, sums));
   };
-  const auto of_product = [&](const char* name, int64_t blocks) {
-    return launch(name, blocks, product_bytes(threads, acc));
-  };
-  // A thread each.
-  const auto of_elements = [&](const char* name, int64_t elements) {
-    return launch(name, ceil_div(elements, threads), 0);
-  };
   switch (kernel) {
     case Kernel::kPrepare:
-      return of_elements("prepare", w.bn0 ? features : 0);
+      return launch("prepare", w.bn0 ? ceil_div(features, threads) : 0, 0);
     case Kernel::kStatistics: {
       const Tiling t = statistics_tiling(device, w);
       return launch("statistics", map_blocks(t, statistics_map(w).batch),
@@ -266,30 +291,15 @@ Launch launch_of(const Device& device, const Workload& w, const Plan& plan, Kern
     case Kernel::kCombine:
       return of_columns("combine", features, 1);
     case Kernel::kPool:
-      return of_map("pool", 1);
-    case Kernel::kPoolFinish:
-      return of_elements("pool_finish", w.batch * w.channels);
-    case Kernel::kHidden:
-      return of_product("hidden", hidden_blocks(w));
-    case Kernel::kBatchNorm:
-      return of_columns("batch_norm", w.inter, 1);
+      return of_pool("pool", 1);
     case Kernel::kAttention:
-      return of_product("attention", attention_blocks(w));
+      return launch_of_stages(device, w, kernel, forward_items(device, w, plan));
     case Kernel::kRecombine:
       return of_recombine("recombine");
     case Kernel::kPoolBackward:
-      return of_map("pool_backward", w.relu ? kPrologueSums : 1);
-    case Kernel::kPoolBackwardFinish:
-      return of_elements("pool_backward_finish", w.batch * w.channels);
-    case Kernel::kHiddenGradient:
-      return of_product("hidden_gradient", hidden_blocks(w));
-    case Kernel::kBatchNormBackward:
-      return of_columns("batch_norm_backward", w.inter, 2);
-    case Kernel::kGradients: {
-      const GradientBlocks blocks = gradient_blocks(w);
-      return launch("gradients", blocks.fc2 + blocks.fc1 + blocks.gap + blocks.bias,
-                    std::max(product_bytes(threads, acc), row_sums_bytes(threads, 1)));
-    }
+      return of_pool("pool_backward", w.relu ? kPrologueSums : 1);
+    case Kernel::kAttentionBackward:
+      return launch_of_stages(device, w, kernel, backward_items(device, w));
     case Kernel::kPrologueBackward:
       return of_columns("prologue_backward", features, 2);
     case Kernel::kRecombineBackward:
@@ -302,9 +312,9 @@ Launch launch_of(const Device& device, const Workload& w, const Plan& plan, Kern
 
 std::vector<Launch> launches_of(const Device& device, const Workload& w, const Plan& plan) {
   std::vector<Launch> launches;
-  for_kernels(w, plan, [&](Kernel kernel) {
+  for_kernels(w, [&](Kernel kernel) {
     const Launch launch = launch_of(device, w, plan, kernel);
-    if (launch.blocks > 0) {
+    if (launch.grid > 0) {
       launches.push_back(launch);
     }
   });

@@ -5,7 +5,9 @@
 // its counts, `kProductThreads`) depends on the device and on the shape of a sample.
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "cuda/tiling.h"
@@ -24,7 +26,7 @@ struct Device {
 
 enum class Pass : int32_t { kEval, kTrain, kBackward };
 
-// The gradients whose kernels a backward launches only if they are wanted.
+// The gradients for which a backward works only if they are wanted.
 struct Wanted {
   bool x, bn0, fc1_weight, fc2_weight, fc2_bias;
 };
@@ -59,7 +61,7 @@ struct Plan {
 
 Plan make_plan(const Device& device, const Workload& w);
 
-// The launches of a call in their order, without those that have no blocks.
+// The launches of a call in their order, without those that have no grid.
 std::vector<Launch> launches_of(const Device& device, const Workload& w, const Plan& plan);
 
 // The launch of one kernel.
@@ -78,11 +80,17 @@ int64_t statistics_rows(const Device& device, const Workload& w);
 // `count` in 32 bits, unless it is more than the kernels can count.
 int32_t counted(int64_t count, int64_t most);
 
-// Blocks of a map of so many samples, and of the two FCs' products.
+// Blocks of a map of so many samples.
 int64_t map_blocks(const Tiling& t, int64_t samples);
-int64_t hidden_blocks(const Workload& w);
-int64_t attention_blocks(const Workload& w);
-GradientBlocks gradient_blocks(const Workload& w);
+
+// How many items the stages of phase 2 have, and the launch of those.
+using ForwardItems = std::array<int64_t, ForwardStage::kCount>;
+using BackwardItems = std::array<int64_t, BackwardStage::kCount>;
+int64_t sample_channel_items(const Device& device, const Workload& w);  // a thread for each (b, c)
+ForwardItems forward_items(const Device& device, const Workload& w, const Plan& plan);
+BackwardItems backward_items(const Device& device, const Workload& w);
+Launch launch_of_stages(const Device& device, const Workload& w, Kernel kernel,
+                        std::span<const int64_t> items);
 
 // The memory that a call needs beside its arguments and results: offsets in bytes into one
 // allocation.
@@ -97,6 +105,7 @@ struct Workspace {
 constexpr int64_t kPrologueArrays = 6;
 
 struct ForwardWorkspace : Workspace {
+  int64_t counters;    // (kCounters)
   int64_t prologue;    // (6, R*C)
   int64_t statistics;  // (2, rows, R*C)
   int64_t partial;     // (B, chunks, C); of several chunks
@@ -108,6 +117,7 @@ struct ForwardWorkspace : Workspace {
 };
 
 struct BackwardWorkspace : Workspace {
+  int64_t counters;    // (kCounters)
   int64_t prologue;    // (6, R*C)
   int64_t partial;     // (B, chunks, 4 or 1, R, C)
   int64_t sums;        // (B, 4, R, C); with a prologue

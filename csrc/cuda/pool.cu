@@ -4,8 +4,6 @@
 namespace resnest_fused::cuda {
 
 RF_LAUNCH_ON_MAP(pool, PoolArgs)
-RF_LAUNCH(pool_finish, PoolFinishArgs)
 RF_LAUNCH_ON_MAP(pool_backward, PoolBackwardArgs)
-RF_LAUNCH(pool_backward_finish, PoolBackwardFinishArgs)
 
 }  // namespace resnest_fused::cuda

@@ -184,12 +184,12 @@ __device__ __forceinline__ void multiply_tile(const OperandA& a, const OperandB&
   __syncthreads();
 }
 
-// The tile of a block, and its group.
+// A tile by its number, and its group. In 32 bits, as kernels have no register left.
 struct Tile {
-  int64_t group, row, column;
+  int32_t group, row, column;
 
-  __device__ __forceinline__ Tile(int64_t block, int64_t rows, int64_t columns) {
-    const auto index = static_cast<uint32_t>(block);  // at most kMostBlocks
+  __device__ __forceinline__ Tile(int64_t number, int64_t rows, int64_t columns) {
+    const auto index = static_cast<uint32_t>(number);  // at most kMostBlocks
     const auto row_tiles = static_cast<uint32_t>((rows + kTileRows - 1) / kTileRows);
     const auto column_tiles = static_cast<uint32_t>((columns + kTileColumns - 1) / kTileColumns);
     row = index % row_tiles * kTileRows;

@@ -1,5 +1,7 @@
 // The prologue z = relu(bn0(x)) or relu(x): its parameters by feature, bn0's batch statistics, and
-// bn0's gradients. The pool and recombine compute it wherever they load x.
+// bn0's gradients. The pool and recombine compute it wherever they load x. Each block of the pool,
+// which comes first, takes the parameters from bn0 itself; the first sample's leave them for those
+// behind it.
 //
 // There bn0 is one multiply-add, x * scale + shift. All kernels evaluate it by `preactivation`, or
 // forward and backward would disagree on which elements the ReLU lets through.
@@ -36,10 +38,15 @@ __device__ __forceinline__ A at_or(const A* values, int64_t i, A otherwise) {
 }
 
 template <typename A>
+__device__ __forceinline__ A shift_of(const NormAt<A>& at) {
+  return fma(-at.mean, at.scale, at.beta);
+}
+
+template <typename A>
 __device__ __forceinline__ void put_prologue(const Prologue<A>& prologue, int64_t f,
                                              const NormAt<A>& at) {
   prologue.scale[f] = at.scale;
-  prologue.shift[f] = fma(-at.mean, at.scale, at.beta);
+  prologue.shift[f] = shift_of(at);
   prologue.mean[f] = at.mean;
   prologue.invstd[f] = at.invstd;
 }
@@ -51,7 +58,50 @@ __device__ __forceinline__ void put_statistics_gradient(const Prologue<A>& prolo
   prologue.slope[f] = prologue.scale[f] * prologue.invstd[f] * mean_dz_xhat;
 }
 
-// The prologue from bn0's running statistics.
+// bn0's parameters at a thread's channels, of `kSplits` splits from `first_split` on. Every thread
+// of the block must call. Shared memory: pool_bytes.
+template <int kSplits, int kVector, bool kNhwc, typename A>
+struct HeldPrologue {
+  PerChannel<A, kVector, kNhwc> scale[kSplits], shift[kSplits], mean[kSplits];
+
+  __device__ __forceinline__ void take(const Share<kVector, kNhwc>& share, const MapSizes& sizes,
+                                       const Norm<A>& bn0, const Prologue<A>& prologue,
+                                       int first_split) {
+    constexpr int64_t kWidest = kNhwc ? kWarp * kVector : kMapThreads / kLeastLanes;
+    static_assert(kSplits * kWidest <= (kVector > 1 ? kHeldFeatures : kWarp));
+    A* const held = shared<A>();
+    const int count = kSplits * share.width;
+    const bool leaves = prologue.scale && share.sample == 0 && share.chunk == 0;
+    for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
+      const int channel = share.first_channel + i % share.width;
+      if (channel < sizes.channels) {
+        const int64_t f = int64_t{first_split + i / share.width} * sizes.channels + channel;
+        const NormAt<A> at = bn0.at(f);
+        held[i] = at.scale;
+        held[count + i] = shift_of(at);
+        held[2 * count + i] = at.mean;
+        if (leaves) {
+          put_prologue(prologue, f, at);
+        }
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < kSplits; ++r) {
+      const int own = r * share.width + share.channel - share.first_channel;
+      const auto of = [&](int array, A otherwise) {
+        return PerChannel<A, kVector, kNhwc>::of(held + array * count, own, otherwise,
+                                                 share.inside);
+      };
+      scale[r] = of(0, A(1));
+      shift[r] = of(1, A(0));
+      mean[r] = of(2, A(0));
+    }
+    __syncthreads();  // from here on the memory is for sums
+  }
+};
+
+// The prologue where no pool comes before.
 //   Grid: a thread for each feature.
 template <typename A>
 struct Prepare {
@@ -228,10 +278,8 @@ struct ColumnStatistics {
 template <typename A>
 struct CombineArgs {
   ColumnStatistics<A> partial;
-  Norm<A> bn0;           // its weight, bias and eps
-  A* mean;               // (F)
-  A* var;                // (F)
-  Prologue<A> prologue;  // scale null: not wanted
+  A* mean;  // (F)
+  A* var;   // (F)
 };
 
 template <typename A>
@@ -244,16 +292,13 @@ __global__ void __launch_bounds__(kColumnThreads) combine_kernel(CombineArgs<A> 
     if (column.inside && column.lane == 0) {
       args.mean[column.feature] = mean;
       args.var[column.feature] = var;
-      if (args.prologue.scale) {
-        put_prologue(args.prologue, column.feature, args.bn0.with(column.feature, mean, var));
-      }
     }
   }
 }
 
 // dgamma and dbeta of bn0 by the formulas of prologue_sums.h, and the part of dx that is lost to
 // the batch's statistics.
-//   Grid: a block for kColumns features.
+//   Items, and the grid where it is launched alone: a block for kColumns features.
 template <typename A>
 struct PrologueBackwardArgs {
   int64_t batch;
@@ -269,43 +314,50 @@ struct PrologueBackwardArgs {
 };
 
 template <typename A>
+__device__ __forceinline__ void prologue_backward_item(const PrologueBackwardArgs<A>& args,
+                                                       int64_t item) {
+  const int64_t features = args.radix * args.channels;
+  const double per_pixel = 1.0 / args.pixels;
+  const Column column(item, features);
+  const int64_t f = column.feature;
+  struct Row {
+    A s1, s2, s3, s4, attention, dgap;
+  };
+  const auto load = [&](int64_t b) -> Row {
+    const A* const s = args.sums + b * kPrologueSums * features + f;
+    return {s[0],
+            s[features],
+            s[2 * features],
+            s[3 * features],
+            args.attention[b * features + f],
+            args.dgap[b * args.channels + f % args.channels]};
+  };
+  double totals[2];
+  sum_over_rows<2>(column, args.batch, totals, load, [&](int64_t, Row row, double (&add)[2]) {
+    // Where the ReLU lets nothing through, not even a NaN in attention or dgap counts.
+    if (row.s2 != A(0)) {
+      const double a = row.attention, d = row.dgap * per_pixel;
+      add[0] += a * row.s3 + d * row.s4;
+      add[1] += a * row.s1 + d * row.s2;
+    }
+  });
+  if (column.inside && column.lane == 0) {
+    args.dgamma.put(f, static_cast<A>(totals[0]));
+    args.dbeta.put(f, static_cast<A>(totals[1]));
+    if (args.prologue.offset) {
+      const double elements = static_cast<double>(args.batch) * args.pixels;
+      put_statistics_gradient(args.prologue, f, static_cast<A>(totals[1] / elements),
+                              static_cast<A>(totals[0] / elements));
+    }
+  }
+}
+
+template <typename A>
 __global__ void __launch_bounds__(kColumnThreads)
     prologue_backward_kernel(PrologueBackwardArgs<A> args) {
   const int64_t features = args.radix * args.channels;
-  const double per_pixel = 1.0 / args.pixels;
-  for (int64_t block = blockIdx.x; block * kColumns < features; block += gridDim.x) {
-    const Column column(block, features);
-    const int64_t f = column.feature;
-    struct Row {
-      A s1, s2, s3, s4, attention, dgap;
-    };
-    const auto load = [&](int64_t b) -> Row {
-      const A* const s = args.sums + b * kPrologueSums * features + f;
-      return {s[0],
-              s[features],
-              s[2 * features],
-              s[3 * features],
-              args.attention[b * features + f],
-              args.dgap[b * args.channels + f % args.channels]};
-    };
-    double totals[2];
-    sum_over_rows<2>(column, args.batch, totals, load, [&](int64_t, Row row, double (&add)[2]) {
-      // Where the ReLU lets nothing through, not even a NaN in attention or dgap counts.
-      if (row.s2 != A(0)) {
-        const double a = row.attention, d = row.dgap * per_pixel;
-        add[0] += a * row.s3 + d * row.s4;
-        add[1] += a * row.s1 + d * row.s2;
-      }
-    });
-    if (column.inside && column.lane == 0) {
-      args.dgamma.put(f, static_cast<A>(totals[0]));
-      args.dbeta.put(f, static_cast<A>(totals[1]));
-      if (args.prologue.offset) {
-        const double elements = static_cast<double>(args.batch) * args.pixels;
-        put_statistics_gradient(args.prologue, f, static_cast<A>(totals[1] / elements),
-                                static_cast<A>(totals[0] / elements));
-      }
-    }
+  for (int64_t item = blockIdx.x; item * kColumns < features; item += gridDim.x) {
+    prologue_backward_item(args, item);
   }
 }
 

@@ -1,6 +1,8 @@
 // A call on its way to the kernels: its tensors as pointers, its workspace, and bn0's parameters.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/context.h"
 #include "cuda/launches.h"
 #include "problem.h"
@@ -135,7 +137,15 @@ class Run {
   // A kernel's launch.
   Launch of(Kernel kernel) const { return launch_of(context.device, work, plan, kernel); }
 
-  // bn0's parameters from the statistics it was given.
+  // The stages of phase 2 with as many items, and its counters.
+  template <size_t kStages>
+  auto stages(const std::array<int64_t, kStages>& items, int64_t counters) const {
+    Stages<static_cast<int>(kStages)> stages{{}, at<unsigned>(counters)};
+    std::copy(items.begin(), items.end(), stages.items);
+    return stages;
+  }
+
+  // bn0's parameters from the statistics it was given, where no pool has left them.
   void prepare(const Launch& planned, const Prologue<A>& prologue, const A* mean_dz = nullptr,
                const A* mean_dz_xhat = nullptr) const {
     cuda::prepare<A>(context.stream, planned,
@@ -152,9 +162,8 @@ class Run {
                    const_data<T>(map.x), rows, squares});
   }
 
-  // from them the batch's statistics, and bn0's parameters unless prologue is empty.
-  void combine(const Launch& planned, const A* rows, const Prologue<A>& prologue,
-               const Tensor& mean, const Tensor& var) const {
+  // from them the batch's statistics.
+  void combine(const Launch& planned, const A* rows, const Tensor& mean, const Tensor& var) const {
     const Workload features = statistics_map(work);
     const Tiling tiling = statistics_tiling(context.device, work);
     const int64_t count = statistics_rows(context.device, work);
@@ -163,10 +172,8 @@ class Run {
     cuda::combine<A>(context.stream, planned,
                      {{count, work.features(), rows, rows + count * work.features(),
                        static_cast<double>(full), static_cast<double>(last)},
-                      norm_of<A>(map.bn0),
                       data<A>(mean),
-                      data<A>(var),
-                      prologue});
+                      data<A>(var)});
   }
 
   const Context& context;

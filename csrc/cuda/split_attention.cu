@@ -26,7 +26,14 @@ void forward(const Context& context, const Map& map, const Mlp& mlp, const Tenso
   const cudaStream_t stream = context.stream;
   const Tiling& tiling = plan.tiling;
 
+  const FcSizes sizes = fc_sizes(w);
   const Prologue<A> prologue = run.prologue_at(space.prologue, false);
+  Norm<A> bn0 = norm_of<A>(map.bn0);
+  if (w.batch_stats) {
+    bn0.mean = parameter(train->bn0_mean);
+    bn0.var = parameter(train->bn0_var);
+  }
+  const Norm<A> bn1 = norm_of<A>(mlp.bn1);
   const bool whole = tiling.chunks == 1;  // the pool's sums are over all pixels
   const A per_pixel = A(1) / static_cast<A>(w.pixels);
   A* const gap = train ? data<A>(train->gap) : run.at(space.gap);
@@ -41,38 +48,30 @@ void forward(const Context& context, const Map& map, const Mlp& mlp, const Tenso
         run.take_statistics(step, run.at(space.statistics));
         break;
       case Kernel::kCombine:
-        run.combine(step, run.at(space.statistics), prologue, train->bn0_mean, train->bn0_var);
-        break;
-      case Kernel::kPrepare:
-        run.prepare(step, prologue);
+        run.combine(step, run.at(space.statistics), train->bn0_mean, train->bn0_var);
         break;
       case Kernel::kPool:
         pool<T>(stream, step, run.form,
-                {run.sizes, tiling, step.blocks, const_data<T>(map.x), prologue,
-                 whole ? per_pixel : A(1), whole ? gap : partial});
+                {run.sizes, tiling, step.blocks, const_data<T>(map.x), bn0, prologue,
+                 whole ? per_pixel : A(1), whole ? gap : partial,
+                 run.template at<unsigned>(space.counters)});
         break;
-      case Kernel::kPoolFinish:
-        pool_finish<A>(stream, step, {w.batch, tiling.chunks, w.channels, partial, per_pixel, gap});
+      case Kernel::kAttention: {
+        const bool normalises = w.bn1_batch_stats;
+        cuda::attention<A>(
+            stream, step,
+            {run.stages(forward_items(context.device, w, plan), space.counters),
+             {w.batch, tiling.chunks, w.channels, partial, per_pixel, gap},
+             {sizes, w.batch, gap, parameter(mlp.fc1_weight), parameter(mlp.fc1_bias), bn1, hidden,
+              normalises ? nullptr : u},
+             {{w.batch, w.inter, hidden, nullptr, 1, 1},
+              bn1,
+              normalises ? data<A>(train->bn1_mean) : nullptr,
+              normalises ? data<A>(train->bn1_var) : nullptr,
+              u},
+             {sizes, w.batch, u, parameter(mlp.fc2_weight), parameter(mlp.fc2_bias), attention}});
         break;
-      case Kernel::kHidden:
-        cuda::hidden<A>(stream, step,
-                        {fc_sizes(w), w.batch, step.blocks, gap, parameter(mlp.fc1_weight),
-                         parameter(mlp.fc1_bias), norm_of<A>(mlp.bn1), hidden,
-                         w.bn1_batch_stats ? nullptr : u});
-        break;
-      case Kernel::kBatchNorm:
-        batch_norm<A>(stream, step,
-                      {{w.batch, w.inter, hidden, nullptr, 1, 1},
-                       norm_of<A>(mlp.bn1),
-                       data<A>(train->bn1_mean),
-                       data<A>(train->bn1_var),
-                       u});
-        break;
-      case Kernel::kAttention:
-        cuda::attention<A>(stream, step,
-                           {fc_sizes(w), w.batch, step.blocks, u, parameter(mlp.fc2_weight),
-                            parameter(mlp.fc2_bias), attention});
-        break;
+      }
       case Kernel::kRecombine:
         recombine<T>(stream, step, run.form,
                      {run.sizes, plan.recombine_tiling, step.blocks, const_data<T>(map.x), prologue,
@@ -101,6 +100,7 @@ void backward(const Context& context, const Map& map, const Mlp& mlp, const Tens
   const cudaStream_t stream = context.stream;
   const FcSizes sizes = fc_sizes(w);
   const Prologue<A> prologue = run.prologue_at(space.prologue, dx_loses);
+  const Norm<A> bn0 = norm_of<A>(map.bn0);
   A* const sums = run.at(space.sums);
   A* const dlogits = run.at(space.dlogits);
   A* const dhidden = run.at(space.dhidden);
@@ -109,44 +109,29 @@ void backward(const Context& context, const Map& map, const Mlp& mlp, const Tens
 
   for (const Launch& step : launches_of(context.device, w, plan)) {
     switch (step.kernel) {
-      case Kernel::kPrepare:
-        run.prepare(step, prologue);
-        break;
       case Kernel::kPoolBackward:
-        pool_backward<T>(stream, step, run.form,
-                         {run.sizes, plan.tiling, step.blocks, const_data<T>(dout),
-                          const_data<T>(map.x), prologue, run.at(space.partial)});
+        pool_backward<T>(
+            stream, step, run.form,
+            {run.sizes, plan.tiling, step.blocks, const_data<T>(dout), const_data<T>(map.x), bn0,
+             prologue, run.at(space.partial), run.template at<unsigned>(space.counters)});
         break;
-      case Kernel::kPoolBackwardFinish:
-        pool_backward_finish<A>(
+      case Kernel::kAttentionBackward:
+        attention_backward<A>(
             stream, step,
-            {w.batch, plan.tiling.chunks, w.radix, w.channels, w.channels / w.cardinality, w.relu,
-             run.at(space.partial), norm_of<A>(map.bn0), prologue.invstd, sums,
-             run.at(space.dattention), const_data<A>(saved.attention), dlogits});
-        break;
-      case Kernel::kHiddenGradient:
-        hidden_gradient<A>(
-            stream, step,
-            {sizes, w.batch, step.blocks, dlogits, parameter(mlp.fc2_weight), dhidden});
-        break;
-      case Kernel::kBatchNormBackward:
-        batch_norm_backward<A>(stream, step,
-                               {w.batch, w.inter, mlp.bn1.batch_stats, norm_of<A>(mlp.bn1),
-                                const_data<A>(saved.hidden), dhidden, u, result(grads.dbn1_weight),
-                                result(grads.dbn1_bias), result(grads.dfc1_bias)});
-        break;
-      case Kernel::kGradients:
-        gradients<A>(
-            stream, step,
-            {sizes, w.batch, const_data<A>(saved.gap), u, dlogits, dhidden,
-             parameter(mlp.fc1_weight), result(grads.dfc1_weight), result(grads.dfc2_weight),
-             result(grads.dfc2_bias), dgap, gradient_blocks(w)});
-        break;
-      case Kernel::kPrologueBackward:
-        prologue_backward<A>(stream, step,
-                             {w.batch, w.radix, w.channels, static_cast<double>(w.pixels), sums,
-                              const_data<A>(saved.attention), dgap, result(grads.dbn0_weight),
-                              result(grads.dbn0_bias), prologue});
+            {run.stages(backward_items(context.device, w), space.counters),
+             {w.batch, plan.tiling.chunks, w.radix, w.channels, sizes.group_channels, w.relu,
+              run.at(space.partial), bn0, prologue.invstd, sums, run.at(space.dattention),
+              const_data<A>(saved.attention), dlogits},
+             {sizes, w.batch, dlogits, parameter(mlp.fc2_weight), dhidden},
+             {w.batch, w.inter, mlp.bn1.batch_stats, norm_of<A>(mlp.bn1),
+              const_data<A>(saved.hidden), dhidden, u, result(grads.dbn1_weight),
+              result(grads.dbn1_bias), result(grads.dfc1_bias)},
+             {sizes, w.batch, const_data<A>(saved.gap), u, dlogits, dhidden,
+              parameter(mlp.fc1_weight), result(grads.dfc1_weight), result(grads.dfc2_weight),
+              result(grads.dfc2_bias), dgap},
+             {w.batch, w.radix, w.channels, static_cast<double>(w.pixels), sums,
+              const_data<A>(saved.attention), dgap, result(grads.dbn0_weight),
+              result(grads.dbn0_bias), prologue}});
         break;
       case Kernel::kRecombineBackward:
         recombine_backward<T>(stream, step, run.form,

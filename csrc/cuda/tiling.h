@@ -26,6 +26,8 @@ constexpr int kTileSize = kTileRows * kTileColumns;
 constexpr int64_t kMostBlocks = std::numeric_limits<int32_t>::max();
 constexpr int64_t kMostPixels = int64_t{1} << 30;
 constexpr int64_t kMostChannels = int64_t{1} << 30;
+// So are a matrix's rows and columns, with those of a last tile that are not there.
+constexpr int64_t kMostRows = kMostBlocks - kTileRows;
 
 // How blocks and their threads share a map. A block works on one sample.
 //   NCHW: `lanes` threads share the pixels of a channel; threads/lanes channels a block.
@@ -42,10 +44,31 @@ struct Tiling {
   int64_t blocks_per_sample() const { return int64_t{channel_blocks} * chunks; }
 };
 
-// Blocks of the launch of the weights' gradients, by what they compute; 0 where not wanted.
-struct GradientBlocks {
-  int64_t fc2, fc1, gap, bias;
+// Threads of a channel in NCHW, at least, and in NHWC at most kWarp side by side.
+constexpr int64_t kLeastLanes = 8;
+// Features whose bn0 parameters a block of the pool keeps in shared memory at a time, at most; with
+// single elements kWarp.
+constexpr int64_t kHeldFeatures = 512;
+
+// The stages of phase 2, in their order: each waits for one before it (stages.cuh).
+struct ForwardStage {
+  enum : int { kGap, kHidden, kBatchNorm, kAttention, kCount };
 };
+struct BackwardStage {
+  enum : int {
+    kLogits,
+    kHidden,
+    kBatchNorm,
+    kGap,
+    kFc2Weight,
+    kFc1Weight,
+    kFc2Bias,
+    kPrologue,
+    kCount
+  };
+};
+// Counters of such a launch: the items that were taken, and those of each stage that are done.
+constexpr int kCounters = 1 + BackwardStage::kCount;
 
 // Every kernel, by phase.
 enum class Kernel : int32_t {
@@ -53,16 +76,10 @@ enum class Kernel : int32_t {
   kStatistics,
   kCombine,
   kPool,
-  kPoolFinish,
-  kHidden,
-  kBatchNorm,
   kAttention,
   kRecombine,
   kPoolBackward,
-  kPoolBackwardFinish,
-  kHiddenGradient,
-  kBatchNormBackward,
-  kGradients,
+  kAttentionBackward,
   kPrologueBackward,
   kRecombineBackward,
   kUpdateRunningStatistics,
@@ -73,7 +90,7 @@ struct Launch {
   Kernel kernel;
   const char* name;
   int64_t blocks;
-  int64_t grid;  // at most `blocks`: kernels walk over them
+  int64_t grid;  // kernels walk over the blocks where these are more
   int64_t threads;
   int64_t shared_bytes;
 };

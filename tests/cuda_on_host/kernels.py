@@ -63,6 +63,7 @@ class Kernels:
         for setter in (self._library.cuda_on_host_set, self._library.device_on_host_set):
             setter.argtypes = [ctypes.c_char_p, ctypes.c_int64]
             setter.restype = ctypes.c_bool
+        self._library.cuda_on_host_launches.restype = ctypes.c_int64
         self.ops = torch.ops.resnest_fused_on_host
 
     def replace_native(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,6 +91,10 @@ class Kernels:
         """Choose the order in which threads run, and how many blocks run at a time."""
         assert self._library.cuda_on_host_set(b"seed", seed)
         assert self._library.cuda_on_host_set(b"resident_blocks", resident_blocks)
+
+    def launches(self) -> int:
+        """How many launches there were so far."""
+        return int(self._library.cuda_on_host_launches())
 
     def make_mistake(self, number: int) -> None:
         """Make one of the mistakes that mistakes.py built in, or none with 0."""

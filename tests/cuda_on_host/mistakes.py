@@ -22,7 +22,8 @@ class Mistake:
     """``wrong`` instead of ``right``, in a file of ``csrc/cuda`` that ``source`` includes.
 
     Both are statements if ``right`` ends with a semicolon, otherwise expressions. If ``right``
-    occurs several times, ``place`` is the number of the one meant. ``kind`` must find the mistake.
+    occurs several times, ``place`` is the number of the one meant. ``kind`` must find the mistake,
+    and say ``finding`` if that is not what it says of others.
     """
 
     kind: str
@@ -31,6 +32,7 @@ class Mistake:
     right: str
     wrong: str
     place: int = 0
+    finding: str = ""
 
     def __str__(self) -> str:
         where = f"{self.kind}-{self.file}-{self.right}"
@@ -42,6 +44,8 @@ def _no_barriers(source: str, file: str, count: int) -> Iterable[Mistake]:
         yield Mistake("thread", source, file, "__syncthreads();", "", place)
 
 
+RELAXED = "::cuda::memory_order_relaxed"
+
 # Numbered from 1 on.
 MISTAKES = [
     # Barriers and the order of memory.
@@ -50,6 +54,11 @@ MISTAKES = [
     *_no_barriers("attention.cu", "norm.cuh", 2),
     *_no_barriers("attention.cu", "product.cuh", 2),
     *_no_barriers("running.cu", "running.cuh", 2),
+    *_no_barriers("pool.cu", "prologue.cuh", 2),
+    *_no_barriers("attention.cu", "stages.cuh", 4),
+    Mistake("thread", "attention.cu", "stages.cuh", "::cuda::memory_order_acquire", RELAXED),
+    Mistake("thread", "attention.cu", "stages.cuh", "::cuda::memory_order_release", RELAXED),
+    Mistake("thread", "attention.cu", "stages.cuh", "items[stage] > 0", "false"),
     Mistake("thread", "attention.cu", "norm.cuh", "threadIdx.x % kWarp < kColumns", "true"),
     # Bounds whose violation only a sanitizer is sure to notice.
     Mistake("address", "pool.cu", "device.cuh", "warp * kSums + s", "(warp + 1) * kSums + s"),
@@ -84,7 +93,15 @@ MISTAKES = [
     ),
     Mistake("plain", "attention.cu", "norm.cuh", "row < rows", "row + 1 < rows", place=1),
     Mistake("plain", "attention.cu", "product.cuh", "inside * stride + depth", "depth"),
-    Mistake("plain", "pool.cu", "pool.cuh", "j < args.chunks", "j + 1 < args.chunks"),
+    Mistake("plain", "attention.cu", "pool_sums.cuh", "j < args.chunks", "j + 1 < args.chunks"),
+    Mistake(
+        "plain",
+        "attention.cu",
+        "stages.cuh",
+        f"Counter(counters[0]).fetch_add(1, {RELAXED})",
+        "blockIdx.x",
+        finding="deadlock",
+    ),
 ]
 
 
@@ -152,10 +169,10 @@ def main() -> None:
         for layout in ("nchw", "channels_last"):
             call = draw_any(Case(2, 24, 30, 30, 2, 1, 12, layout=layout, prologue="batch"))
             call.gradients()
-            call = draw_any(
-                Case(2, 24, 30, 30, 2, 1, 12, layout=layout, norm="running", prologue="running")
-            )
-            call.forward()
+            # Without a prologue the pool's shared memory has no room but for its sums.
+            for prologue in ("running", "none"):
+                options = {"layout": layout, "norm": "running", "prologue": prologue}
+                draw_any(Case(2, 24, 30, 30, 2, 1, 12, **options)).forward()
         norm = (torch.zeros(300), torch.ones(300), torch.tensor(0))
         norm += (torch.zeros(300), torch.ones(300), None)
         kernels.ops.update_running_statistics(torch.empty(2, 1, 1, 1), *norm, *norm)

@@ -1,9 +1,10 @@
 // Runs kernels on the CPU, one after the other: CUDA threads are coroutines of the thread that
 // launches, so that a barrier costs nanoseconds and every run of a kernel is repeatable.
 //
-// `resident_blocks` blocks at a time run concurrently; which of their threads goes on is drawn at
-// random from the `seed`. Shared memory starts as NaN. A launch fails when all of its threads wait
-// for each other, at barriers or in loops, or when a warp operation is not one of the whole warp.
+// `resident_blocks` blocks at a time run concurrently; in which order they begin, and which of
+// their threads goes on, is drawn at random from the `seed`. Shared memory starts as NaN. A launch
+// fails when all of its threads wait for each other, at barriers or in loops, or when a warp
+// operation is not one of the whole warp.
 //
 // ThreadSanitizer takes each coroutine for a thread. This file is compiled without it and declares
 // what orders memory in CUDA: __syncthreads, __syncwarp, the beginning and the end of a launch.
@@ -19,6 +20,7 @@
 #include <cstdlib>
 #include <iterator>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <string>
 #include <string_view>
@@ -417,6 +419,8 @@ std::string Scheduler::describe(const Block& block) const {
 
 // Ends the threads of a launch that has failed, wherever they are.
 void Scheduler::give_up() {
+  std::sort(resident_.begin(), resident_.end(),
+            [](const auto& a, const auto& b) { return a->index < b->index; });
   for (const auto& block : resident_) {
     failure_ += "; " + describe(*block);
   }
@@ -452,18 +456,20 @@ std::string Scheduler::run(Launch& launch) {
     random_.seed(static_cast<uint32_t>(options.seed));
     failure_.clear();
     idle_turns_ = 0;
-    uint64_t next_block = 0;
+    std::vector<uint64_t> blocks(launch.blocks());  // still to begin, from the back
+    std::iota(blocks.begin(), blocks.end(), 0);
+    std::shuffle(blocks.begin(), blocks.end(), random_);
     do {
-      while (next_block < launch.blocks() &&
-             resident_.size() < static_cast<size_t>(options.resident_blocks)) {
-        begin_block(next_block++);
+      while (!blocks.empty() && resident_.size() < static_cast<size_t>(options.resident_blocks)) {
+        begin_block(blocks.back());
+        blocks.pop_back();
       }
       if (ready_.empty()) {
         failure_ = "deadlock";
       } else {
         take_turn(random_() % ready_.size());
       }
-    } while (failure_.empty() && (!resident_.empty() || next_block < launch.blocks()));
+    } while (failure_.empty() && (!resident_.empty() || !blocks.empty()));
     if (!failure_.empty()) {
       give_up();
     }
@@ -472,6 +478,7 @@ std::string Scheduler::run(Launch& launch) {
   return failure_;
 }
 
+int64_t launches = 0;
 thread_local cudaError_t last_error = cudaSuccess;
 thread_local std::string failure;
 
@@ -536,6 +543,7 @@ unsigned char* resnest_fused::cuda::shared_memory() {
 
 cudaError_t cuda_on_host::launch(const cudaLaunchConfig_t& config, void (*run_thread)(const void*),
                                  const void* kernel) {
+  ++launches;
   Launch launch{config, run_thread, kernel};
   const dim3 grid = config.gridDim, block = config.blockDim;
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
@@ -592,4 +600,9 @@ extern "C" __attribute__((visibility("default"))) bool cuda_on_host_set(const ch
     return false;
   }
   return true;
+}
+
+// How many launches there were so far.
+extern "C" __attribute__((visibility("default"))) int64_t cuda_on_host_launches() {
+  return launches;
 }
