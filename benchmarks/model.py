@@ -13,6 +13,9 @@ up in part (``OVERLAP``):
 - waiting: the waits of one block, one after the other, times the blocks that a place in a
   multiprocessor has in turn;
 - instructions: those of all warps of a multiprocessor.
+
+A launch in stages takes so for each of its steps, one after the other: stages that wait for the
+same one are a step, and their blocks run side by side. Between steps comes the hand-over.
 """
 
 from __future__ import annotations
@@ -138,21 +141,50 @@ MAPS = {
     "pool_backward": Map(reads_dout=True),
     "recombine_backward": Map(reads_dout=True, writes_x=True),
 }
-PRODUCTS = ("hidden", "attention", "hidden_gradient", "gradients")
-COLUMNS = ("combine", "batch_norm", "batch_norm_backward", "prologue_backward")
-ELEMENTS = ("prepare", "pool_finish", "pool_backward_finish")
+# Of the launches in stages: these by step, in the planner's order.
+STEPS = {
+    "attention": (("gap",), ("hidden",), ("batch_norm",), ("softmax",)),
+    "attention_backward": (
+        ("logits",),
+        ("hidden_gradient",),
+        ("batch_norm_backward",),
+        ("gap_gradient", "fc2_weight", "fc1_weight", "fc2_bias"),
+        ("prologue_backward",),
+    ),
+}
+PRODUCTS = ("hidden", "softmax", "hidden_gradient", "gap_gradient", "fc2_weight", "fc1_weight")
+ELEMENTS = ("gap", "logits")
+
+
+class Pass(NamedTuple):
+    """Over the rows of a column."""
+
+    loads: int  # of a thread for each row
+    sums: int  # in float64, over all rows
+
+
+COLUMNS = {
+    "combine": (Pass(2, 1), Pass(2, 1)),
+    "batch_norm": (Pass(2, 1), Pass(2, 1), Pass(1, 0)),
+    "batch_norm_backward": (Pass(2, 2), Pass(2, 1)),
+    "fc2_bias": (Pass(1, 1),),
+    "prologue_backward": (Pass(6, 2),),
+}
+ROWS_TOGETHER = 8  # loaded in a turn: norm.cuh's kRowsTogether
 
 
 # Waits for L2 one after the other outside of loops, as the source has them. Counted from the code
 # they would be several times as many: each dtype of a parameter has a branch of its own.
 CHAINS = {
-    "prepare": 4,
-    "pool_finish": 0,
-    "pool_backward_finish": 4,
+    "gap": 0,
     "hidden": 4,
-    "attention": 2,
+    "softmax": 2,
+    "logits": 4,
     "hidden_gradient": 0,
-    "gradients": 0,
+    "gap_gradient": 0,
+    "fc2_weight": 0,
+    "fc1_weight": 0,
+    "fc2_bias": 0,
     "combine": 3,
     "batch_norm": 3,
     "batch_norm_backward": 4,
@@ -163,10 +195,21 @@ CHAINS = {
     "pool_backward": 1,
     "recombine_backward": 1,
 }
-# Instructions of a thread behind a product's loop, on the one way that it takes: the sums of eight
-# warps, bias and norm. And branches for a parameter's dtype, of which a thread takes one.
-BEHIND_A_PRODUCT = 300
+# And for the four parameters of bn0, in the blocks of a pool.
+CHAIN_OF_BN0 = 4
+# The hand-over from a step to the next one, as stages.cuh has it. Waits for L2, one after another:
+# the last block's for its results to be written, and for its count; the next one's for its ticket,
+# for the poll that sees the count, and for the load that acquires it. The first has one barrier,
+# the second two.
+HAND_OVER_WAITS = 5
+HAND_OVER_BARRIERS = 3
+# Instructions of a thread of a stage outside of its loops, on the one way that it takes: for a
+# product the sums of eight warps, bias and norm. And branches for a parameter's dtype, of which a
+# thread takes one.
+OUTSIDE_OF_LOOPS = 300
 DTYPES_OF_PARAMETERS = 4
+# Of a thread of a product (FFMA), in one of the depth.
+SUMS_OF_THREAD = 16
 
 
 class Bounds(NamedTuple):
@@ -188,7 +231,7 @@ class Prediction(NamedTuple):
         in_flight: bytes of maps that it loads at a time, in the mean over all multiprocessors; 0
             for a kernel that streams no map.
         share: bytes of the maps that a multiprocessor loads in all. More cannot be in flight.
-        bounds: what bounds its time.
+        bounds: what bounds its time; of a launch in stages the sums over its steps.
         seconds: its time.
     """
 
@@ -202,8 +245,9 @@ class Prediction(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Of one launch: what a block does, and what all of them move."""
+    """Of one launch or of one of its stages: what a block does, and what all of them move."""
 
+    blocks: int
     waiting: float  # cycles of the waits of a block, one after the other
     issued: float  # instructions of a warp
     doubles: float  # of them in float64
@@ -235,11 +279,10 @@ def predict(
     predictions = []
     for launch in plan["launches"]:
         name = launch["name"]
-        if name not in CHAINS:
+        if not (name in MAPS or name in COLUMNS or name in STEPS):
             raise ValueError(f"the model does not know the launch {name!r}")
         kernel = kernels[instance(name, workload, plan[_TILINGS.get(name, "tiling")])]
-        at = _Launch(gpu, kernel, workload, plan, launch, constants)
-        predictions.append(_predict_launch(at))
+        predictions.append(_predict_launch(_Launch(gpu, kernel, workload, plan, launch, constants)))
     return predictions
 
 
@@ -256,37 +299,69 @@ class _Launch(NamedTuple):
 
 def _predict_launch(at: _Launch) -> Prediction:
     gpu, kernel, _, _, launch, constants = at
-    name, blocks, threads = launch["name"], launch["blocks"], launch["threads"]
+    steps = _steps(at)
+    resident = gpu.resident(kernel, launch["threads"], launch["shared_bytes"])
+    of_steps = [_bounds(at, resident, works) for works in steps]
+    hand_over = HAND_OVER_WAITS * gpu.l2_cycles + HAND_OVER_BARRIERS * constants.barrier_cycles
+    p = constants.overlap
+    seconds = constants.launch_s + (len(steps) - 1) * hand_over / gpu.clock_hz
+    seconds += sum(sum(bound**p for bound in bounds) ** (1 / p) for bounds in of_steps)
+    of_maps = steps[0][0]  # where it streams one
+    return Prediction(
+        launch["name"],
+        launch["blocks"],
+        resident,
+        min(resident, launch["blocks"] / gpu.multiprocessors) * of_maps.in_flight,
+        of_maps.loaded_bytes / gpu.multiprocessors,
+        Bounds(*map(sum, zip(*of_steps, strict=True))),
+        seconds,
+    )
+
+
+def _steps(at: _Launch) -> list[list[Work]]:
+    """What a launch does side by side, and then one after the other."""
+    name, blocks = at.launch["name"], at.launch["blocks"]
+    if name in MAPS:
+        return [[_map_work(at)]]
+    if name in COLUMNS:
+        return [[_column_work(at, name, blocks)]]
     works = {
-        **dict.fromkeys(MAPS, _map_work),
         **dict.fromkeys(PRODUCTS, _product_work),
         **dict.fromkeys(COLUMNS, _column_work),
         **dict.fromkeys(ELEMENTS, _element_work),
     }
-    work = works[name](at)
-    warps = threads / WARP
-    resident = gpu.resident(kernel, threads, launch["shared_bytes"])
-    of_one = blocks / gpu.multiprocessors  # blocks of a multiprocessor in all
-    rounds = max(of_one / resident, 1.0)
-    issued = warps * work.issued / constants.issued_per_cycle
-    issued += warps * WARP * work.doubles / gpu.doubles_per_cycle
-    bounds = Bounds(
-        memory=work.memory_bytes / (gpu.bytes_per_s * constants.copy_share),
-        l2=work.l2_bytes
-        / (constants.l2_bytes_per_cycle * min(of_one, 1.0) * gpu.multiprocessors * gpu.clock_hz),
-        waiting=rounds * (work.waiting + issued) / gpu.clock_hz,
-        instructions=max(of_one, 1.0) * issued / gpu.clock_hz,
-    )
-    p = constants.overlap
-    seconds = constants.launch_s + sum(bound**p for bound in bounds) ** (1 / p)
-    return Prediction(
-        name,
-        blocks,
-        resident,
-        min(resident, of_one) * work.in_flight,
-        work.loaded_bytes / gpu.multiprocessors,
-        bounds,
-        seconds,
+    stages = [stage for step in STEPS[name] for stage in step]
+    items = dict(zip(stages, at.launch["stages"], strict=True))
+    steps = [
+        [works[stage](at, stage, items[stage]) for stage in step if items[stage]]
+        for step in STEPS[name]
+    ]
+    return [step for step in steps if step]
+
+
+def _bounds(at: _Launch, resident: int, works: Sequence[Work]) -> Bounds:
+    """Of blocks that run side by side."""
+    gpu, constants = at.gpu, at.constants
+    warps = at.launch["threads"] / WARP
+    issued = [
+        warps * work.issued / constants.issued_per_cycle
+        + warps * WARP * work.doubles / gpu.doubles_per_cycle
+        for work in works
+    ]
+    waiting = [work.waiting + cycles for work, cycles in zip(works, issued, strict=True)]
+    of_one = [work.blocks / gpu.multiprocessors for work in works]  # of a multiprocessor in all
+    loading = min(sum(of_one), 1.0) * gpu.multiprocessors  # multiprocessors
+
+    def in_turn(cycles: Sequence[float], places: int) -> float:
+        total = sum(count * each for count, each in zip(of_one, cycles, strict=True))
+        return max(total / places, *cycles) / gpu.clock_hz
+
+    return Bounds(
+        memory=sum(work.memory_bytes for work in works) / (gpu.bytes_per_s * constants.copy_share),
+        l2=sum(work.l2_bytes for work in works)
+        / (constants.l2_bytes_per_cycle * loading * gpu.clock_hz),
+        waiting=in_turn(waiting, resident),
+        instructions=in_turn(issued, 1),
     )
 
 
@@ -312,8 +387,21 @@ def instance(name: str, workload: Mapping[str, Any], tiling: Mapping[str, int]) 
     return f"{name}_kernel<{', '.join(map(str, of_map))}>"
 
 
-def _loop_with_most_loads(kernel: sass.Kernel) -> sass.Loop:
-    return max(kernel.loading, key=lambda loop: sum(i.width for i in loop.loads))
+def _bytes(loop: sass.Loop) -> int:
+    """That a thread loads in a turn."""
+    return sum(i.width for i in loop.loads)
+
+
+def _loops_with(kernel: sass.Kernel, loads: int, count: int) -> list[sass.Loop]:
+    """The longest loops with so many loads in a turn that are not a product's."""
+    found = [loop for loop in kernel.loading if len(loop.loads) == loads and not _fused(loop)]
+    if len(found) < count:
+        raise ValueError(f"{kernel.name} has {len(found)} loops with {loads} loads, not {count}")
+    return sorted(found, key=lambda loop: -len(loop.body))[:count]
+
+
+def _fused(loop: sass.Loop) -> int:
+    return sum(i.name.startswith("FFMA") for i in loop.body)
 
 
 def _doubles(body: Sequence[sass.Instruction]) -> int:
@@ -337,18 +425,32 @@ def _map_work(at: _Launch) -> Work:
     splits = 1 if name == "statistics" else radix // passes
     dout = passes * unit * of.reads_dout
     written = (radix * of.writes_x + of.writes_out) * unit
-    loop = _loop_with_most_loads(kernel)
+    # Loads of a map have one width, those of bn0's parameters one for each dtype.
+    streaming = [loop for loop in kernel.loading if len({i.width for i in loop.loads}) == 1]
+    of_bn0 = [loop for loop in kernel.loading if loop not in streaming]
+    loop = max(streaming, key=_bytes)
     together = len(loop.loads) // (splits + of.reads_dout)  # positions of a turn
     walk = _walk(workload, tiling, together)
-    singles = [other for other in kernel.loading if other.span != loop.span][:1]
+    singles = [other for other in streaming if other.span != loop.span][:1]
     in_flight = (x + dout) * walk.in_vectors / launch["blocks"] / passes / max(walk.turns, 1)
     cycles = walk.turns * len(loop.waits) * gpu.memory_cycles * constants.under_load
-    cycles += (walk.single_turns + CHAINS[name]) * gpu.l2_cycles
+    cycles += walk.single_turns * gpu.l2_cycles
     cycles += (_barriers(kernel) > 0) * constants.barrier_cycles
     # Code for a position is jumped over where a warp has none.
     issued = len(kernel.outside) + walk.positions / together * len(loop.body)
     issued += walk.single_turns * sum(len(single.body) for single in singles)
+    if of_bn0:
+        # A thread of the block for each feature, and what it gives through shared memory.
+        lanes, threads = tiling["lanes"], launch["threads"]
+        features = splits * (lanes * tiling["vector"] if nhwc else threads // lanes)
+        turns = math.ceil(features / threads)
+        cycles += turns * CHAIN_OF_BN0 * gpu.l2_cycles + constants.barrier_cycles
+        warps = math.ceil(features / WARP) / (threads / WARP)
+        issued += warps * sum(len(loop.body) for loop in of_bn0)
+    else:
+        cycles += CHAINS[name] * gpu.l2_cycles
     return Work(
+        launch["blocks"],
         waiting=passes * cycles,
         issued=passes * issued,
         doubles=passes * _doubles(kernel.outside),
@@ -387,70 +489,76 @@ def _walk(workload: Mapping[str, Any], tiling: Mapping[str, int], together: int)
     )
 
 
-def _product_work(at: _Launch) -> Work:
+def _product_work(at: _Launch, stage: str, blocks: int) -> Work:
     gpu, kernel, workload, _, launch, constants = at
-    name = launch["name"]
-    radix, channels, inter, batch = (
-        workload[field] for field in ("radix", "channels", "inter", "batch")
+    radix, channels, inter, batch, groups = (
+        workload[field] for field in ("radix", "channels", "inter", "batch", "cardinality")
     )
     limits = _C.plan_limits()
+    of_weights = stage in ("fc2_weight", "fc1_weight")
     depth = {
-        "hidden": channels,
-        "attention": inter,
-        "hidden_gradient": radix * channels,
-        "gradients": max(batch, inter),
-    }[name] // (workload["cardinality"] if name != "gradients" else 1)
-    products = radix if name == "attention" else 1  # of a block, one after the other
-    loop = _loop_with_most_loads(kernel)
-    fused = sum(i.name.startswith("FFMA") for i in loop.body)
-    sums = limits["tile_rows"] * limits["tile_columns"] // WARP  # of a thread
-    turns = math.ceil(depth / (launch["threads"] // WARP * fused / sums))
-    barrier = constants.barrier_cycles
-    chain = CHAINS[name] * gpu.l2_cycles
-    cycles = products * (turns * len(loop.waits) * gpu.l2_cycles + barrier + chain)
-    operands = limits["tile_rows"] * 4 + limits["tile_columns"] * workload["element_size"]
+        "hidden": channels // groups,
+        "softmax": inter // groups,
+        "hidden_gradient": radix * channels // groups,
+        "gap_gradient": inter // groups,
+        "fc2_weight": batch,
+        "fc1_weight": batch,
+    }[stage]
+    products = radix if stage == "softmax" else 1  # of a block, one after the other
+    loop = max((loop for loop in kernel.loading if _fused(loop) >= SUMS_OF_THREAD), key=_bytes)
+    turns = math.ceil(depth / (launch["threads"] // WARP * _fused(loop) / SUMS_OF_THREAD))
+    chain = CHAINS[stage] * gpu.l2_cycles
+    cycles = turns * len(loop.waits) * gpu.l2_cycles + constants.barrier_cycles + chain
+    weight_size = 4 if of_weights else workload["element_size"]
+    operands = limits["tile_rows"] * 4 + limits["tile_columns"] * weight_size
     return Work(
-        waiting=cycles,
-        issued=products * (turns * len(loop.body) + BEHIND_A_PRODUCT),
+        blocks,
+        waiting=products * cycles,
+        issued=products * (turns * len(loop.body) + OUTSIDE_OF_LOOPS),
         doubles=0,
-        l2_bytes=products * launch["blocks"] * depth * operands,
+        l2_bytes=products * blocks * depth * operands,
     )
 
 
-def _column_work(at: _Launch) -> Work:
+def _column_work(at: _Launch, name: str, blocks: int) -> Work:
     gpu, kernel, workload, plan, launch, constants = at
     rows = workload["batch"]
-    if launch["name"] == "combine":
+    if name == "combine":
         rows = plan["statistics_tiling"]["chunks"] * (1 if workload["channels_last"] else rows)
-    lanes = launch["threads"] // _C.plan_limits()["columns"]
-    cycles, issued = CHAINS[launch["name"]] * gpu.l2_cycles, len(kernel.outside)
-    doubles = _doubles(kernel.outside)
-    loaded = 0.0
-    for loop in kernel.loading:
-        # Eight rows at a time: norm.cuh's kRowsTogether.
-        turns = math.ceil(rows / (8 * lanes))
-        cycles += turns * len(loop.waits) * gpu.l2_cycles + constants.barrier_cycles
-        issued += turns * len(loop.body)
-        doubles += turns * _doubles(loop.body)
-        loaded += turns * sum(i.width for i in loop.loads) * launch["threads"]
-    return Work(cycles, issued, doubles, l2_bytes=launch["blocks"] * loaded)
+    columns, threads = _C.plan_limits()["columns"], launch["threads"]
+    turns = math.ceil(rows / (ROWS_TOGETHER * threads // columns))
+    # Of one sum: over the rows of a warp, then over the warps.
+    adds = math.log2(WARP // columns) + threads // WARP
+    passes = COLUMNS[name]
+    cycles, issued = CHAINS[name] * gpu.l2_cycles, float(OUTSIDE_OF_LOOPS)
+    doubles, loaded = adds * sum(one.sums for one in passes), 0.0
+    for loads in dict.fromkeys(one.loads for one in passes):
+        count = sum(one.loads == loads for one in passes)
+        for loop in _loops_with(kernel, ROWS_TOGETHER * loads, count):
+            cycles += turns * len(loop.waits) * gpu.l2_cycles + constants.barrier_cycles
+            issued += turns * len(loop.body)
+            doubles += turns * _doubles(loop.body)
+            loaded += turns * _bytes(loop) * threads
+    return Work(blocks, cycles, issued, doubles, l2_bytes=blocks * loaded)
 
 
-def _element_work(at: _Launch) -> Work:
-    gpu, kernel, workload, plan, launch, _ = at
-    name, chunks = launch["name"], plan["tiling"]["chunks"]
-    kinds = {"prepare": 0, "pool_finish": 1, "pool_backward_finish": 4 if workload["relu"] else 1}
-    turns = 0
-    if kinds[name]:
-        loop = _loop_with_most_loads(kernel)
-        turns = math.ceil(chunks * kinds[name] / len(loop.loads))
-        turns *= workload["radix"] if name == "pool_backward_finish" else 1
-    bytes_of_thread = chunks * kinds[name] * 4
+def _element_work(at: _Launch, stage: str, blocks: int) -> Work:
+    gpu, _, workload, plan, launch, _ = at
+    chunks, radix = plan["tiling"]["chunks"], workload["radix"]
+    # Splits, each with sums of so many kinds, and so many chunks loaded in a turn: pool_sums.cuh.
+    splits, kinds, together = {
+        ("gap", True): (1, 1, 8),
+        ("gap", False): (1, 1, 8),
+        ("logits", True): (radix, 4, 4),
+        ("logits", False): (radix, 1, 8),
+    }[stage, workload["relu"]]
+    turns = splits * math.ceil(chunks / together)
     return Work(
-        waiting=(CHAINS[name] + turns) * gpu.l2_cycles,
-        issued=len(kernel.outside) / DTYPES_OF_PARAMETERS,
+        blocks,
+        waiting=(CHAINS[stage] + turns) * gpu.l2_cycles,
+        issued=OUTSIDE_OF_LOOPS,
         doubles=0,
-        l2_bytes=launch["blocks"] * launch["threads"] * bytes_of_thread,
+        l2_bytes=blocks * launch["threads"] * splits * kinds * chunks * 4,
     )
 
 

@@ -55,12 +55,9 @@ class Timed(NamedTuple):
     launches: tuple[str, ...] = ()
 
 
+# Of the ops alone only that whose launches a whole pass has, too.
 OPS = {
     "batch_statistics": Timed("train", True, ("statistics", "combine")),
-    "pool": Timed("train", False, ("prepare", "pool", "pool_finish")),
-    "recombine": Timed("train", False, ("prepare", "recombine")),
-    "pool_backward": Timed("backward", False, ("prepare", "pool_backward", "pool_backward_finish")),
-    "recombine_backward": Timed("backward", False, ("prepare", "recombine_backward")),
     "eval": Timed("eval", False),
     "train": Timed("train", True),
     "backward": Timed("backward", True),
@@ -211,7 +208,9 @@ def page(kernels: Mapping[str, Kernels], measured: Mapping[str, Mapping[str, Any
             "",
             f"Measured on {str(results['date'])[:10]} at commit {str(results['commit'])[:7]}, each",
             "op alone in a graph, with inputs that no cache holds. The prediction is for the code",
-            "of today: where it was changed since, they differ for that reason, too.",
+            "of today: where it was changed since, they differ for that reason, too. What was",
+            "measured had a launch for each step of phase 2, for the sums over chunks and for bn0's",
+            "parameters, which are no longer there: of those only whole calls are compared.",
             "",
             *_by_op(judged),
             *_judged(judged),

@@ -106,18 +106,34 @@ def test_resident_blocks(name: str, registers: int, shared: int, blocks: int) ->
     assert GPUS[name].resident(kernel(registers=registers, shared=0), 256, shared) == blocks
 
 
-class MadeUp(dict[str, sass.Kernel]):
-    """Any kernel: a loop of eight loads of 16 bytes, all before the first use."""
+def looped(at: int, *body: str) -> tuple[str, ...]:
+    """A loop whose first instruction is the one with that number."""
+    return (*body, f"@P0 BRA {16 * at:#x}")
 
-    def __init__(self, registers: int = 128, loads: int = 8) -> None:
+
+def loads(count: int, kind: str = "LDG.E") -> list[str]:
+    return [f"{kind} R{8 + 4 * i}, [R2.64]" for i in range(count)]
+
+
+class MadeUp(dict[str, sass.Kernel]):
+    """Any kernel that streams a map: a loop of loads of 16 bytes, all before the first use; in a
+    pool with bn0 behind one that loads parameters. Any other one: a product's loop, and those over
+    rows of each number of loads."""
+
+    def __init__(self, registers: int = 128, count: int = 8, *, bn0: bool = False) -> None:
         super().__init__()
-        load = [f"LDG.E.128 R{8 + 4 * i}, [R2.64]" for i in range(loads)]
-        # Of a product of four by four, one of the depth.
-        body = ["NOP", *load, *["FFMA R8, R8, R8, R8"] * 16, "@P0 BRA 0x10", "EXIT"]
-        self.of_all = kernel(*body, registers=registers)
+        of_bn0 = looped(1, *loads(1), *loads(1, "LDG.E.U16"), "FADD R8, R8, R8") if bn0 else ()
+        body = [*loads(count, "LDG.E.128"), "FADD R8, R8, R8"]
+        lines = ["NOP", *of_bn0]
+        self.of_maps = kernel(*lines, *looped(len(lines), *body), "EXIT", registers=registers)
+        # Of four by four, four of the depth.
+        lines = ["NOP", *looped(1, *loads(8, "LDG.E.128"), *["FFMA R8, R8, R8, R8"] * 64)]
+        for rows in (8, 16, 16, 48):
+            lines += looped(len(lines), *loads(rows), "DADD R8, R8, R8")
+        self.of_phase_2 = kernel(*lines, "EXIT")
 
     def __missing__(self, name: str) -> sass.Kernel:
-        return self.of_all
+        return self.of_phase_2 if name.startswith(("attention", "combine")) else self.of_maps
 
 
 def predict(
@@ -148,10 +164,10 @@ def test_bytes_are_the_least_of_each_pass(dtype: str, radix: int, layout: str) -
     assert units("eval") == pytest.approx(2 * radix + 1)
 
 
-@pytest.mark.parametrize(("registers", "loads", "kilobytes"), [(128, 8, 64), (64, 8, 128)])
-def test_bytes_in_flight(registers: int, loads: int, kilobytes: int) -> None:
+@pytest.mark.parametrize(("registers", "count", "kilobytes"), [(128, 8, 64), (64, 8, 128)])
+def test_bytes_in_flight(registers: int, count: int, kilobytes: int) -> None:
     """Of 256 threads a block, with two resident blocks or four; each has whole turns alone."""
-    pool = predict(CASE, "eval", made_up=MadeUp(registers, loads))["pool"]
+    pool = predict(CASE, "eval", made_up=MadeUp(registers, count))["pool"]
     assert pool.in_flight == kilobytes * KB
     assert pool.share == 2 * 256 * 64 * 32 * 32 * 2 / 132
 
@@ -166,11 +182,85 @@ def test_no_more_is_in_flight_than_there_is() -> None:
                     assert (launch.in_flight > 0) == (launch.name in model.MAPS)
 
 
+# From a step to the next one on an H100: five waits for L2, three barriers.
+HAND_OVER = (5 * 281 + 3 * 100) / 1.98e9
+
+
 def test_a_launch_takes_no_less_than_each_of_its_bounds() -> None:
     for name in predicted.PASSES:
         for launch in predict(CASE, name).values():
             least = model.CONSTANTS.launch_s + max(launch.bounds)
-            assert least <= launch.seconds <= model.CONSTANTS.launch_s + sum(launch.bounds)
+            most = model.CONSTANTS.launch_s + sum(launch.bounds)
+            most += HAND_OVER * (len(model.STEPS.get(launch.name, [()])) - 1)
+            assert least <= launch.seconds <= most
+
+
+def in_stages(
+    monkeypatch: pytest.MonkeyPatch, name: str, items: tuple[int, ...]
+) -> model.Prediction:
+    """Phase 2 with so many items by stage."""
+    plan = _C.plan
+
+    def changed(*args: dict[str, object]) -> dict[str, object]:
+        planned = plan(*args)
+        for launch in planned["launches"]:
+            if "stages" in launch:
+                launch |= {"stages": list(items), "blocks": sum(items)}
+        return planned
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_C, "plan", changed)
+        return predict(CASE, "train" if name == "attention" else "backward")[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "items", "steps"),
+    [
+        ("attention", (30, 5, 40, 70), [(0,), (1,), (2,), (3,)]),
+        ("attention", (0, 5, 0, 70), [(1,), (3,)]),
+        ("attention", (0, 5, 0, 900), [(1,), (3,)]),
+        ("attention_backward", (9, 5, 7, 3, 4, 2, 6, 8), [(0,), (1,), (2,), (3, 4, 5, 6), (7,)]),
+        ("attention_backward", (9, 5, 7, 0, 0, 600, 6, 0), [(0,), (1,), (2,), (5, 6)]),
+    ],
+)
+def test_steps_of_a_launch_add_up(
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    items: tuple[int, ...],
+    steps: list[tuple[int, ...]],
+) -> None:
+    """A step takes what it takes alone; in it stages run side by side: in no less than the longest
+    and no more than all of them."""
+
+    def seconds(*stages: int) -> float:
+        alone = tuple(count if i in stages else 0 for i, count in enumerate(items))
+        return in_stages(monkeypatch, name, alone).seconds - model.CONSTANTS.launch_s
+
+    whole = in_stages(monkeypatch, name, items).seconds - model.CONSTANTS.launch_s
+    expected = sum(seconds(*step) for step in steps) + HAND_OVER * (len(steps) - 1)
+    assert whole == pytest.approx(expected)
+    for step in steps:
+        stages = [seconds(stage) for stage in step if items[stage]]
+        assert min(stages) > 0
+        assert max(stages) <= seconds(*step) * (1 + 1e-9)
+        assert len(stages) == 1 or seconds(*step) < sum(stages)
+
+
+def test_a_stage_whose_loops_are_not_there() -> None:
+    with pytest.raises(ValueError, match="made_up has 0 loops with 16 loads, not 2"):
+        predict(CASE, "train", made_up=dict.fromkeys(NAMES, MadeUp().of_maps))
+
+
+def test_a_pool_waits_for_the_parameters_of_bn0() -> None:
+    """For four of them instead of one, and behind a barrier."""
+    without, behind = (predict(CASE, "eval", made_up=MadeUp(bn0=bn0))["pool"] for bn0 in (0, 1))
+    assert behind.in_flight == without.in_flight
+    assert behind.bounds.memory == without.bounds.memory
+    waits = (3 * H100.l2_cycles + model.CONSTANTS.barrier_cycles) / H100.clock_hz
+    rounds = max(without.blocks / H100.multiprocessors / without.resident, 1)
+    # And the instructions of four warps in a block of eight.
+    few = rounds * 8 * 4 / model.CONSTANTS.issued_per_cycle / 2 / H100.clock_hz
+    assert behind.bounds.waiting - without.bounds.waiting == pytest.approx(rounds * waits + few)
 
 
 def test_what_makes_a_kernel_slower() -> None:
@@ -186,7 +276,7 @@ def test_what_makes_a_kernel_slower() -> None:
         return {name: ratio for name, ratio in ratios.items() if ratio != pytest.approx(1)}
 
     assert slower(pool(made_up=MadeUp(registers=255))) == {"waiting": pytest.approx(2)}
-    assert set(slower(pool(made_up=MadeUp(loads=2)))) == {"waiting", "instructions"}
+    assert set(slower(pool(made_up=MadeUp(count=2)))) == {"waiting", "instructions"}
     assert slower(pool(replace(H100, bytes_per_s=H100.bytes_per_s / 3))) == {
         "memory": pytest.approx(3)
     }
@@ -212,7 +302,7 @@ def test_kernels_are_named_as_the_dispatch_names_them() -> None:
     assert names(CASE) >= {
         "pool_kernel<__nv_bfloat16, true, 2, 8, true>",
         "statistics_kernel<__nv_bfloat16, true, 8>",
-        "hidden_kernel<float>",
+        "attention_kernel<float>",
     }
     plain = replace(CASE, dtype="fp32", layout="NCHW", radix=3, form="attention")
     assert "recombine_kernel<float, false, 0, 4, false>" in names(plain)
@@ -222,7 +312,13 @@ def test_kernels_are_named_as_the_dispatch_names_them() -> None:
 
 
 def test_the_page_marks_what_is_predicted() -> None:
-    row = {"what": "op", "contender": "pool", "median_us": 123.4, "shape": "64@56x56", "batch": 256}
+    row = {
+        "what": "op",
+        "contender": "batch_statistics",
+        "median_us": 123.4,
+        "shape": "64@56x56",
+        "batch": 256,
+    }
     row |= {"layout": "NCHW", "dtype": "bf16", "form": "after conv", "radix": 2}
     kernels = {gpu.arch: MadeUp() for gpu in GPUS.values()}
     results = {"date": "2026-01-02", "commit": "abcdef0123", "rows": [row, {**row, "batch": 1}]}
