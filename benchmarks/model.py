@@ -348,19 +348,21 @@ def _bounds(at: _Launch, resident: int, works: Sequence[Work]) -> Bounds:
         + warps * WARP * work.doubles / gpu.doubles_per_cycle
         for work in works
     ]
-    waiting = [work.waiting + cycles for work, cycles in zip(works, issued, strict=True)]
-    of_one = [work.blocks / gpu.multiprocessors for work in works]  # of a multiprocessor in all
-    loading = min(sum(of_one), 1.0) * gpu.multiprocessors  # multiprocessors
 
     def in_turn(cycles: Sequence[float], places: int) -> float:
-        total = sum(count * each for count, each in zip(of_one, cycles, strict=True))
-        return max(total / places, *cycles) / gpu.clock_hz
+        """Of blocks that have so many places in a multiprocessor."""
+        pairs = zip(works, cycles, strict=True)
+        of_one = sum(work.blocks * each for work, each in pairs) / gpu.multiprocessors
+        return max(of_one / places, *cycles) / gpu.clock_hz
 
     return Bounds(
         memory=sum(work.memory_bytes for work in works) / (gpu.bytes_per_s * constants.copy_share),
-        l2=sum(work.l2_bytes for work in works)
-        / (constants.l2_bytes_per_cycle * loading * gpu.clock_hz),
-        waiting=in_turn(waiting, resident),
+        l2=in_turn(
+            [work.l2_bytes / work.blocks / constants.l2_bytes_per_cycle for work in works], 1
+        ),
+        waiting=in_turn(
+            [work.waiting + cycles for work, cycles in zip(works, issued, strict=True)], resident
+        ),
         instructions=in_turn(issued, 1),
     )
 

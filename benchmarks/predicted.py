@@ -209,7 +209,7 @@ def page(kernels: Mapping[str, Kernels], measured: Mapping[str, Mapping[str, Any
             f"Measured on {str(results['date'])[:10]} at commit {str(results['commit'])[:7]}, each",
             "op alone in a graph, with inputs that no cache holds. The prediction is for the code",
             "of today: where it was changed since, they differ for that reason, too. What was",
-            "measured had a launch for each step of phase 2, for the sums over chunks and for bn0's",
+            "measured had launches for each step of phase 2, for sums over chunks and for bn0's",
             "parameters, which are no longer there: of those only whole calls are compared.",
             "",
             *_by_op(judged),

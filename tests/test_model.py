@@ -247,8 +247,11 @@ def test_steps_of_a_launch_add_up(
 
 
 def test_a_stage_whose_loops_are_not_there() -> None:
-    with pytest.raises(ValueError, match="made_up has 0 loops with 16 loads, not 2"):
-        predict(CASE, "train", made_up=dict.fromkeys(NAMES, MadeUp().of_maps))
+    made_up = MadeUp()
+    lines = looped(0, *loads(16), "DADD R8, R8, R8")
+    made_up["combine_kernel<float>"] = kernel(*lines, "EXIT")
+    with pytest.raises(ValueError, match="made_up has 1 loops with 16 loads, not 2"):
+        predict(CASE, "train", made_up=made_up)
 
 
 def test_a_pool_waits_for_the_parameters_of_bn0() -> None:
