@@ -395,11 +395,19 @@ def _bytes(loop: sass.Loop) -> int:
 
 
 def _loops_with(kernel: sass.Kernel, loads: int, count: int) -> list[sass.Loop]:
-    """The longest loops with so many loads in a turn that are not a product's."""
-    found = [loop for loop in kernel.loading if len(loop.loads) == loads and not _fused(loop)]
+    """The loops with about so many loads in a turn that are not a product's; the longest of equals.
+
+    About, as a compiler may make one loop with and one without an array that may be null, or join
+    them, with half as many loads or half as many again.
+    """
+
+    def away(loop: sass.Loop) -> int:
+        return abs(len(loop.loads) - loads)
+
+    found = [loop for loop in kernel.loading if away(loop) <= loads // 2 and not _fused(loop)]
     if len(found) < count:
         raise ValueError(f"{kernel.name} has {len(found)} loops with {loads} loads, not {count}")
-    return sorted(found, key=lambda loop: -len(loop.body))[:count]
+    return sorted(found, key=lambda loop: (away(loop), -len(loop.body)))[:count]
 
 
 def _fused(loop: sass.Loop) -> int:
