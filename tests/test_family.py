@@ -316,25 +316,43 @@ def test_drop_block_s_places_and_schedule() -> None:
     assert not is_nothing(drop)
 
 
-@pytest.mark.long  # the first use of torch.utils.checkpoint imports the compiler
-def test_gradient_checkpointing() -> None:
-    plain, saving = small(drop_path_rate=0.2).double(), small(drop_path_rate=0.2).double()
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_gradient_checkpointing_changes_no_bit(momentum: float | None, fused: bool) -> None:
+    """Neither of gradients nor of running statistics, in two steps with random drops."""
+    norm = functools.partial(nn.BatchNorm2d, momentum=momentum)
+    options = {"drop_path_rate": 0.2, "drop_block_rate": 0.2, "norm_layer": norm, "fused": fused}
+    plain, saving = small(**options), small(**options)
     saving.set_grad_checkpointing()
-    x, grads, kept = pictures(3), [], []
+    x, found, kept = pictures(3).float(), [], []
     for model in (plain, saving):
+        buffers = dict(model.named_buffers())
         torch.manual_seed(5)
         sizes: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1], lambda t: t
-        ):
-            loss = model(x).logsumexp(1).sum()
-        loss.backward()
-        grads.append([p.grad for p in model.parameters()])
+        for _ in range(2):
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1], lambda t: t
+            ):
+                loss = model(x).logsumexp(1).sum()
+            loss.backward()
+        assert all(buffer is buffers[name] for name, buffer in model.named_buffers())
+        grads = {f"{name}.grad": p.grad for name, p in model.named_parameters()}
+        found.append({"loss": loss} | grads | buffers)
         kept.append(sum(sizes))
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert [name for name, value in found[0].items() if not torch.equal(value, found[1][name])] == []
     assert kept[1] < 0.8 * kept[0]  # most is the stem's, which is not computed again
     assert torch.equal(saving.eval()(x), saving(x))
+
+
+@pytest.mark.long  # compiles
+def test_gradient_checkpointing_compiled() -> None:
+    plain, saving = small().double(), small().double()
+    saving.set_grad_checkpointing()
+    compiled = torch.compile(saving, fullgraph=True, backend="aot_eager")
+    for model in (plain, compiled):
+        model(pictures(3)).logsumexp(1).sum().backward()
+    for a, b in zip(plain.buffers(), saving.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_frozen_stages() -> None:

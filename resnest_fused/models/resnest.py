@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from resnest_fused.models.checkpointing import run_saving_memory
 from resnest_fused.models.dilation import StagePlan, plan_stages
 from resnest_fused.models.drop import DropBlock2d, DropPath
 from resnest_fused.models.pooling import Avd, GlobalPool, SameAvgPool2d
@@ -376,7 +376,7 @@ class ResNeSt(nn.Module):
         if not (self.grad_checkpointing and self.training):
             return stage(x)
         for block in stage:
-            x = checkpoint(block, x, use_reentrant=False)
+            x = run_saving_memory(block, x)
         return x
 
     def train(self, mode: bool = True) -> "ResNeSt":
@@ -394,8 +394,7 @@ class ResNeSt(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only what goes into each block in training, and compute the rest again in backward.
 
-        Running statistics then take in each batch twice, as ``torch.utils.checkpoint`` runs a
-        block's forward twice. Gradients are the same.
+        Gradients and running statistics are the same to the bit.
         """
         self.grad_checkpointing = enable
 
