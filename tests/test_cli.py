@@ -336,9 +336,28 @@ def test_predict_a_folder(narrow: Path, tmp_path: Path) -> None:
     assert [row[3] for row in csv.reader(result.stdout.splitlines()[1:])] == [
         f"thing {row[2]}" for row in rows
     ]
-    (folder / "more/d.png").write_text("no picture")
-    result = run(*arguments)
-    assert_refused(result, "PHOTO", "d.png: not an image that Pillow can read")
+
+
+def test_predict_goes_on_after_a_photo_that_it_cannot_read(narrow: Path, tmp_path: Path) -> None:
+    """It is named and counted, and the exit code tells."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, name in enumerate(("a.png", "c.jpg", "d.jpg")):
+        Image.new("RGB", (40, 30), (80 * number, 0, 0)).save(folder / name)
+    (folder / "b.png").write_text("no picture")
+    (folder / "d.jpg").write_bytes((folder / "d.jpg").read_bytes()[:400])
+    for batch in ("1", "8"):
+        arguments = ("predict", str(folder), "--weights", str(narrow), "--batch", batch)
+        for form, named in (("csv", 5), ("json", 1)):
+            result = run(*arguments, "--format", form)
+            assert result.exit_code == 1
+            assert [result.stdout.count(f"{n}.") for n in "abcd"] == [named, 0, named, 0]
+            first, second, last = result.stderr.splitlines()
+            assert first == f"resnest-fused: {folder}/b.png: not an image that Pillow can read"
+            assert second.startswith(f"resnest-fused: {folder}/d.jpg: cannot be decoded (")
+            assert last == "resnest-fused: 2 of 4 photos could not be read"
+    result = run("predict", str(folder / "b.png"), "--weights", str(narrow))
+    assert (result.exit_code, result.stdout) == (1, "")
 
 
 @pytest.mark.usefixtures("narrow")

@@ -339,7 +339,7 @@ def test_gradient_checkpointing_changes_no_bit(momentum: float | None, fused: bo
         grads = {f"{name}.grad": p.grad for name, p in model.named_parameters()}
         found.append({"loss": loss} | grads | buffers)
         kept.append(sum(sizes))
-    assert [name for name, value in found[0].items() if not torch.equal(value, found[1][name])] == []
+    assert [k for k, value in found[0].items() if not torch.equal(value, found[1][k])] == []
     assert kept[1] < 0.8 * kept[0]  # most is the stem's, which is not computed again
     assert torch.equal(saving.eval()(x), saving(x))
 

@@ -146,20 +146,19 @@ TRAININGS = {"detector": train_detector, "segmenter": train_segmenter}
 MARKS = {"detector": "box AP50", "segmenter": "mean IoU"}
 
 
-def draw_curves(folder: Path) -> None:
-    """A plot for each model, ``MODEL.png``, of all its runs in the folder."""
+def draw_curves(folder: Path, model: str) -> None:
+    """A plot, ``MODEL.png``, of all the model's runs in the folder."""
     from matplotlib.figure import Figure
 
-    for model, mark in MARKS.items():
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
-        for path in sorted(folder.glob(f"{model}_*.json")):
-            run = Run(**json.loads(path.read_text()))
-            label = path.stem.removeprefix(f"{model}_").replace("_", ", ")
-            axes.plot(run.losses, label=f"{label}: {mark} {run.mark:.3f}", linewidth=0.8)
-        axes.set(title=model, xlabel="step", ylabel="loss", yscale="log")
-        axes.legend()
-        figure.savefig(folder / f"{model}.png", dpi=120)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for path in sorted(folder.glob(f"{model}_*.json")):
+        run = Run(**json.loads(path.read_text()))
+        label = path.stem.removeprefix(f"{model}_").replace("_seed", ", seed ")
+        axes.plot(run.losses, label=f"{label}: {MARKS[model]} {run.mark:.3f}", linewidth=0.8)
+    axes.set(title=model, xlabel="step", ylabel="loss", yscale="log")
+    axes.legend()
+    figure.savefig(folder / f"{model}.png", dpi=120)
 
 
 if __name__ == "__main__":
@@ -178,4 +177,4 @@ if __name__ == "__main__":
             path = arguments.out / f"{name}_{kind}_seed{arguments.seed}.json"
             path.write_text(json.dumps(run._asdict()))
             print(f"{name}, {kind}: {MARKS[name]} {run.mark:.3f}, {run.seconds:.0f} CPU-s")
-            draw_curves(arguments.out)
+            draw_curves(arguments.out, name)

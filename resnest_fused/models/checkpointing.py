@@ -1,4 +1,4 @@
-"""Runs a block with gradient checkpointing, whose second forward leaves the block's buffers alone."""
+"""Gradient checkpointing of a block, whose second forward leaves the block's buffers alone."""
 
 import contextlib
 from collections.abc import Iterator
