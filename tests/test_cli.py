@@ -372,7 +372,7 @@ def test_names_of_files_may_hold_any_bytes(
     photos = ["predict", os.fsdecode(name), "--weights", str(narrow)]
     for form in ("csv", "table"):
         monkeypatch.setattr(sys, "argv", ["resnest-fused", *photos, "--format", form])
-        with pytest.raises(SystemExit, match="^0$"):
+        with pytest.raises(SystemExit, match=r"^0$"):
             main()
     assert written.getvalue().replace(b"\n", b"").count(name) == 6
 
