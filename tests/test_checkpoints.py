@@ -349,7 +349,7 @@ def test_files_that_the_system_does_not_open(
             models.read_checkpoint(tmp_path / name)
     (tmp_path / "others.pth").touch()
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may read everything
-    with pytest.raises(CheckpointError, match="others.pth: may not be read"):
+    with pytest.raises(CheckpointError, match=r"others\.pth: may not be read"):
         models.read_checkpoint(tmp_path / "others.pth")
 
 
