@@ -200,6 +200,7 @@ class ResNeSt(nn.Module):
         feature_info: of the stem and each stage a dictionary of ``num_chs``, ``reduction`` (the
             stride) and ``module`` (its name).
         num_features: channels of the last map.
+        head_hidden_size: channels of what goes into the FC, by timm's name: the same.
         absent_modules: what a backbone lacks of the whole network, which its checkpoints may hold.
 
     Raises:
@@ -307,7 +308,7 @@ class ResNeSt(nn.Module):
             self.add_module(STAGES[index], nn.Sequential(*stage))
             info = {"num_chs": channels, "reduction": reduction, "module": STAGES[index]}
             self.feature_info.append(info)
-        self.num_features = channels
+        self.num_features = self.head_hidden_size = channels
         self.absent_modules = () if self.out_names is None else (*STAGES[last:], "fc")
         if self.out_names is None:
             self.global_pool = GlobalPool(global_pool)

@@ -16,6 +16,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from resnest_fused.models.resnest import ResNeSt
@@ -90,8 +91,13 @@ def _entry(name: str, variant: Variant) -> Callable[..., nn.Module]:
             options["act_layer"] = layers.get_act_layer(options["act_layer"])
         if "norm_layer" in options:
             options["norm_layer"] = layers.get_norm_layer(options["norm_layer"])
+        # Where timm's own models make their parameters, and of what type.
+        place = torch.device(options.pop("device", None) or torch.get_default_device())
+        dtype = options.pop("dtype", None)
         options = _DEFAULTS | variant.options | options
-        return models.build_model_with_cfg(ResNeSt, name, pretrained, **options)
+        with place:
+            model = models.build_model_with_cfg(ResNeSt, name, pretrained, **options)
+        return model.to(dtype=dtype)
 
     build.__name__ = build.__qualname__ = name
     return build
