@@ -171,8 +171,12 @@ WRONG = {
     "frozen_stages": (5, "expected -1 to 4, got 5"),
     "conv_layer": ([nn.Conv2d] * 4, "expected one or five, got 4"),
     "out_indices": ((1, 5), r"expected different numbers from 0 to 4, .*, got \(1, 5\)"),
-    "layers": ((1, 2, 3), r"expected four numbers from 0 on, got \(1, 2, 3\)"),
-    "planes": ((8, 8, 8, 0), r"expected four numbers from 1 on, got \(8, 8, 8, 0\)"),
+    "layers": ((1, 2, 3), r"expected four integers from 0 on, got \(1, 2, 3\)"),
+    "planes": ((8, 8, 8, 0), r"expected four integers from 1 on, got \(8, 8, 8, 0\)"),
+    "cardinality": (0, "expected an integer from 1 on, got 0"),
+    "bottleneck_width": (2.5, "expected an integer from 1 on, got 2.5"),
+    "stem_width": (None, "expected an integer from 1 on, got None"),
+    "in_chans": (True, "expected an integer from 1 on, got True"),
 }
 
 
@@ -183,7 +187,9 @@ def test_a_wrong_option_is_named(name: str) -> None:
         small(**{name: value})
     with pytest.raises(ValueError, match="global_pool: '' takes num_classes=0, got 10"):
         small(global_pool="")
-    for indices in ((), (1, 1), {1: "a", 2: "a"}, {1: ""}):
+    with pytest.raises(ValueError, match="drop_rate: expected a number from 0"):
+        small(drop_rate=None)
+    for indices in (3, (), (1, 1), {1: "a", 2: "a"}, {1: ""}):
         with pytest.raises(ValueError, match="out_indices"):
             small(out_indices=indices)
 
@@ -215,6 +221,12 @@ def test_maps_are_those_of_the_classifier(tmp_path) -> None:
         models.backbone("resnest14", tmp_path / "other.pth", **narrow)
     features = small(num_classes=0)
     assert features(x.float()).shape == (2, 256)
+    for model, classes, message in (
+        (body, 3, "reset_classifier: a backbone has no classifier"),
+        (features, -1, "num_classes: expected an integer from 0 on, got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.reset_classifier(classes)
     features.reset_classifier(3)
     assert features(x.float()).shape == (2, 3)
 
