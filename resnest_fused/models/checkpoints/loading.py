@@ -85,6 +85,10 @@ def read_checkpoint(
         found = layout.find_prefix(state)
         if found is not None:
             names = _without_prefix(state, found, layout)
+            if len(names) < len(state):
+                raise CheckpointError(
+                    f"{name}: has some tensors twice, with and without {found!r} in front"
+                )
             return Checkpoint(name, layout.to_official(names), layout, found)
     return Checkpoint(name, state, None, "")
 
@@ -128,7 +132,8 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: as :func:`read_checkpoint`, or keys or shapes differ from the model's, or
-            there is no such module to leave out. The model is then as it was.
+            weights are integers, or there is no such module to leave out. The model is then as it
+            was.
         RuntimeError: the model's norms are folded; see :func:`resnest_fused.fuse`.
     """
     checkpoint = source
@@ -156,6 +161,14 @@ def load_checkpoint(
                 f"{key} {tuple(state[key].shape)} for {tuple(value.shape)}"
                 for key, value in expected.items()
                 if key in state and state[key].shape != value.shape
+            ),
+        ),
+        _listing(
+            "not of floating point",
+            (
+                f"{key} {state[key].dtype}"
+                for key, value in expected.items()
+                if key in state and value.is_floating_point() > state[key].is_floating_point()
             ),
         ),
     ]
