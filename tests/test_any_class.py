@@ -727,3 +727,27 @@ def test_copies_with_one_line_changed_are_left_alone(module):
             assert not report and len(report.left_alone) == 1, name
             reason = report.left_alone[0].reason
             assert ("off by" in reason) != (name == "an argument more"), (name, reason)
+
+
+class Buffered(nn.Module):
+    """Squeeze-and-excitation with a buffer that counts, or one that changes its input."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.act, self.gate = nn.ReLU(), nn.Sigmoid()
+        self.in_place = in_place
+        self.register_buffer("k", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate(self.fc2(self.act(self.fc1(x.mean((2, 3), keepdim=True)))))
+        return x.mul_(gate) if self.in_place else x * gate * self.k
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_buffer_that_counts_and_a_change_in_place_are_left_alone(in_place: bool) -> None:
+    """A checkpoint may bring another value, and the caller may read its tensor again."""
+    model = nn.Sequential(Buffered(in_place))
+    report = rf.fuse(model)
+    assert type(model[0]) is Buffered
+    assert ("in place" if in_place else "fused it would compute something else") in str(report)

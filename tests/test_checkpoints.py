@@ -379,3 +379,27 @@ def test_wrong_files_to_write(model: nn.Module, state: State, tmp_path: Path) ->
     ):
         models.read_checkpoint(path, sha256="x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["head.pth", "kept.pth"]
+
+
+def test_a_pipe_is_not_replaced_and_a_link_keeps_naming_its_file(
+    model: nn.Module, tmp_path: Path
+) -> None:
+    pipe, link, file = (tmp_path / name for name in ("pipe", "link", "file"))
+    os.mkfifo(pipe)
+    with pytest.raises(CheckpointError, match="not a file, but a folder, a device or a pipe"):
+        models.save_checkpoint(model, pipe)
+    assert pipe.is_fifo()
+    file.write_bytes(b"before")
+    link.symlink_to(file)
+    models.save_checkpoint(model, link)
+    assert link.is_symlink() and set(models.read_checkpoint(file).state) == set(model.state_dict())
+
+
+@pytest.mark.parametrize("layout", ["mm", "mmdet", "d2"])
+def test_a_network_that_a_layout_has_no_names_for_is_not_written(
+    layout: str, tmp_path: Path
+) -> None:
+    network = models.create("resnest14", deep_stem=False)
+    with pytest.raises(CheckpointError, match=f"the layout '{layout}' is not for this network"):
+        models.save_checkpoint(network, tmp_path / "file.pth", layout)
+    assert not any(tmp_path.iterdir())

@@ -38,7 +38,7 @@ _BATCHES = (5, 3, 4)
 # By the number of the map's dimensions.
 _SIZES: dict[int, tuple[tuple[int, ...], ...]] = {
     1: ((4,), (1,), (7,)),
-    2: ((3, 4), (1, 1), (5, 7)),
+    2: ((3, 4), (1, 1), (6, 6)),
     3: ((3, 4, 2), (1, 1, 1), (2, 3, 5)),
 }
 _LAYOUTS = (torch.contiguous_format, torch.channels_last, torch.contiguous_format)
@@ -164,6 +164,8 @@ def _difference(
     for batch, size, memory in zip(_BATCHES, _SIZES[dimensions], _LAYOUTS, strict=True):
         call = _call(forms[0], (batch, inputs, *size), memory, generator)
         calls.append(call)
+        if len(calls) == 1 and _changes_its_input(forms[0], call):
+            return "its forward changes its input in place, which the op would not"
         # A norm may be frozen in training; its mode counts then, not the module's.
         for mode in (_eval, _training, _norms_in_eval)[: 2 if len(calls) > 1 else 3]:
             problem = _compared(forms, call, mode)
@@ -188,6 +190,13 @@ def _difference(
             parameter.data = _draw(torch.randn, parameter.shape, generator).to(device)
         setattr(read(twin, tuple(parents)), name, probe)
     return _compared(forms, calls[0], _eval) if nothing else None
+
+
+def _changes_its_input(form: Form, call: Call) -> bool:
+    (x,) = (value.detach().clone() for value in call.args)
+    with form.take(), agreement.preserved(form.module), torch.no_grad():
+        form.module(x)
+    return not torch.equal(x, call.args[0])
 
 
 def _eval(module: nn.Module) -> str:
@@ -329,13 +338,14 @@ def _twin(
         return (_draw(torch.randn, tensor.shape, generator) / fan_in**0.5).to(device)
 
     def buffer_of(name: str, tensor: Tensor) -> Tensor:
-        # The buffers of a normalisation; a frozen one has its weight and bias among them.
-        if name not in ("running_mean", "running_var", "weight", "bias"):
+        if not tensor.is_floating_point():
             if tensor.is_meta:
                 return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
             return agreement.copied(tensor, torch.float64)
+        # Of a normalisation, a frozen one's weight and bias among them. Any other, such as a
+        # temperature, must not count, as a checkpoint may bring other values after the proof.
         values = _draw(torch.rand, tensor.shape, generator)
-        return (values + (0.5 if name in ("running_var", "weight") else -0.5)).to(device)
+        return (values - (0.5 if name in ("running_mean", "bias") else -0.5)).to(device)
 
     agreement.stand_in(twin, parameter_of, buffer_of)
     return twin.requires_grad_()

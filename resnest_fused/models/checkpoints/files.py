@@ -99,10 +99,15 @@ def _hash_of(path: Path) -> str:
 def write_tensors(state: Mapping[str, Tensor], path: Source) -> None:
     """Write tensors by name, as safetensors if the file's name ends so, else by ``torch.save``.
 
+    Behind a symbolic link the file that it names is replaced.
+
     Raises:
-        CheckpointError: the file cannot be written. What was there before is then still there.
+        CheckpointError: the file cannot be written, or the path is that of a folder, a device or a
+            pipe. What was there before is then still there.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise CheckpointError(f"{path}: not a file, but a folder, a device or a pipe")
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     save: Callable[[Any, str], None] = torch.save
     if target.suffix == ".safetensors":
