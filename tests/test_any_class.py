@@ -751,3 +751,12 @@ def test_a_buffer_that_counts_and_a_change_in_place_are_left_alone(in_place: boo
     report = rf.fuse(model)
     assert type(model[0]) is Buffered
     assert ("in place" if in_place else "fused it would compute something else") in str(report)
+
+
+def test_a_registered_radix_that_is_no_attribute() -> None:
+    class Reading(Buffered):
+        """Registered with a name that its modules lack."""
+
+    rf.register(Reading, fc1="fc1", fc2="fc2", radix="splits")
+    report = rf.fuse(nn.Sequential(Reading(in_place=False)))
+    assert "not as registered: 'Reading' object has no attribute 'splits'" in str(report)

@@ -132,7 +132,10 @@ def difference_by_class(
 def _difference(
     module: nn.Module, layout: Layout, fused: type[FusedModule], backend: str
 ) -> str | None:
-    radix, features = read(module, layout.radix), _features(module, layout)
+    try:
+        radix, features = read(module, layout.radix), _features(module, layout)
+    except AttributeError as error:
+        raise Unproven(f"not as registered: {error}") from error
     if features is None or not isinstance(radix, int) or radix < 1:
         raise Unproven("the number of its features is unknown")
     if folding.count_folded(module):
