@@ -33,8 +33,9 @@ from resnest_fused.measure import agreement
 from resnest_fused.measure.agreement import Call, Form, Incomparable
 from resnest_fused.modules import FusedModule
 
-# There are more than two samples, since normalising two gives +1 and -1.
-_BATCHES = (5, 3, 4)
+# There are more than two samples, since normalising two gives +1 and -1, and once more than 32,
+# where some norms take parts of the batch.
+_BATCHES = (5, 33, 4)
 # By the number of the map's dimensions.
 _SIZES: dict[int, tuple[tuple[int, ...], ...]] = {
     1: ((4,), (1,), (7,)),
@@ -167,8 +168,9 @@ def _difference(
     for batch, size, memory in zip(_BATCHES, _SIZES[dimensions], _LAYOUTS, strict=True):
         call = _call(forms[0], (batch, inputs, *size), memory, generator)
         calls.append(call)
-        if len(calls) == 1 and _changes_its_input(forms[0], call):
-            return "its forward changes its input in place, which the op would not"
+        effect = _side_effect(forms[0], call, layout) if len(calls) == 1 else None
+        if effect is not None:
+            return f"its forward {effect}, which the op would not"
         # A norm may be frozen in training; its mode counts then, not the module's.
         for mode in (_eval, _training, _norms_in_eval)[: 2 if len(calls) > 1 else 3]:
             problem = _compared(forms, call, mode)
@@ -195,11 +197,17 @@ def _difference(
     return _compared(forms, calls[0], _eval) if nothing else None
 
 
-def _changes_its_input(form: Form, call: Call) -> bool:
+def _side_effect(form: Form, call: Call, layout: Layout) -> str | None:
+    """What a forward does besides its result. Where a block is kept, its own forward still runs."""
+    module = form.module
     (x,) = (value.detach().clone() for value in call.args)
-    with form.take(), agreement.preserved(form.module), torch.no_grad():
-        form.module(x)
-    return not torch.equal(x, call.args[0])
+    with form.take(), agreement.preserved(module), torch.no_grad():
+        before = dict(vars(module))
+        module(x)
+        changed = [name for name, value in vars(module).items() if before.get(name) is not value]
+    if not torch.equal(x, call.args[0]):
+        return "changes its input in place"
+    return f"sets {', '.join(changed)}" if changed and layout.within is None else None
 
 
 def _eval(module: nn.Module) -> str:
