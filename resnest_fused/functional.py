@@ -67,7 +67,7 @@ def split_attention(
             call.
 
     Returns:
-        ``(B, C, H, W)`` in x's dtype and memory format. NaN and infinity pass through as in
+        ``(B, C, H, W)`` in x's dtype and memory format. NaN and infinity pass through to it as in
         PyTorch. Differentiable twice (the second time through the reference formulas).
 
     Raises:

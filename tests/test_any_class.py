@@ -727,3 +727,45 @@ def test_copies_with_one_line_changed_are_left_alone(module):
             assert not report and len(report.left_alone) == 1, name
             reason = report.left_alone[0].reason
             assert ("off by" in reason) != (name == "an argument more"), (name, reason)
+
+
+class Buffered(nn.Module):
+    """Squeeze-and-excitation with a buffer that counts, or one that changes its input."""
+
+    def __init__(self, in_place: bool, keeps: bool = False) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.act, self.gate = nn.ReLU(), nn.Sigmoid()
+        self.in_place, self.keeps = in_place, keeps
+        self.register_buffer("k", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate(self.fc2(self.act(self.fc1(x.mean((2, 3), keepdim=True)))))
+        if self.keeps:
+            self.last = gate
+            return x * gate
+        return x.mul_(gate) if self.in_place else x * gate * self.k
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_buffer_that_counts_and_a_change_in_place_are_left_alone(in_place: bool) -> None:
+    """A checkpoint may bring another value, and the caller may read its tensor again."""
+    model = nn.Sequential(Buffered(in_place))
+    report = rf.fuse(model)
+    assert type(model[0]) is Buffered
+    assert ("in place" if in_place else "fused it would compute something else") in str(report)
+
+
+def test_a_registered_radix_that_is_no_attribute() -> None:
+    class Reading(Buffered):
+        """Registered with a name that its modules lack."""
+
+    rf.register(Reading, fc1="fc1", fc2="fc2", radix="splits")
+    report = rf.fuse(nn.Sequential(Reading(in_place=False)))
+    assert "not as registered: 'Reading' object has no attribute 'splits'" in str(report)
+
+
+def test_a_forward_that_keeps_its_attention_is_left_alone() -> None:
+    model = nn.Sequential(Buffered(in_place=False, keeps=True))
+    assert "its forward sets last, which the op would not" in str(rf.fuse(model))
+    assert type(model[0]) is Buffered

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import http.server
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -283,6 +284,22 @@ WRONG: dict[str, tuple[object, str]] = {
     "a missing counter": (without("bn1.num_batches_tracked"), "1 missing .bn1.num_batches_tracked"),
     "no classifier": (without("fc.weight", "fc.bias"), r"2 missing .*; leave_out=\('fc',\) keeps"),
     "one more": (lambda s: s | {"fc2.bias": torch.ones(1)}, r": 1 unexpected \(fc2.bias\)$"),
+    "one without a module": (
+        lambda s: s | {"scale": torch.ones(1)},
+        r": 1 unexpected \(scale\)$",
+    ),
+    "integers": (
+        lambda s: s | {"bn1.bias": torch.ones(64, dtype=torch.int8)},
+        r": 1 not of floating point \(bn1.bias torch.int8\)$",
+    ),
+    "everything twice": (
+        lambda s: s | {f"net.{k}": v for k, v in s.items()},
+        r"\d+ unexpected \(net.conv1.0.weight, ",
+    ),
+    "some twice": (
+        lambda s: {f"net.{k}": v for k, v in s.items()} | {"fc.bias": s["fc.bias"]},
+        r"has some tensors twice, with and without 'net.' in front$",
+    ),
     "another shape": (
         lambda s: s | {"bn1.bias": torch.ones(9)},
         r": 1 of another shape \(bn1.bias \(9,\) for \(64,\)\)$",
@@ -323,6 +340,24 @@ def test_a_wrong_file_is_one_clear_sentence(name: str, state: State, tmp_path: P
     assert_same(model.state_dict(), before)
 
 
+def test_files_that_the_system_does_not_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("", "a" * 300, "a\0b", "folder"):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        with pytest.raises(CheckpointError, match="not a file that exists"):
+            models.read_checkpoint(tmp_path / name)
+    (tmp_path / "others.pth").touch()
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may read everything
+    with pytest.raises(CheckpointError, match=r"others\.pth: may not be read"):
+        models.read_checkpoint(tmp_path / "others.pth")
+
+
+def test_safetensors_are_recognised_under_any_name(state: State, tmp_path: Path) -> None:
+    safetensors.torch.save_file(state, tmp_path / "weights.pth")
+    assert_same(models.read_checkpoint(tmp_path / "weights.pth").state, state)
+
+
 def test_wrong_files_to_write(model: nn.Module, state: State, tmp_path: Path) -> None:
     path = tmp_path / "kept.pth"
     path.write_text("before")
@@ -344,3 +379,27 @@ def test_wrong_files_to_write(model: nn.Module, state: State, tmp_path: Path) ->
     ):
         models.read_checkpoint(path, sha256="x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["head.pth", "kept.pth"]
+
+
+def test_a_pipe_is_not_replaced_and_a_link_keeps_naming_its_file(
+    model: nn.Module, tmp_path: Path
+) -> None:
+    pipe, link, file = (tmp_path / name for name in ("pipe", "link", "file"))
+    os.mkfifo(pipe)
+    with pytest.raises(CheckpointError, match="not a file, but a folder, a device or a pipe"):
+        models.save_checkpoint(model, pipe)
+    assert pipe.is_fifo()
+    file.write_bytes(b"before")
+    link.symlink_to(file)
+    models.save_checkpoint(model, link)
+    assert link.is_symlink() and set(models.read_checkpoint(file).state) == set(model.state_dict())
+
+
+@pytest.mark.parametrize("layout", ["mm", "mmdet", "d2"])
+def test_a_network_that_a_layout_has_no_names_for_is_not_written(
+    layout: str, tmp_path: Path
+) -> None:
+    network = models.create("resnest14", deep_stem=False)
+    with pytest.raises(CheckpointError, match=f"the layout '{layout}' is not for this network"):
+        models.save_checkpoint(network, tmp_path / "file.pth", layout)
+    assert not any(tmp_path.iterdir())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import io
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from typer.testing import CliRunner, Result
 import resnest_fused as rf
 from resnest_fused import SplitAttentionConv2d, models, modules
 from resnest_fused.backends import NAMES, native
-from resnest_fused.cli.app import app
+from resnest_fused.cli.app import app, main
 from resnest_fused.cli.compare import _Backend, _describe_speed
 from resnest_fused.cli.convert import _Layout
 from resnest_fused.cli.devices import find_device
@@ -336,9 +337,44 @@ def test_predict_a_folder(narrow: Path, tmp_path: Path) -> None:
     assert [row[3] for row in csv.reader(result.stdout.splitlines()[1:])] == [
         f"thing {row[2]}" for row in rows
     ]
-    (folder / "more/d.png").write_text("no picture")
-    result = run(*arguments)
-    assert_refused(result, "PHOTO", "d.png: not an image that Pillow can read")
+
+
+def test_predict_goes_on_after_a_photo_that_it_cannot_read(narrow: Path, tmp_path: Path) -> None:
+    """It is named and counted, and the exit code tells."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, name in enumerate(("a.png", "c.jpg", "d.jpg")):
+        Image.new("RGB", (40, 30), (80 * number, 0, 0)).save(folder / name)
+    (folder / "b.png").write_text("no picture")
+    (folder / "d.jpg").write_bytes((folder / "d.jpg").read_bytes()[:400])
+    for batch in ("1", "8"):
+        arguments = ("predict", str(folder), "--weights", str(narrow), "--batch", batch)
+        for form, named in (("csv", 5), ("json", 1)):
+            result = run(*arguments, "--format", form)
+            assert result.exit_code == 1
+            assert [result.stdout.count(f"{n}.") for n in "abcd"] == [named, 0, named, 0]
+            first, second, last = result.stderr.splitlines()
+            assert first == f"resnest-fused: {folder}/b.png: not an image that Pillow can read"
+            assert second.startswith(f"resnest-fused: {folder}/d.jpg: cannot be decoded (")
+            assert last == "resnest-fused: 2 of 4 photos could not be read"
+    result = run("predict", str(folder / "b.png"), "--weights", str(narrow))
+    assert (result.exit_code, result.stdout) == (1, "")
+
+
+def test_names_of_files_may_hold_any_bytes(
+    narrow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = os.path.join(os.fsencode(tmp_path), b"caf\xe9.png")
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    os.rename(tmp_path / "a.png", name)
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "utf-8", write_through=True))
+    photos = ["predict", os.fsdecode(name), "--weights", str(narrow)]
+    for form in ("csv", "table"):
+        monkeypatch.setattr(sys, "argv", ["resnest-fused", *photos, "--format", form])
+        with pytest.raises(SystemExit, match=r"^0$"):
+            main()
+    assert written.getvalue().replace(b"\n", b"").count(name) == 6
 
 
 @pytest.mark.usefixtures("narrow")
@@ -364,11 +400,14 @@ def test_predict_with_random_weights_says_so(tmp_path: Path) -> None:
         assert_refused(run("predict", *arguments), option, reason)
 
 
-def test_models() -> None:
+@pytest.mark.parametrize("columns", ["80", "40"])
+def test_models(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a narrow screen, too, no name and no number is broken."""
+    monkeypatch.setenv("COLUMNS", columns)
     result = run("models")
     assert result.exit_code == 0 and max(map(len, result.output.splitlines())) <= 80
     assert re.search(
-        r"^resnest50 +27.5 M +5.37 +224 +81.03 +official$", result.output, re.MULTILINE
+        r"^resnest50 +27.5 M +5.37 +224 +81.03 +official *$", result.output, re.MULTILINE
     )
     assert re.search(r"^resnest152 +65.3 M +18.17 +256 +- +- *$", result.output, re.MULTILINE)
     assert "as published by the official repository" in " ".join(result.output.split())

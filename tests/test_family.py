@@ -35,8 +35,6 @@ PUBLISHED = {
     "resnest50_fast_4s2x40d": (30.4, 4.41),
     "resnest50_fast_1s4x24d": (25.7, 4.42),
 }
-QUICK = ("resnest14",)
-
 
 # A narrow network, whose blocks are as those of the others.
 SMALL = {"planes": (8, 16, 32, 64), "num_classes": 10}
@@ -52,13 +50,13 @@ def pictures(count: int = 2, side: int = 64, channels: int = 3) -> Tensor:
     return torch.randn(count, channels, side, side, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in VARIANTS]
-)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_sizes_are_the_published_ones(name: str) -> None:
+    """By tensors without content, whose shapes are all that counts."""
     variant = VARIANTS[name]
-    model = models.create(name, fused=False).eval()
-    x = torch.zeros(1, 3, variant.size, variant.size)
+    with torch.device("meta"):
+        model = models.create(name, fused=False).eval()
+        x = torch.zeros(1, 3, variant.size, variant.size)
     macs = elements = 0
 
     def count(module: nn.Module, inputs: object, out: Tensor) -> None:
@@ -171,8 +169,12 @@ WRONG = {
     "frozen_stages": (5, "expected -1 to 4, got 5"),
     "conv_layer": ([nn.Conv2d] * 4, "expected one or five, got 4"),
     "out_indices": ((1, 5), r"expected different numbers from 0 to 4, .*, got \(1, 5\)"),
-    "layers": ((1, 2, 3), r"expected four numbers from 0 on, got \(1, 2, 3\)"),
-    "planes": ((8, 8, 8, 0), r"expected four numbers from 1 on, got \(8, 8, 8, 0\)"),
+    "layers": ((1, 2, 3), r"expected four integers from 0 on, got \(1, 2, 3\)"),
+    "planes": ((8, 8, 8, 0), r"expected four integers from 1 on, got \(8, 8, 8, 0\)"),
+    "cardinality": (0, "expected an integer from 1 on, got 0"),
+    "bottleneck_width": (2.5, "expected an integer from 1 on, got 2.5"),
+    "stem_width": (None, "expected an integer from 1 on, got None"),
+    "in_chans": (True, "expected an integer from 1 on, got True"),
 }
 
 
@@ -183,7 +185,9 @@ def test_a_wrong_option_is_named(name: str) -> None:
         small(**{name: value})
     with pytest.raises(ValueError, match="global_pool: '' takes num_classes=0, got 10"):
         small(global_pool="")
-    for indices in ((), (1, 1), {1: "a", 2: "a"}, {1: ""}):
+    with pytest.raises(ValueError, match="drop_rate: expected a number from 0"):
+        small(drop_rate=None)
+    for indices in (3, (), (1, 1), {1: "a", 2: "a"}, {1: ""}):
         with pytest.raises(ValueError, match="out_indices"):
             small(out_indices=indices)
 
@@ -215,6 +219,12 @@ def test_maps_are_those_of_the_classifier(tmp_path) -> None:
         models.backbone("resnest14", tmp_path / "other.pth", **narrow)
     features = small(num_classes=0)
     assert features(x.float()).shape == (2, 256)
+    for model, classes, message in (
+        (body, 3, "reset_classifier: a backbone has no classifier"),
+        (features, -1, "num_classes: expected an integer from 0 on, got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.reset_classifier(classes)
     features.reset_classifier(3)
     assert features(x.float()).shape == (2, 3)
 
@@ -316,25 +326,43 @@ def test_drop_block_s_places_and_schedule() -> None:
     assert not is_nothing(drop)
 
 
-@pytest.mark.long  # the first use of torch.utils.checkpoint imports the compiler
-def test_gradient_checkpointing() -> None:
-    plain, saving = small(drop_path_rate=0.2).double(), small(drop_path_rate=0.2).double()
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_gradient_checkpointing_changes_no_bit(momentum: float | None, fused: bool) -> None:
+    """Neither of gradients nor of running statistics, in two steps with random drops."""
+    norm = functools.partial(nn.BatchNorm2d, momentum=momentum)
+    options = {"drop_path_rate": 0.2, "drop_block_rate": 0.2, "norm_layer": norm, "fused": fused}
+    plain, saving = small(**options), small(**options)
     saving.set_grad_checkpointing()
-    x, grads, kept = pictures(3), [], []
+    x, found, kept = pictures(3).float(), [], []
     for model in (plain, saving):
+        buffers = dict(model.named_buffers())
         torch.manual_seed(5)
         sizes: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1], lambda t: t
-        ):
-            loss = model(x).logsumexp(1).sum()
-        loss.backward()
-        grads.append([p.grad for p in model.parameters()])
+        for _ in range(2):
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1], lambda t: t
+            ):
+                loss = model(x).logsumexp(1).sum()
+            loss.backward()
+        assert all(buffer is buffers[name] for name, buffer in model.named_buffers())
+        grads = {f"{name}.grad": p.grad for name, p in model.named_parameters()}
+        found.append({"loss": loss} | grads | buffers)
         kept.append(sum(sizes))
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert [k for k, value in found[0].items() if not torch.equal(value, found[1][k])] == []
     assert kept[1] < 0.8 * kept[0]  # most is the stem's, which is not computed again
     assert torch.equal(saving.eval()(x), saving(x))
+
+
+@pytest.mark.long  # compiles
+def test_gradient_checkpointing_compiled() -> None:
+    plain, saving = small().double(), small().double()
+    saving.set_grad_checkpointing()
+    compiled = torch.compile(saving, fullgraph=True, backend="aot_eager")
+    for model in (plain, compiled):
+        model(pictures(3)).logsumexp(1).sum().backward()
+    for a, b in zip(plain.buffers(), saving.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_frozen_stages() -> None:

@@ -119,6 +119,7 @@ def test_timm_s_registry_builds_ours() -> None:
     for stride in (32, 8):
         peer = randomise(package.create_model("resnest14d", output_stride=stride)).eval()
         ours = package.create_model("fused_resnest14d", output_stride=stride).eval()
+        assert ours.head_hidden_size == peer.head_hidden_size
         assert type(ours) is models.ResNeSt and not any(b.bn3.weight.any() for b in ours.blocks())
         ours.load_state_dict(peer.state_dict(), strict=True)
         x = torch.randn(1, 3, 64, 64)
@@ -133,6 +134,8 @@ def test_timm_s_registry_builds_ours() -> None:
     model = package.create_model("fused_resnest50d_1s4x24d", **options)
     assert model(torch.randn(2, 1, 64, 64)).shape == (2, 3)
     assert isinstance(model.layer1[0].conv2.act0, nn.SiLU)
+    model = package.create_model("fused_resnest14d", device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
     assert copy.deepcopy(model).pretrained_cfg["classifier"] == "fc"
     model = package.create_model("fused_resnest14d", device="meta", dtype=torch.float16)
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.float16)}

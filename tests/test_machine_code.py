@@ -22,6 +22,12 @@ KERNELS = (
     *("statistics", "pool", "pool_backward", "pool_backward_prologue", "recombine"),
     *("recombine_backward", "attention_from_logits", "GemmNt", "GemmNn"),
 )
+# Those that ask for memory ahead, but where rows are walked as the processor foresees.
+FETCHING = (
+    *("statistics", "pool", "pool_backward", "pool_backward_prologue", "recombine"),
+    "recombine_backward",
+)
+FORWARD_IN_NCHW = ("pool", "pool_backward", "pool_backward_prologue")
 # Of the products' multiply-adds, the share that those loops must have.
 MULTIPLIED_IN_LOOPS = {"GemmNt": 0.35, "GemmNn": 0.6}
 # With an index it is an array. GCC needs a frame pointer where it aligns the stack.
@@ -100,6 +106,8 @@ def test_hot_loops_keep_their_vectors_in_registers(instruction_set: str) -> None
                 on_stack = [i for i in vectors if STACK.search(i.operands)]
                 told = "\n".join([name, *(f"{i.address:x} {i.name} {i.operands}" for i in loop)])
                 assert len(on_stack) <= max(2, len(vectors) / 6), told
+        if kernel[1] in FETCHING and not (kernel[1] in FORWARD_IN_NCHW and kernel[2] == "_nchw"):
+            assert any(i.name.startswith("prefetch") for i in instructions), name
         # The others are for the last vector of a row, which is not whole.
         at_least = MULTIPLIED_IN_LOOPS.get(kernel[1], 0)
         assert multiplied >= at_least * sum(map(multiplies, instructions)), name

@@ -5,7 +5,6 @@ One test is among those of the peers; the other trains for minutes: ``-m transfe
 
 from __future__ import annotations
 
-import copy
 import importlib
 from collections import OrderedDict
 from pathlib import Path
@@ -18,7 +17,6 @@ import torch.nn.functional as F
 from shapes import CLASSES
 from torch import Tensor, nn
 
-import resnest_fused as rf
 from resnest_fused import models
 from resnest_fused.models import images
 
@@ -54,18 +52,20 @@ def photo(side: int) -> Tensor:
 @pytest.mark.peers
 def test_a_photo_through_torchvision_s_detector_and_segmenter() -> None:
     torch.manual_seed(0)
-    detector, segmenter = faster_rcnn(min_size=96, max_size=96), deeplab()
+    size = {"min_size": 96, "max_size": 96}
+    detector, segmenter = faster_rcnn(**size), deeplab()
     target = {"boxes": torch.tensor([[10.0, 10, 60, 60]]), "labels": torch.tensor([1])}
     losses = detector([photo(96), photo(96).flip(-1)], [target, target])
     sum(losses.values()).backward()
     out = segmenter(torch.stack([photo(96), photo(96).flip(-1)]))["out"]
     assert out.shape == (2, len(CLASSES), 96, 96)
     F.cross_entropy(out, torch.zeros(2, 96, 96, dtype=torch.long)).backward()
-    for model in (detector, segmenter):
+    unfused = faster_rcnn(fused=False, **size), deeplab(fused=False)
+    for model, plain in zip((detector, segmenter), unfused, strict=True):
         body = model.backbone.body if model is detector else model.backbone
         assert all(p.grad is not None and p.grad.isfinite().all() for p in body.parameters())
-        plain = copy.deepcopy(model).eval()
-        rf.unfuse(plain)
+        plain.load_state_dict(model.state_dict())
+        plain.eval()
         fused = model.eval()
         if model is detector:
             (a,), (b,) = plain([photo(96)]), fused([photo(96)])

@@ -1,8 +1,8 @@
 """Trains torchvision's detector and segmenter over a resnest14 on drawn shapes, from scratch.
 
-``python tests/transfer.py`` runs both, fused and unfused, and draws their curves::
+This trains both, fused and unfused, and keeps their losses and a plot of them for each::
 
-    python tests/transfer.py --out curves.png
+    python tests/transfer.py --out benchmarks/results/transfer
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ _TEST_SEED = 1_000_000  # of the pictures that no training sees
 
 
 class Run(NamedTuple):
-    """One training: its loss by step, its mark on fresh pictures, and its time on one core."""
+    """One training: its loss by step, its mark on fresh pictures, and CPU-seconds."""
 
     losses: list[float]
     mark: float
@@ -130,51 +130,51 @@ def _train(
     return Run(losses, mark, time.process_time() - started)
 
 
-def train_detector(fused: bool, steps: int = 300, side: int = 96) -> Run:
+def train_detector(fused: bool, steps: int = 300, side: int = 96, seed: int = 0) -> Run:
     """Box AP50 of a Faster R-CNN."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return _train(detector(fused, side), _detection_loss, _box_ap50, side, steps, 8, 1e-3)
 
 
-def train_segmenter(fused: bool, steps: int = 150, side: int = 96) -> Run:
+def train_segmenter(fused: bool, steps: int = 150, side: int = 96, seed: int = 0) -> Run:
     """Mean IoU of a DeepLabV3."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return _train(segmenter(fused), _segmentation_loss, _mean_iou, side, steps, 8, 1e-3)
 
 
-def draw_curves(runs: dict[str, dict[str, Run]], path: Path) -> None:
-    """The losses of all runs, a plot for each model."""
+TRAININGS = {"detector": train_detector, "segmenter": train_segmenter}
+MARKS = {"detector": "box AP50", "segmenter": "mean IoU"}
+
+
+def draw_curves(folder: Path, model: str) -> None:
+    """A plot, ``MODEL.png``, of all the model's runs in the folder."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * len(runs), 4), layout="constrained")
-    plots = figure.subplots(1, len(runs), squeeze=False)[0]
-    for axes, (name, pair) in zip(plots, runs.items(), strict=True):
-        for label, run in pair.items():
-            axes.plot(run.losses, label=f"{label}: {run.mark:.3f}", linewidth=0.8)
-        axes.set(title=name, xlabel="step", ylabel="loss", yscale="log")
-        axes.legend()
-    figure.savefig(path)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for path in sorted(folder.glob(f"{model}_*.json")):
+        run = Run(**json.loads(path.read_text()))
+        label = path.stem.removeprefix(f"{model}_").replace("_seed", ", seed ")
+        axes.plot(run.losses, label=f"{label}: {MARKS[model]} {run.mark:.3f}", linewidth=0.8)
+    axes.set(title=model, xlabel="step", ylabel="loss", yscale="log")
+    axes.legend()
+    figure.savefig(folder / f"{model}.png", dpi=120)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="where to draw the curves, as PNG")
-    parser.add_argument("--steps", type=int, help="of each training")
-    parser.add_argument("--only", choices=("detector", "segmenter"))
+    parser.add_argument("--out", type=Path, required=True, help="folder for losses and curves")
+    parser.add_argument("--only", choices=TRAININGS, help="train one of the models")
     parser.add_argument("--kinds", nargs="+", default=["fused", "unfused"])
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
     arguments = parser.parse_args()
-    trainings: dict[str, Any] = {"detector": train_detector, "segmenter": train_segmenter}
-    found: dict[str, dict[str, Run]] = {}
-    for name, train in trainings.items():
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name, train in TRAININGS.items():
         if arguments.only not in (None, name):
             continue
-        options = {} if arguments.steps is None else {"steps": arguments.steps}
         for kind in arguments.kinds:
-            run = train(kind == "fused", **options)
-            found.setdefault(name, {})[kind] = run
-            print(
-                json.dumps({"model": name, "kind": kind, "mark": run.mark, "cpu_s": run.seconds}),
-                flush=True,
-            )
-    if arguments.out is not None:
-        draw_curves(found, arguments.out)
+            run = train(kind == "fused", seed=arguments.seed)
+            path = arguments.out / f"{name}_{kind}_seed{arguments.seed}.json"
+            path.write_text(json.dumps(run._asdict()))
+            print(f"{name}, {kind}: {MARKS[name]} {run.mark:.3f}, {run.seconds:.0f} CPU-s")
+            draw_curves(arguments.out, name)

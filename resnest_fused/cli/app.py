@@ -68,6 +68,8 @@ app.command("evaluate", cls=_Command)(evaluate.run)
 
 def main() -> None:
     """The entry point ``resnest-fused``."""
+    # Files' names may hold any bytes, and are printed as they are.
+    sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
     app(prog_name="resnest-fused")
 
 

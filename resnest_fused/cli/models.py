@@ -22,7 +22,7 @@ def run(
         print(json.dumps([variant._asdict() for variant in VARIANTS.values()], indent=2))
         return
     console = screen.make_console()
-    table = screen.make_table("name", "parameters", "GMACs", "pixels", "top-1 %", "by")
+    table = screen.make_table("name", "parameters", "GMACs", "pixels", "top-1 %", "published by")
     for column in table.columns[1:-1]:
         column.justify = "right"
     for variant in VARIANTS.values():
@@ -39,4 +39,4 @@ def run(
         "here.\nGMACs: of the convolutions and the FC, at these pixels.\nAlso known to compare and "
         "predict: official:NAME (package resnest) and timm:NAME."
     )
-    screen.print_table(console, "ResNeSt's networks", table, note)
+    screen.print_table(console, "ResNeSt's networks", table, note, whole=True)

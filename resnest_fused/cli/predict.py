@@ -83,10 +83,10 @@ def run(
 ) -> None:
     """Name the likeliest classes of photos, with their probabilities.
 
-    Photos are cropped and scaled as the network's own evaluation does. They are read before
-    anything is printed, so a damaged one stops the run.
+    Photos are cropped and scaled as the network's own evaluation does. Those that cannot be read
+    are left out and named on stderr.
 
-    Exit code: 0 done, 2 wrong arguments or files.
+    Exit code: 0 done, 1 some photos could not be read, 2 wrong arguments or files.
     """
     import torch
 
@@ -105,24 +105,32 @@ def run(
         network = models.create(model, weights, sha256=sha256)
     rf.fuse(network)
     preprocessing = registry.preprocessing(model, network)
-    guesses = list(_guess(network.eval().to(place), preprocessing, paths, batch, top, classes))
+    unreadable: list[str] = []
+    network = network.eval().to(place)
+    answers = list(_guess(network, preprocessing, paths, batch, top, classes, unreadable))
     if form is _Format.json:
         rows = [
             {"photo": str(path), "classes": [guess._asdict() for guess in found]}
-            for path, found in zip(paths, guesses, strict=True)
+            for path, found in answers
         ]
         print(json.dumps(rows, indent=2))
     elif form is _Format.csv:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(("photo", "rank", *_Guess._fields))
-        for path, found in zip(paths, guesses, strict=True):
+        for path, found in answers:
             for rank, guess in enumerate(found, 1):
                 shown = (guess.number, guess.name, f"{guess.probability:.6f}")
                 writer.writerow((path, rank, *shown))
     else:
-        _print_tables(paths, guesses)
+        _print_tables(answers)
     if weights is None:
         print("random weights: the classes mean nothing; give --weights", file=sys.stderr)
+    if unreadable:
+        for reason in unreadable:
+            print(f"resnest-fused: {reason}", file=sys.stderr)
+        count = f"{len(unreadable)} of {len(paths)} photos"
+        print(f"resnest-fused: {count} could not be read", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def _find_photos(given: Sequence[Path]) -> list[Path]:
@@ -135,6 +143,8 @@ def _find_photos(given: Sequence[Path]) -> list[Path]:
     paths = []
     for path in given:
         if not path.is_dir():
+            if not path.is_file():
+                raise bad("PHOTO", f"{path}: not a file that exists")
             paths.append(path)
             continue
         found = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
@@ -151,8 +161,9 @@ def _guess(
     batch: int,
     top: int,
     classes: Path | None,
-) -> Iterator[list[_Guess]]:
-    """The likeliest classes of each photo, best first."""
+    unreadable: list[str],
+) -> Iterator[tuple[Path, list[_Guess]]]:
+    """Each photo with its likeliest classes, best first; what is wrong with the other photos."""
     import torch
 
     from resnest_fused.models import images
@@ -161,17 +172,23 @@ def _guess(
     names: Sequence[str] = ()
     with screen.progress("predicting", total=len(paths)) as advance, torch.inference_mode():
         for start in range(0, len(paths), batch):
-            pictures = []
+            readable, pictures = [], []
             for path in paths[start : start + batch]:
-                with blame("PHOTO"):
+                try:
                     pictures.append(preprocessing.transform(images.read_image(path)))
+                    readable.append(path)
+                except ValueError as error:
+                    unreadable.append(" ".join(str(error).split()))
+                    advance()
+            if not pictures:
+                continue
             with blame("--batch", torch.OutOfMemoryError):
                 odds = network(torch.stack(pictures).to(place)).double().softmax(dim=1).cpu()
             names = names or _class_names(odds.shape[1], classes)
-            for row in odds:
+            for path, row in zip(readable, odds, strict=True):
                 best = row.topk(min(top, len(row)))
                 pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-                yield [_Guess(number, names[number], odds) for number, odds in pairs]
+                yield path, [_Guess(number, names[number], odds) for number, odds in pairs]
                 advance()
 
 
@@ -190,9 +207,9 @@ def _class_names(count: int, file: Path | None) -> Sequence[str]:
     return names
 
 
-def _print_tables(paths: Sequence[Path], guesses: Sequence[list[_Guess]]) -> None:
+def _print_tables(answers: Sequence[tuple[Path, list[_Guess]]]) -> None:
     console = screen.make_console()
-    for path, found in zip(paths, guesses, strict=True):
+    for path, found in answers:
         table: Any = screen.make_table("class", "name", "probability")
         for column in (table.columns[0], table.columns[2]):
             column.justify = "right"

@@ -33,12 +33,22 @@ def make_table(*columns: str) -> Table:
     return table
 
 
-def print_table(console: Console, title: str, table: Table, note: str = "") -> None:
-    """Print a table below its title, and a note below the table."""
+def print_table(
+    console: Console, title: str, table: Table, note: str = "", whole: bool = False
+) -> None:
+    """Print a table below its title, and a note below the table.
+
+    Args:
+        whole: whether rows stay whole on a screen that is too narrow, which then wraps them.
+            Otherwise cells are broken to fit.
+    """
     console.print()
     # Not the table's own title and caption, which wrap at its width instead of the screen's.
     console.print(title, style="bold")
-    console.print(table)
+    if whole:
+        wide = console.options.update(width=1000)
+        table.width = console.measure(table, options=wide).maximum
+    console.print(table, soft_wrap=whole)
     if note:
         console.print(note, style="dim")
 

@@ -33,12 +33,13 @@ from resnest_fused.measure import agreement
 from resnest_fused.measure.agreement import Call, Form, Incomparable
 from resnest_fused.modules import FusedModule
 
-# There are more than two samples, since normalising two gives +1 and -1.
-_BATCHES = (5, 3, 4)
+# There are more than two samples, since normalising two gives +1 and -1, and once more than 32,
+# where some norms take parts of the batch.
+_BATCHES = (5, 33, 4)
 # By the number of the map's dimensions.
 _SIZES: dict[int, tuple[tuple[int, ...], ...]] = {
     1: ((4,), (1,), (7,)),
-    2: ((3, 4), (1, 1), (5, 7)),
+    2: ((3, 4), (1, 1), (6, 6)),
     3: ((3, 4, 2), (1, 1, 1), (2, 3, 5)),
 }
 _LAYOUTS = (torch.contiguous_format, torch.channels_last, torch.contiguous_format)
@@ -132,7 +133,10 @@ def difference_by_class(
 def _difference(
     module: nn.Module, layout: Layout, fused: type[FusedModule], backend: str
 ) -> str | None:
-    radix, features = read(module, layout.radix), _features(module, layout)
+    try:
+        radix, features = read(module, layout.radix), _features(module, layout)
+    except AttributeError as error:
+        raise Unproven(f"not as registered: {error}") from error
     if features is None or not isinstance(radix, int) or radix < 1:
         raise Unproven("the number of its features is unknown")
     if folding.count_folded(module):
@@ -164,6 +168,9 @@ def _difference(
     for batch, size, memory in zip(_BATCHES, _SIZES[dimensions], _LAYOUTS, strict=True):
         call = _call(forms[0], (batch, inputs, *size), memory, generator)
         calls.append(call)
+        effect = _side_effect(forms[0], call, layout) if len(calls) == 1 else None
+        if effect is not None:
+            return f"its forward {effect}, which the op would not"
         # A norm may be frozen in training; its mode counts then, not the module's.
         for mode in (_eval, _training, _norms_in_eval)[: 2 if len(calls) > 1 else 3]:
             problem = _compared(forms, call, mode)
@@ -188,6 +195,19 @@ def _difference(
             parameter.data = _draw(torch.randn, parameter.shape, generator).to(device)
         setattr(read(twin, tuple(parents)), name, probe)
     return _compared(forms, calls[0], _eval) if nothing else None
+
+
+def _side_effect(form: Form, call: Call, layout: Layout) -> str | None:
+    """What a forward does besides its result. Where a block is kept, its own forward still runs."""
+    module = form.module
+    (x,) = (value.detach().clone() for value in call.args)
+    with form.take(), agreement.preserved(module), torch.no_grad():
+        before = dict(vars(module))
+        module(x)
+        changed = [name for name, value in vars(module).items() if before.get(name) is not value]
+    if not torch.equal(x, call.args[0]):
+        return "changes its input in place"
+    return f"sets {', '.join(changed)}" if changed and layout.within is None else None
 
 
 def _eval(module: nn.Module) -> str:
@@ -329,13 +349,14 @@ def _twin(
         return (_draw(torch.randn, tensor.shape, generator) / fan_in**0.5).to(device)
 
     def buffer_of(name: str, tensor: Tensor) -> Tensor:
-        # The buffers of a normalisation; a frozen one has its weight and bias among them.
-        if name not in ("running_mean", "running_var", "weight", "bias"):
+        if not tensor.is_floating_point():
             if tensor.is_meta:
                 return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
             return agreement.copied(tensor, torch.float64)
+        # Of a normalisation, a frozen one's weight and bias among them. Any other, such as a
+        # temperature, must not count, as a checkpoint may bring other values after the proof.
         values = _draw(torch.rand, tensor.shape, generator)
-        return (values + (0.5 if name in ("running_var", "weight") else -0.5)).to(device)
+        return (values - (0.5 if name in ("running_mean", "bias") else -0.5)).to(device)
 
     agreement.stand_in(twin, parameter_of, buffer_of)
     return twin.requires_grad_()

@@ -287,7 +287,7 @@ def _found_within(block: nn.Module) -> Layout | None:
     if not fronts:
         return None
     name, front = fronts[-1]
-    if has_child(front, getattr(front, "act", None)):
+    if has_child(front, getattr(front, "act", None)) and hasattr(front, "drop"):
         parts: dict[str, Any] | None = {"bn0": (), "drop": ("drop",), "act0": ("act",)}
     else:
         parts = _parts(front, _NAMES_OF_FRONT)

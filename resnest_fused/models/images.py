@@ -7,7 +7,7 @@ import os
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 # Of ImageNet's training images, by channel R, G, B, for values in [0, 1].
@@ -16,26 +16,33 @@ STD = torch.tensor([0.229, 0.224, 0.225])
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """The picture in a file, decoded, in RGB.
+    """The picture in a file, decoded, upright, in RGB with 8 bits.
+
+    Of an animation the first picture is taken. Transparency is left out.
 
     Example::
 
         x = preprocess(read_image("photo.jpg"))[None]
 
     Raises:
-        ValueError: not a file, not a picture that Pillow can read, truncated, or too large.
+        ValueError: not a file, not a picture that Pillow can read, truncated, too large, or with
+            32 bits a value, which may mean any brightness.
     """
     name = os.fspath(path)
     if not os.path.isfile(path):
         raise ValueError(f"{name}: not a file that exists")
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            upright = ImageOps.exif_transpose(image)  # as the camera was held
     except UnidentifiedImageError as error:
         raise ValueError(f"{name}: not an image that Pillow can read") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        # Pillow's plugins report damage as OSError or, some of them, as SyntaxError.
+    except Exception as error:  # a damaged file makes Pillow's plugins raise almost anything
         raise ValueError(f"{name}: cannot be decoded ({error})") from error
+    if upright.mode in ("I", "F"):
+        raise ValueError(f"{name}: expected 8 or 16 bits a value, got 32")
+    if upright.mode.startswith("I;16"):  # Pillow's own conversion cuts all but the darkest off
+        upright = Image.fromarray(np.round(np.asarray(upright) / 257).astype(np.uint8))
+    return upright.convert("RGB")
 
 
 def preprocess(image: Image.Image, size: int = 224, ratio: float | None = None) -> Tensor:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from resnest_fused.models.checkpointing import run_saving_memory
 from resnest_fused.models.dilation import StagePlan, plan_stages
 from resnest_fused.models.drop import DropBlock2d, DropPath
 from resnest_fused.models.pooling import Avd, GlobalPool, SameAvgPool2d
@@ -200,6 +200,7 @@ class ResNeSt(nn.Module):
         feature_info: of the stem and each stage a dictionary of ``num_chs``, ``reduction`` (the
             stride) and ``module`` (its name).
         num_features: channels of the last map.
+        head_hidden_size: channels of what goes into the FC, by timm's name: the same.
         absent_modules: what a backbone lacks of the whole network, which its checkpoints may hold.
 
     Raises:
@@ -238,16 +239,13 @@ class ResNeSt(nn.Module):
     ) -> None:
         super().__init__()
         plans = plan_stages(output_stride, dilation_style)
-        _check_options(
-            layers, planes, radix, num_classes, global_pool, drop_block_style, frozen_stages
-        )
-        for name, rate in (
-            ("drop_rate", drop_rate),
-            ("drop_path_rate", drop_path_rate),
-            ("drop_block_rate", drop_block_rate),
-        ):
-            if not 0 <= rate < 1:
-                raise ValueError(f"{name}: expected a number from 0 to below 1, got {rate!r}")
+        _check_integers(num_classes=num_classes, radix=radix, least=0)
+        _check_integers(cardinality=cardinality, bottleneck_width=bottleneck_width, least=1)
+        _check_integers(stem_width=stem_width, in_chans=in_chans, least=1)
+        _check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        _check_rates(drop_block_rate=drop_block_rate)
+        _check_head(num_classes, global_pool)
+        _check_options(layers, planes, drop_block_style, frozen_stages)
         layers_of = [conv_layer] * 5 if callable(conv_layer) else list(conv_layer)
         if len(layers_of) != 5:
             raise ValueError(f"conv_layer: expected one or five, got {len(layers_of)}")
@@ -307,7 +305,7 @@ class ResNeSt(nn.Module):
             self.add_module(STAGES[index], nn.Sequential(*stage))
             info = {"num_chs": channels, "reduction": reduction, "module": STAGES[index]}
             self.feature_info.append(info)
-        self.num_features = channels
+        self.num_features = self.head_hidden_size = channels
         self.absent_modules = () if self.out_names is None else (*STAGES[last:], "fc")
         if self.out_names is None:
             self.global_pool = GlobalPool(global_pool)
@@ -376,7 +374,7 @@ class ResNeSt(nn.Module):
         if not (self.grad_checkpointing and self.training):
             return stage(x)
         for block in stage:
-            x = checkpoint(block, x, use_reentrant=False)
+            x = run_saving_memory(block, x)
         return x
 
     def train(self, mode: bool = True) -> "ResNeSt":
@@ -394,8 +392,7 @@ class ResNeSt(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only what goes into each block in training, and compute the rest again in backward.
 
-        Running statistics then take in each batch twice, as ``torch.utils.checkpoint`` runs a
-        block's forward twice. Gradients are the same.
+        Gradients and running statistics are the same to the bit.
         """
         self.grad_checkpointing = enable
 
@@ -421,7 +418,14 @@ class ResNeSt(nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new, random FC for another number of classes in the place of the old one."""
+        """Put a new, random FC for another number of classes in the place of the old one.
+
+        Raises:
+            ValueError: an argument has a wrong value, or this is a backbone, which has no FC.
+        """
+        if self.out_names is not None:
+            raise ValueError("reset_classifier: a backbone has no classifier")
+        _check_integers(num_classes=num_classes, least=0)
         if global_pool is not None:
             _check_head(num_classes, global_pool)
             self.global_pool = GlobalPool(global_pool)
@@ -431,31 +435,32 @@ class ResNeSt(nn.Module):
         self.fc.to(place.device, place.dtype).train(self.training)
 
 
+def _check_integers(*, least: int, **given: Any) -> None:
+    for name, value in given.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}: expected an integer from {least} on, got {value!r}")
+
+
+def _check_rates(**given: Any) -> None:
+    for name, rate in given.items():
+        if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+            raise ValueError(f"{name}: expected a number from 0 to below 1, got {rate!r}")
+
+
 def _check_options(
-    layers: Sequence[int],
-    planes: Sequence[int],
-    radix: int,
-    num_classes: int,
-    global_pool: str,
-    drop_block_style: str,
-    frozen_stages: int,
+    layers: Sequence[int], planes: Sequence[int], drop_block_style: str, frozen_stages: int
 ) -> None:
     for name, counts, least in (("layers", layers, 0), ("planes", planes, 1)):
-        if len(counts) != 4 or min(counts) < least:
-            raise ValueError(f"{name}: expected four numbers from {least} on, got {tuple(counts)}")
-    if not isinstance(radix, int) or radix < 0:
-        raise ValueError(f"radix: expected an integer from 0 on, got {radix!r}")
-    _check_head(num_classes, global_pool)
+        if len(counts) != 4 or not all(isinstance(n, int) and n >= least for n in counts):
+            raise ValueError(f"{name}: expected four integers from {least} on, got {counts!r}")
     if drop_block_style not in DROP_BLOCK_STYLES:
         known = ", ".join(map(repr, DROP_BLOCK_STYLES))
         raise ValueError(f"drop_block_style: expected one of {known}, got {drop_block_style!r}")
-    if not -1 <= frozen_stages <= 4:
+    if frozen_stages not in range(-1, 5):
         raise ValueError(f"frozen_stages: expected -1 to 4, got {frozen_stages!r}")
 
 
 def _check_head(num_classes: int, global_pool: str) -> None:
-    if num_classes < 0:
-        raise ValueError(f"num_classes: expected an integer from 0 on, got {num_classes!r}")
     if num_classes and not global_pool:
         raise ValueError(f"global_pool: '' takes num_classes=0, got {num_classes}")
 
@@ -463,9 +468,11 @@ def _check_head(num_classes: int, global_pool: str) -> None:
 def _check_out_indices(out_indices: OutIndices) -> dict[int, str]:
     """The names of the maps by index, in the order asked for; names are empty for a list."""
     named = isinstance(out_indices, Mapping)
-    names = (
-        dict(out_indices) if isinstance(out_indices, Mapping) else dict.fromkeys(out_indices, "")
-    )
+    names: dict[int, str] = {}
+    if isinstance(out_indices, Mapping):
+        names = dict(out_indices)
+    elif isinstance(out_indices, Sequence):
+        names = dict.fromkeys(out_indices, "")
     distinct = len(set(names.values())) == len(names) and all(names.values())
     if (
         not names

@@ -6,7 +6,6 @@ waits for it, and ``import resnest_fused`` is enough for ``timm.create_model("fu
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
 import sys
@@ -92,11 +91,13 @@ def _entry(name: str, variant: Variant) -> Callable[..., nn.Module]:
             options["act_layer"] = layers.get_act_layer(options["act_layer"])
         if "norm_layer" in options:
             options["norm_layer"] = layers.get_norm_layer(options["norm_layer"])
-        device, dtype = options.pop("device", None), options.pop("dtype", None)
+        # Where timm's own models make their parameters, and of what type.
+        place = torch.device(options.pop("device", None) or torch.get_default_device())
+        dtype = options.pop("dtype", None)
         options = _DEFAULTS | variant.options | options
-        with contextlib.nullcontext() if device is None else torch.device(device):
-            network = models.build_model_with_cfg(ResNeSt, name, pretrained, **options)
-        return network if dtype is None else network.to(dtype)
+        with place:
+            model = models.build_model_with_cfg(ResNeSt, name, pretrained, **options)
+        return model.to(dtype=dtype)
 
     build.__name__ = build.__qualname__ = name
     return build

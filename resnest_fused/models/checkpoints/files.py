@@ -33,13 +33,14 @@ class CheckpointError(ValueError):
 def read_tensors(source: Source, sha256: str | None = None, entry: str | None = None) -> Any:
     """The dictionary of tensors in a file, still with the names and prefixes that it has there.
 
-    Files of ``torch.save`` are read with ``weights_only=True``, so no code in them runs.
+    Files of ``torch.save`` are read with ``weights_only=True``, so no code in them runs. Those of
+    safetensors are recognised under any name.
 
     Raises:
         CheckpointError: as :func:`resnest_fused.models.read_checkpoint`.
     """
     path = fetch(source, sha256)
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    content = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
     return _checked(_find_state(content, entry, source), source)
 
 
@@ -66,8 +67,10 @@ def fetch(source: Source, sha256: str | None = None) -> Path:
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             _download(name, path)
-    elif not path.is_file():
+    elif not os.path.isfile(name):  # Path's own raises OSError for some names
         raise CheckpointError(f"{name}: not a file that exists")
+    elif not os.access(name, os.R_OK):
+        raise CheckpointError(f"{name}: may not be read")
     if sha256 is not None:
         found = _hash_of(path)
         if not found.startswith(sha256.lower()):
@@ -96,10 +99,15 @@ def _hash_of(path: Path) -> str:
 def write_tensors(state: Mapping[str, Tensor], path: Source) -> None:
     """Write tensors by name, as safetensors if the file's name ends so, else by ``torch.save``.
 
+    Behind a symbolic link the file that it names is replaced.
+
     Raises:
-        CheckpointError: the file cannot be written. What was there before is then still there.
+        CheckpointError: the file cannot be written, or the path is that of a folder, a device or a
+            pipe. What was there before is then still there.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise CheckpointError(f"{path}: not a file, but a folder, a device or a pipe")
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     save: Callable[[Any, str], None] = torch.save
     if target.suffix == ".safetensors":
@@ -128,6 +136,12 @@ def _safetensors(path: Path) -> Any:
     except ImportError as error:
         raise CheckpointError(f"{path}: needs a package; try pip install safetensors") from error
     return safetensors.torch
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its name, or by its content: the size of a header in JSON, and the header."""
+    with open(path, "rb") as file:
+        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
 
 
 def _read_safetensors(path: Path) -> Any:

@@ -68,6 +68,9 @@ class Layout:
         found = {}
         for key, value in state.items():
             module, _, tensor = key.rpartition(".")
+            if not module:
+                found[key] = value
+                continue
             match = pattern.fullmatch(module)
             if module == self.head:
                 module = "fc"

@@ -81,15 +81,24 @@ def read_checkpoint(
     # DataParallel and others put this in front of every name of any network.
     while state and all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
+    return _recognised(name, state)
+
+
+read_checkpoint.__doc__ = (read_checkpoint.__doc__ or "").format(entries=", ".join(files.ENTRIES))
+
+
+def _recognised(name: str, state: dict[str, Tensor]) -> Checkpoint:
+    """With the official layout's names, if the names are those of a layout."""
     for layout in _LAYOUTS:
         found = layout.find_prefix(state)
         if found is not None:
             names = _without_prefix(state, found, layout)
+            if len(names) < len(state):
+                raise CheckpointError(
+                    f"{name}: has some tensors twice, with and without {found!r} in front"
+                )
             return Checkpoint(name, layout.to_official(names), layout, found)
     return Checkpoint(name, state, None, "")
-
-
-read_checkpoint.__doc__ = (read_checkpoint.__doc__ or "").format(entries=", ".join(files.ENTRIES))
 
 
 def _without_prefix(state: Mapping[str, Tensor], prefix: str, layout: Layout) -> dict[str, Tensor]:
@@ -128,7 +137,8 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: as :func:`read_checkpoint`, or keys or shapes differ from the model's, or
-            there is no such module to leave out. The model is then as it was.
+            weights are integers, or there is no such module to leave out. The model is then as it
+            was.
         RuntimeError: the model's norms are folded; see :func:`resnest_fused.fuse`.
     """
     checkpoint = source
@@ -158,6 +168,14 @@ def load_checkpoint(
                 if key in state and state[key].shape != value.shape
             ),
         ),
+        _listing(
+            "not of floating point",
+            (
+                f"{key} {state[key].dtype}"
+                for key, value in expected.items()
+                if key in state and value.is_floating_point() > state[key].is_floating_point()
+            ),
+        ),
     ]
     if any(complaints):
         raise CheckpointError(
@@ -184,8 +202,9 @@ def save_checkpoint(model: nn.Module, path: Source, layout: str = "official") ->
         The names that the layout has no place for: the classifier's, or Gluon's lack of counters.
 
     Raises:
-        CheckpointError: no such layout, no ResNeSt, or the file cannot be written. What was there
-            before is then still there.
+        CheckpointError: no such layout, no ResNeSt, one that the layout has no names for (such as
+            one without a deep stem in "mm"), or the file cannot be written. What was there before
+            is then still there.
     """
     return _write(model.state_dict(), type(model).__name__, path, layout)
 
@@ -218,11 +237,15 @@ def _write(state: Mapping[str, Tensor], whose: str, path: Source, layout: str) -
     if strangers or not any(key.startswith("layer1.0.conv2.") for key in state):
         raise CheckpointError(f"{whose}: not the weights of a ResNeSt: {strangers or 'no blocks'}")
     written = LAYOUTS[layout].from_official(state)
+    kept = _recognised(whose, dict(written)).state
+    lost = sorted(key for key in state if key not in kept)
+    nameless = [key for key in lost if not (key.startswith("fc.") or _is_counter(key))]
+    strange = sorted(key for key in kept if key not in state)
+    if nameless or strange:
+        told = _listing("names that would not be read as they are", nameless or strange)
+        raise CheckpointError(f"{whose}: the layout {layout!r} is not for this network: {told}")
     files.write_tensors(written, path)
-    kept = LAYOUTS[layout].to_official(
-        {key.removeprefix(LAYOUTS[layout].prefix): value for key, value in written.items()}
-    )
-    return sorted(key for key in state if key not in kept)
+    return lost
 
 
 def _is_counter(key: str) -> bool:
