@@ -371,7 +371,8 @@ def test_wrong_files_to_write(model: nn.Module, state: State, tmp_path: Path) ->
     with pytest.raises(CheckpointError, match=r"not the weights of a ResNeSt: no blocks"):
         models.convert_checkpoint(tmp_path / "head.pth", path, "mm")
     assert path.read_text() == "before"
-    for absent in (tmp_path / "no/such/file.pth", tmp_path / "no/such/file.safetensors"):
+    nowhere = ("no/such/file.pth", "no/such/file.safetensors", "x" * 300)
+    for absent in (tmp_path / name for name in nowhere):
         with pytest.raises(CheckpointError, match="cannot be written"):
             models.save_checkpoint(model, absent)
     with pytest.raises(

@@ -43,8 +43,8 @@ inline int64_t item_bytes(const Problem& p, int64_t element_size) {
   return elements * element_size;
 }
 
-// From so many bytes of x on, kernels ask for rows of pixels ahead of their use. Smaller maps lie
-// in the cores' caches, where asking took 3 to 10% of the time.
+// From so many bytes of x on, kernels ask for memory ahead of its use. Smaller maps lie in the
+// cores' caches, where asking took 3 to 10% of the time.
 inline constexpr int64_t kPrefetchBytes = 4 * 1024 * 1024;
 
 inline bool prefetches(const Problem& p, int64_t element_size) {

@@ -76,7 +76,9 @@ class World(NamedTuple):
     def wait_for_first(self) -> None:
         """Wait until the first process comes here, for a day rather than for the timeout."""
         if self.size > 1:
-            dist.barrier(dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1)))
+            # Any: its type also has what a process outside of the group gets, which none is.
+            group: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+            dist.barrier(group)
 
     def share_buffers(self, model: nn.Module) -> None:
         """Give all processes the first one's running statistics, as DDP does before each step."""

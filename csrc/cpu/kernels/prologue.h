@@ -78,11 +78,12 @@ RF_INLINE V preactivation(V x, const Affine<V>& at) {
   return fma(x, at.scale, at.shift);
 }
 
-// z: the ReLU as a maximum, whose second operand is returned where it is NaN.
+// z
 template <typename V>
 RF_INLINE V activation(V x, const NoAffine&) {
   return x;
 }
+// `relu` in one instruction; it passes NaN, too. A zero may keep its sign, which no sum shows.
 template <typename V>
 RF_INLINE V activation(V x, const Affine<V>& at) {
   return larger(V{}, preactivation(x, at));

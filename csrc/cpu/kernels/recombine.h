@@ -151,6 +151,7 @@ RF_KERNEL void recombine_nchw(const Problem& p, const Prologue<Acc<T>>& prologue
       return Split<V, kPrologue>{broadcast<V>(a[f]), affine_of<kPrologue, V>(prologue, f + c)};
     };
     const auto held = hold<kRadix ? kRadix : 1>(0, make);
+    // Of two splits, as the networks have them; of more the first and the last.
     auto ahead = ahead_of_row(fetches, row, pixels);
     auto ahead_last =
         ahead_of_row(fetches && radix > 1, row + (radix - 1) * channels * pixels, pixels);

@@ -59,7 +59,7 @@ struct Halves {
 
   // By instructions between registers: as a cast of bits it would go through memory.
   RF_INLINE static Halves of(V v) {
-    using Half = decltype(low);
+    using Half [[maybe_unused]] = decltype(low);
 #if RF_REGISTER_BYTES == 64
     if constexpr (sizeof v == 64) {
       const auto wide = reinterpret<__m512d>(v);

@@ -106,7 +106,7 @@ def write_tensors(state: Mapping[str, Tensor], path: Source) -> None:
             pipe. What was there before is then still there.
     """
     target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
+    if os.path.exists(target) and not os.path.isfile(target):  # as in reading
         raise CheckpointError(f"{path}: not a file, but a folder, a device or a pipe")
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     save: Callable[[Any, str], None] = torch.save
