@@ -29,8 +29,11 @@ Device read_device(int index) {
   device.threads_per_multiprocessor = attribute(cudaDevAttrMaxThreadsPerMultiProcessor, index);
   device.registers_per_multiprocessor = attribute(cudaDevAttrMaxRegistersPerMultiprocessor, index);
   device.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlock, index);
+  device.shared_per_block_optin = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   device.shared_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
   device.grid_blocks = attribute(cudaDevAttrMaxGridDimX, index);
+  // Where there are clusters, they may have 8 blocks.
+  device.cluster_blocks = attribute(cudaDevAttrClusterLaunch, index) ? 8 : 1;
   return device;
 }
 

@@ -81,6 +81,15 @@ __device__ __forceinline__ void store(T* to, const Vector<T, kCount>& vector) {
   __stcs(reinterpret_cast<Word*>(to), word);
 }
 
+// The same into shared memory.
+template <int kCount, typename T>
+__device__ __forceinline__ void store_shared(T* to, const Vector<T, kCount>& vector) {
+  using Word = typename WordOf<sizeof(T) * kCount>::Type;
+  Word word;
+  memcpy(&word, &vector, sizeof(word));
+  *reinterpret_cast<Word*>(to) = word;
+}
+
 #if defined(__CUDACC__)
 // The block's dynamic shared memory, 16-byte aligned. Kernels reach it only through here, so that a
 // runtime for another processor can provide it.

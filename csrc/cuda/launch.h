@@ -23,6 +23,9 @@ inline void check_launch(cudaError_t error, const Launch& planned) {
   }
 }
 
+// Shared memory that a kernel may have without opting in to more.
+constexpr int64_t kSharedWithoutOptIn = 48 * 1024;
+
 // Launch the kernel as planned; nothing without a grid.
 template <typename Args>
 void launch(cudaStream_t stream, void (*kernel)(Args), const Launch& planned, const Args& args) {
@@ -34,6 +37,19 @@ void launch(cudaStream_t stream, void (*kernel)(Args), const Launch& planned, co
   config.blockDim = dim3(static_cast<unsigned>(planned.threads));
   config.dynamicSmemBytes = static_cast<size_t>(planned.shared_bytes);
   config.stream = stream;
+  cudaLaunchAttribute cluster{};
+  if (planned.cluster > 1) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(planned.cluster);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+  }
+  if (planned.shared_bytes > kSharedWithoutOptIn) {
+    check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(planned.shared_bytes)),
+                 planned);
+  }
   check_launch(cudaLaunchKernelEx(&config, kernel, args), planned);
 }
 

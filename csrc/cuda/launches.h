@@ -3,6 +3,7 @@
 
 #include "cuda/attention.cuh"
 #include "cuda/launch.h"
+#include "cuda/on_chip.cuh"
 #include "cuda/pool.cuh"
 #include "cuda/prologue.cuh"
 #include "cuda/recombine.cuh"
@@ -46,6 +47,10 @@ void recombine(cudaStream_t stream, const Launch& planned, Form form, const Reco
 template <typename T>
 void recombine_backward(cudaStream_t stream, const Launch& planned, Form form,
                         const RecombineBackwardArgs<T>& args);
+
+// All phases of an evaluation.
+template <typename T>
+void on_chip(cudaStream_t stream, const Launch& planned, Form form, const OnChipArgs<T>& args);
 
 // After a forward.
 template <typename A>

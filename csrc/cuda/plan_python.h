@@ -89,8 +89,10 @@ inline Device device_from(const pybind11::dict& dict) {
   device.threads_per_multiprocessor = fields.integer("threads_per_multiprocessor", kWarp);
   device.registers_per_multiprocessor = fields.integer("registers_per_multiprocessor", 1);
   device.shared_per_block = fields.integer("shared_per_block", 0);
+  device.shared_per_block_optin = fields.integer("shared_per_block_optin", 0);
   device.shared_per_multiprocessor = fields.integer("shared_per_multiprocessor", 0);
   device.grid_blocks = fields.integer("grid_blocks", 1);
+  device.cluster_blocks = fields.integer("cluster_blocks", 1);
   fields.finish();
   return device;
 }

@@ -71,12 +71,16 @@ int64_t product_bytes(int64_t threads, int64_t acc_size) {
 
 // Call visit(kernel) for each kernel of a call, in the order of their launches.
 template <typename Visit>
-void for_kernels(const Workload& w, const Visit& visit) {
+void for_kernels(const Workload& w, const Plan& plan, const Visit& visit) {
   const auto visit_if = [&](bool needed, Kernel kernel) {
     if (needed) {
       visit(kernel);
     }
   };
+  if (plan.on_chip.cluster > 0) {
+    visit(Kernel::kOnChip);
+    return;
+  }
   if (w.pass == Pass::kBackward) {
     visit(Kernel::kPoolBackward);
     visit(Kernel::kAttentionBackward);
@@ -246,6 +250,73 @@ BackwardWorkspace::BackwardWorkspace(const Workload& w, const Plan& plan) {
   dgap = take(w.batch * w.channels, size);
 }
 
+namespace {
+
+// A block's memory for so many samples of a cluster. The counts are small, as what has no room is
+// not kept.
+int64_t lay_out(OnChip& plan, const Workload& w, const Tiling& t, int64_t samples) {
+  // In NCHW copies begin and end at multiples of a vector.
+  const int64_t elements = t.threads / t.lanes * w.pixels;
+  const int64_t split = w.channels_last ? 0 : (ceil_div(elements, t.vector) + 1) * t.vector;
+  const int64_t part_bytes =
+      w.element_size * (w.channels_last ? t.chunk_pixels * w.features() : w.radix * split);
+  const int64_t parts = w.channels_last ? t.chunks : t.channel_blocks;
+  const int64_t held = ceil_div(samples * parts, plan.cluster);
+  const int64_t size = w.acc_size();
+  Workspace space;
+  space.take(share_sums_bytes(t, w.channels_last, 1, size), 1);
+  const int64_t barriers = space.take(held, sizeof(uint64_t));
+  const int64_t scale = space.take(w.relu ? w.features() : 0, size);
+  const int64_t shift = space.take(w.relu ? w.features() : 0, size);
+  const int64_t hidden = ceil_div(w.inter, plan.cluster);
+  const int64_t bn1 = space.take(5 * hidden, size), fc1_bias = space.take(hidden, size);
+  const int64_t fc2_bias = space.take(w.radix * ceil_div(w.channels, plan.cluster), size);
+  const int64_t partial = space.take(t.chunks > 1 ? samples * t.chunks * w.channels : 0, size);
+  const int64_t gap = space.take(samples * w.channels, size);
+  const int64_t u = space.take(samples * w.inter, size);
+  const int64_t attention = space.take(samples * w.features(), size);
+  const int64_t x = space.take(held, part_bytes);
+  if (space.bytes <= kMostShared) {
+    const auto narrow = [](int64_t value) { return static_cast<int32_t>(value); };
+    plan = {plan.cluster,       narrow(samples),    narrow(parts),    narrow(held),
+            narrow(part_bytes), narrow(split),      narrow(barriers), narrow(scale),
+            narrow(shift),      narrow(bn1),        narrow(fc1_bias), narrow(fc2_bias),
+            narrow(partial),    narrow(gap),        narrow(u),        narrow(attention),
+            narrow(x),          narrow(space.bytes)};
+  }
+  return space.bytes;
+}
+
+}  // namespace
+
+// Two blocks a multiprocessor if a sample fits: one computes while the other one waits for x. All
+// samples of a cluster use a weight that was read once, so there are as many as find room, but no
+// fewer clusters than the device can run at a time.
+OnChip on_chip_plan(const Device& device, const Workload& w) {
+  const Tiling t = sample_tiling(device, w);
+  const int64_t cluster = device.cluster_blocks;
+  if (w.pass != Pass::kEval || cluster < 2 || t.vector == 1 || w.radix != kOnChipRadix ||
+      w.batch == 0) {
+    return {};
+  }
+  OnChip plan{};
+  plan.cluster = static_cast<int32_t>(cluster);
+  const int64_t at_a_time =
+      std::max<int64_t>(kBlocksPerMultiprocessor * device.multiprocessors / cluster, 1);
+  const int64_t wanted = std::clamp<int64_t>(ceil_div(w.batch, at_a_time), 1, kHeldSamples);
+  const int64_t half =
+      device.shared_per_multiprocessor / kBlocksPerMultiprocessor - kReservedShared;
+  for (const int64_t room :
+       {std::min(half, device.shared_per_block_optin), device.shared_per_block_optin}) {
+    for (int64_t samples = wanted; samples > 0; --samples) {
+      if (lay_out(plan, w, t, samples) <= room) {
+        return plan;
+      }
+    }
+  }
+  return {};
+}
+
 Plan make_plan(const Device& device, const Workload& w) {
   const bool backward = w.pass == Pass::kBackward;
   const int64_t blocks = backward ? kBackwardBlocks : kForwardBlocks;
@@ -253,11 +324,12 @@ Plan make_plan(const Device& device, const Workload& w) {
   const bool coupled = w.batch_stats || w.bn1_batch_stats;
   Plan plan{
       coupled ? batch_tiling(device, w, blocks, most_summed_chunks(w)) : sample_tiling(device, w),
-      batch_tiling(device, w, blocks, most_chunks(w)), 0};
+      batch_tiling(device, w, blocks, most_chunks(w)), on_chip_plan(device, w), 0};
   map_blocks(plan.tiling, w.batch);  // throws where they cannot be counted
   map_blocks(plan.recombine_tiling, w.batch);
-  plan.workspace_bytes =
-      backward ? BackwardWorkspace(w, plan).bytes : ForwardWorkspace(device, w, plan).bytes;
+  plan.workspace_bytes = backward                   ? BackwardWorkspace(w, plan).bytes
+                         : plan.on_chip.cluster > 0 ? 0
+                                                    : ForwardWorkspace(device, w, plan).bytes;
   return plan;
 }
 
@@ -306,13 +378,18 @@ Launch launch_of(const Device& device, const Workload& w, const Plan& plan, Kern
       return of_recombine("recombine_backward");
     case Kernel::kUpdateRunningStatistics:
       return launch("update_running_statistics", 1, 0);
+    case Kernel::kOnChip: {
+      const OnChip& kept = plan.on_chip;
+      const int64_t blocks = counted(ceil_div(w.batch, kept.samples) * kept.cluster, kMostBlocks);
+      return {kernel, "on_chip", blocks, blocks, threads, kept.bytes, kept.cluster};
+    }
   }
   throw std::logic_error("resnest_fused: no such kernel");
 }
 
 std::vector<Launch> launches_of(const Device& device, const Workload& w, const Plan& plan) {
   std::vector<Launch> launches;
-  for_kernels(w, [&](Kernel kernel) {
+  for_kernels(w, plan, [&](Kernel kernel) {
     const Launch launch = launch_of(device, w, plan, kernel);
     if (launch.grid > 0) {
       launches.push_back(launch);

@@ -19,9 +19,11 @@ struct Device {
   int64_t threads_per_block;  // at least a warp
   int64_t threads_per_multiprocessor;
   int64_t registers_per_multiprocessor;
-  int64_t shared_per_block;  // bytes, without opting in to more
+  int64_t shared_per_block;        // bytes, without opting in to more
+  int64_t shared_per_block_optin;  // bytes, with opting in
   int64_t shared_per_multiprocessor;
-  int64_t grid_blocks;  // the largest grid along x
+  int64_t grid_blocks;     // the largest grid along x
+  int64_t cluster_blocks;  // the largest cluster that may be launched; 1: it has none
 };
 
 enum class Pass : int32_t { kEval, kTrain, kBackward };
@@ -56,6 +58,7 @@ struct Workload {
 struct Plan {
   Tiling tiling;            // of what sums over pixels
   Tiling recombine_tiling;  // of what does not
+  OnChip on_chip;           // of an evaluation in one launch
   int64_t workspace_bytes;
 };
 
@@ -82,6 +85,9 @@ int32_t counted(int64_t count, int64_t most);
 
 // Blocks of a map of so many samples.
 int64_t map_blocks(const Tiling& t, int64_t samples);
+
+// How a device keeps an evaluation's x on chip, if it can.
+OnChip on_chip_plan(const Device& device, const Workload& w);
 
 // How many items the stages of phase 2 have, and the launch of those.
 using ForwardItems = std::array<int64_t, ForwardStage::kCount>;

@@ -32,20 +32,20 @@ struct PoolArgs {
   unsigned* counters;  // of phase 2, to open; or null
 };
 
-template <typename T, bool kNhwc, int kRadix, int kVector, bool kPrologue>
-__device__ __forceinline__ void pool_block(const PoolArgs<T>& args, int64_t block) {
+// A thread's sum over its share of x. take(held, first_split) takes bn0's parameters.
+template <int kRadix, bool kPrologue, typename T, bool kNhwc, int kVector, typename Take>
+__device__ __forceinline__ void pool_share(const Share<kVector, kNhwc>& share, const T* of_map,
+                                           int radix, Acc<T> (&sums)[1][kOwnSums<kVector, kNhwc>],
+                                           Take take) {
   using A = Acc<T>;
   constexpr int kSplits = splits_held(kRadix, kPrologue && kNhwc ? 2 * kVector : 1);
   constexpr int kBatch = positions_held(kSplits);
-  const int radix = kRadix ? kRadix : args.sizes.radix;
-  const Share<kVector, kNhwc> share(args.sizes, args.tiling, block);
-  A sums[1][kOwnSums<kVector, kNhwc>] = {};
   for (int first_split = 0; first_split < radix; first_split += kSplits) {
     HeldPrologue<kSplits, kVector, kNhwc, A> held;
     if constexpr (kPrologue) {
-      held.take(share, args.sizes, args.bn0, args.prologue, first_split);
+      take(held, first_split);
     }
-    const T* const x = args.x + share.x + first_split * share.split;
+    const T* const x = of_map + share.x + first_split * share.split;
     share.template for_each<kBatch>([&](auto width, int position, int step, int end) {
       constexpr int kWidth = decltype(width)::value;
       Vector<T, kWidth> values[kSplits][kBatch];
@@ -71,7 +71,17 @@ __device__ __forceinline__ void pool_block(const PoolArgs<T>& args, int64_t bloc
       }
     });
   }
-  sum_over_share(share, args.tiling, args.sizes.channels, sums, [&](int c, A(&totals)[1]) {
+}
+
+template <typename T, bool kNhwc, int kRadix, int kVector, bool kPrologue>
+__device__ __forceinline__ void pool_block(const PoolArgs<T>& args, int64_t block) {
+  const int radix = kRadix ? kRadix : args.sizes.radix;
+  const Share<kVector, kNhwc> share(args.sizes, args.tiling, block);
+  Acc<T> sums[1][kOwnSums<kVector, kNhwc>] = {};
+  pool_share<kRadix, kPrologue>(share, args.x, radix, sums, [&](auto& held, int first_split) {
+    held.take(share, args.sizes, args.bn0, args.prologue, first_split);
+  });
+  sum_over_share(share, args.tiling, args.sizes.channels, sums, [&](int c, Acc<T>(&totals)[1]) {
     const int64_t row = share.sample * args.tiling.chunks + share.chunk;
     args.partial[row * args.sizes.channels + c] = totals[0] * args.scale;
   });

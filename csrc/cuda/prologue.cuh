@@ -99,6 +99,18 @@ struct HeldPrologue {
     }
     __syncthreads();  // from here on the memory is for sums
   }
+
+  // What a pool needs of them, from where they were left.
+  __device__ __forceinline__ void take(const Share<kVector, kNhwc>& share, const MapSizes& sizes,
+                                       const Prologue<A>& prologue, int first_split) {
+#pragma unroll
+    for (int r = 0; r < kSplits; ++r) {
+      const int64_t f = int64_t{first_split + r} * sizes.channels + share.channel;
+      using Parameters = PerChannel<A, kVector, kNhwc>;
+      scale[r] = Parameters::of(prologue.scale, f, A(1), share.inside);
+      shift[r] = Parameters::of(prologue.shift, f, A(0), share.inside);
+    }
+  }
 };
 
 // The prologue where no pool comes before.

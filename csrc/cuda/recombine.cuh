@@ -19,8 +19,13 @@ struct RecombineArgs {
   T* out;                     // (B, C, H, W)
 };
 
-template <typename T, bool kNhwc, int kRadix, int kVector, bool kPrologue>
-__device__ __forceinline__ void recombine_block(const RecombineArgs<T>& args, int64_t block) {
+// A thread's share of the result: put(offset, vector) stores it. The sample's attention and bn0's
+// parameters are arrays by feature.
+template <int kRadix, bool kPrologue, typename T, bool kNhwc, int kVector, typename Put>
+__device__ __forceinline__ void recombine_share(const Share<kVector, kNhwc>& share,
+                                                const MapSizes& sizes, const T* x,
+                                                const Acc<T>* attention,
+                                                const Prologue<Acc<T>>& prologue, Put put) {
   using A = Acc<T>;
   using Coefficient = PerChannel<A, kVector, kNhwc>;
   constexpr int kEach = (kNhwc ? kVector : 1) * (kPrologue ? 3 : 1);
@@ -28,18 +33,16 @@ __device__ __forceinline__ void recombine_block(const RecombineArgs<T>& args, in
   constexpr bool kHeld = kRadix > 0 && kRadix * kEach <= 48;
   constexpr int kSplits = kHeld ? kRadix : 1;
   constexpr int kBatch = kHeld ? (kRadix >= 4 ? 1 : 4 / kRadix) : 4;
-  const int radix = kRadix ? kRadix : args.sizes.radix;
-  const Share<kVector, kNhwc> share(args.sizes, args.tiling, block);
-  const A* const attention = args.attention + share.sample * args.sizes.features();
+  const int radix = kRadix ? kRadix : sizes.radix;
   Coefficient a[kSplits], scale[kSplits], shift[kSplits];
   const auto take_coefficients = [&](int first_split) {
 #pragma unroll
     for (int r = 0; r < kSplits; ++r) {
-      const int64_t f = int64_t{first_split + r} * args.sizes.channels + share.channel;
+      const int64_t f = int64_t{first_split + r} * sizes.channels + share.channel;
       a[r] = Coefficient::of(attention, f, A(0), share.inside);
       if constexpr (kPrologue) {
-        scale[r] = Coefficient::of(args.prologue.scale, f, A(1), share.inside);
-        shift[r] = Coefficient::of(args.prologue.shift, f, A(0), share.inside);
+        scale[r] = Coefficient::of(prologue.scale, f, A(1), share.inside);
+        shift[r] = Coefficient::of(prologue.shift, f, A(0), share.inside);
       }
     }
   };
@@ -53,8 +56,8 @@ __device__ __forceinline__ void recombine_block(const RecombineArgs<T>& args, in
       Vector<T, kWidth> values[kSplits][kBatch];
 #pragma unroll
       for (int r = 0; r < kSplits; ++r) {
-        load_batch(args.x, share.x + (first_split + r) * share.split, share.x_step, position, step,
-                   end, values[r]);
+        load_batch(x, share.x + (first_split + r) * share.split, share.x_step, position, step, end,
+                   values[r]);
       }
       if constexpr (!kHeld) {
         take_coefficients(first_split);
@@ -82,10 +85,18 @@ __device__ __forceinline__ void recombine_block(const RecombineArgs<T>& args, in
         for (int e = 0; e < kWidth; ++e) {
           result.values[e] = narrow<T>(sums[u][e]);
         }
-        store(args.out + share.out + (position + u * step) * share.out_step, result);
+        put(share.out + (position + u * step) * share.out_step, result);
       }
     }
   });
+}
+
+template <typename T, bool kNhwc, int kRadix, int kVector, bool kPrologue>
+__device__ __forceinline__ void recombine_block(const RecombineArgs<T>& args, int64_t block) {
+  const Share<kVector, kNhwc> share(args.sizes, args.tiling, block);
+  recombine_share<kRadix, kPrologue>(
+      share, args.sizes, args.x, args.attention + share.sample * args.sizes.features(),
+      args.prologue, [&](int64_t offset, const auto& result) { store(args.out + offset, result); });
 }
 
 template <typename T, bool kNhwc, int kRadix, int kVector, bool kPrologue>

@@ -22,7 +22,7 @@ void forward(const Context& context, const Map& map, const Mlp& mlp, const Tenso
   w.bn1_batch_stats = mlp.bn1.batch_stats;
   const Plan plan = make_plan(context.device, w);
   const ForwardWorkspace space(context.device, w, plan);
-  const Run<T> run(context, map, w, plan, space.bytes);
+  const Run<T> run(context, map, w, plan, plan.workspace_bytes);
   const cudaStream_t stream = context.stream;
   const Tiling& tiling = plan.tiling;
 
@@ -77,6 +77,15 @@ void forward(const Context& context, const Map& map, const Mlp& mlp, const Tenso
                      {run.sizes, plan.recombine_tiling, step.blocks, const_data<T>(map.x), prologue,
                       attention, data<T>(out)});
         break;
+      case Kernel::kOnChip:
+        if constexpr (!std::is_same_v<T, double>) {
+          on_chip<T>(stream, step, run.form,
+                     {run.sizes, tiling, plan.on_chip, sizes, w.batch, const_data<T>(map.x), bn0,
+                      per_pixel, parameter(mlp.fc1_weight), parameter(mlp.fc1_bias), bn1,
+                      parameter(mlp.fc2_weight), parameter(mlp.fc2_bias), data<T>(out)});
+          break;
+        }
+        [[fallthrough]];
       default:
         refuse(step);
     }

@@ -50,6 +50,36 @@ constexpr int64_t kLeastLanes = 8;
 // single elements kWarp.
 constexpr int64_t kHeldFeatures = 512;
 
+// What an evaluation that keeps x on chip is compiled for: the radix of the published networks, and
+// samples of a cluster of blocks, at most.
+constexpr int kOnChipRadix = 2;
+constexpr int kHeldSamples = 4;
+
+// How an evaluation keeps x on chip: a cluster of blocks holds `samples`, in parts. A part is what
+// a block of the pool takes: some channels of all splits in NCHW, a chunk of pixels in NHWC. In
+// bytes, where each array begins in a block's shared memory; all blocks have all arrays but the
+// parts.
+struct OnChip {
+  int32_t cluster;     // blocks of a cluster; 0: x is not kept
+  int32_t samples;     // of a cluster
+  int32_t parts;       // of a sample
+  int32_t held;        // parts of a block
+  int32_t part_bytes;  // the room of a part
+  int32_t split;       // in NCHW: elements from a split to the next one in a part
+  int32_t barriers;    // (held); before them is the room that sums over threads need
+  int32_t scale;       // (R*C), bn0's; with a prologue
+  int32_t shift;       // (R*C)
+  int32_t bn1;         // of the block's hidden features, as NormAt
+  int32_t fc1_bias;    // of those
+  int32_t fc2_bias;    // (R, the block's channels)
+  int32_t partial;     // (samples, chunks, C); of several chunks
+  int32_t gap;         // (samples, C)
+  int32_t u;           // (samples, I)
+  int32_t attention;   // (samples, R, C)
+  int32_t x;           // (held)
+  int32_t bytes;       // of all
+};
+
 // The stages of phase 2, in their order: each waits for one before it (stages.cuh).
 struct ForwardStage {
   enum : int { kGap, kHidden, kBatchNorm, kAttention, kCount };
@@ -83,6 +113,7 @@ enum class Kernel : int32_t {
   kPrologueBackward,
   kRecombineBackward,
   kUpdateRunningStatistics,
+  kOnChip,
 };
 
 // A kernel's launch.
@@ -93,6 +124,7 @@ struct Launch {
   int64_t grid;  // kernels walk over the blocks where these are more
   int64_t threads;
   int64_t shared_bytes;
+  int64_t cluster = 1;  // blocks that run together and reach each other's shared memory
 };
 
 }  // namespace resnest_fused::cuda

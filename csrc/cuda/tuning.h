@@ -18,4 +18,8 @@ constexpr int64_t kStatisticsBlocks = 2;
 constexpr int64_t kForwardBlocks = 4;
 constexpr int64_t kBackwardBlocks = 16;
 
+// Bytes of a multiprocessor's shared memory that CUDA keeps for each block, and more than any has.
+constexpr int64_t kReservedShared = 1024;
+constexpr int64_t kMostShared = int64_t{1} << 20;
+
 }  // namespace resnest_fused::cuda

@@ -24,8 +24,10 @@ DEVICE = {
     "threads_per_multiprocessor": 128,
     "registers_per_multiprocessor": 65_536,
     "shared_per_block": 48 * 1024,
+    "shared_per_block_optin": 96 * 1024,
     "shared_per_multiprocessor": 64 * 1024,
     "grid_blocks": 2**31 - 1,
+    "cluster_blocks": 1,
 }
 # Names the library with a sanitizer, with which tests run once more.
 LIBRARY = "RESNEST_FUSED_ON_HOST_LIBRARY"
@@ -82,6 +84,8 @@ class Kernels:
             assert self._library.device_on_host_set(name.encode(), value), name
             if name == "shared_per_block":
                 self.limit_shared_memory(value)
+            elif name == "shared_per_block_optin":
+                assert self._library.cuda_on_host_set(b"shared_memory_optin", value)
 
     def limit_shared_memory(self, limit: int) -> None:
         """Limit the shared memory of a launch, whatever the device says."""

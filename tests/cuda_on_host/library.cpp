@@ -26,8 +26,10 @@ extern "C" __attribute__((visibility("default"))) bool device_on_host_set(const 
       {"threads_per_multiprocessor", device.threads_per_multiprocessor},
       {"registers_per_multiprocessor", device.registers_per_multiprocessor},
       {"shared_per_block", device.shared_per_block},
+      {"shared_per_block_optin", device.shared_per_block_optin},
       {"shared_per_multiprocessor", device.shared_per_multiprocessor},
       {"grid_blocks", device.grid_blocks},
+      {"cluster_blocks", device.cluster_blocks},
   };
   for (const auto& [known, property] : properties) {
     if (known == name) {

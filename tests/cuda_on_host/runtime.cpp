@@ -1,13 +1,14 @@
 // Runs kernels on the CPU, one after the other: CUDA threads are coroutines of the thread that
 // launches, so that a barrier costs nanoseconds and every run of a kernel is repeatable.
 //
-// `resident_blocks` blocks at a time run concurrently; in which order they begin, and which of
-// their threads goes on, is drawn at random from the `seed`. Shared memory starts as NaN. A launch
-// fails when all of its threads wait for each other, at barriers or in loops, or when a warp
-// operation is not one of the whole warp.
+// `resident_blocks` blocks at a time run concurrently, or one cluster; in which order they begin,
+// and which of their threads goes on, is drawn at random from the `seed`. Shared memory starts as
+// NaN. A launch fails when all of its threads wait for each other, at barriers or in loops, or when
+// a warp operation is not one of the whole warp.
 //
 // ThreadSanitizer takes each coroutine for a thread. This file is compiled without it and declares
-// what orders memory in CUDA: __syncthreads, __syncwarp, the beginning and the end of a launch.
+// what orders memory in CUDA: __syncthreads, __syncwarp, a cluster's barrier, copies that have
+// arrived, the beginning and the end of a launch.
 // Shuffles order nothing, nor does one block's end with another's beginning. (A coroutine runs
 // threads of several blocks; which ones, is drawn too, so that such an order does not last.)
 #include <cuda_runtime.h>
@@ -24,6 +25,7 @@
 #include <random>
 #include <string>
 #include <string_view>
+#include <unordered_map>
 #include <vector>
 
 #if defined(CUDA_ON_HOST_THREAD)
@@ -57,6 +59,7 @@ constexpr uint64_t kIdleTurnsOfThread = 100;
 struct Options {
   int64_t resident_blocks = 3;
   int64_t shared_memory_limit = 48 << 10;  // bytes a block
+  int64_t shared_memory_optin = 0;         // that a kernel may ask for
   int64_t seed = 0;
 } options;
 
@@ -138,14 +141,19 @@ enum class State {
   kInLoop,
   kAtSyncThreads,
   kAtSyncWarp,
+  kAtClusterSync,
   kAtShuffle,
   kInPartOfWarp,
   kEnded,
 };
-constexpr const char* kStateNames[] = {
-    "ready",         "waiting in a loop", "at __syncthreads",
-    "at __syncwarp", "at a shuffle",      "at an operation of part of a warp",
-    "ended"};
+constexpr const char* kStateNames[] = {"ready",
+                                       "waiting in a loop",
+                                       "at __syncthreads",
+                                       "at __syncwarp",
+                                       "at a cluster's barrier",
+                                       "at a shuffle",
+                                       "at an operation of part of a warp",
+                                       "ended"};
 
 struct Block;
 
@@ -164,6 +172,7 @@ struct Launch {
   const cudaLaunchConfig_t& config;
   void (*run_thread)(const void*);
   const void* kernel;
+  unsigned cluster;         // blocks of one
   char begin = 0, end = 0;  // to release and acquire
 
   unsigned threads() const { return config.blockDim.x * config.blockDim.y * config.blockDim.z; }
@@ -187,15 +196,35 @@ struct Warp {
   uint64_t given[2][kWarpThreads] = {};
 };
 
+struct Cluster {
+  Meeting meeting;
+  std::vector<Block*> blocks;
+};
+
+// Copies that arrive together, once a thread has said how many bytes they are.
+struct Arrivals {
+  struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;
+  };
+  ptrdiff_t threads, bytes = 0;  // that are still to come
+  std::vector<Copy> copies;
+  bool done = false;
+};
+
 struct Block {
-  Block(const Launch& launch, uint64_t index)
+  Block(const Launch& launch, uint64_t index, std::shared_ptr<Cluster> of)
       : index(index),
+        cluster(std::move(of)),
         coroutines(launch.threads()),
         // Of exactly the bytes asked for: AddressSanitizer guards them.
         shared_memory(static_cast<unsigned char*>(std::malloc(launch.config.dynamicSmemBytes))),
         warps((launch.threads() + kWarpThreads - 1) / kWarpThreads) {
     std::memset(shared_memory, 0xff, launch.config.dynamicSmemBytes);  // NaN in every dtype
     meeting.expected = launch.threads();
+    cluster->meeting.expected += launch.threads();
+    cluster->blocks.push_back(this);
     for (unsigned thread = 0; thread < launch.threads(); ++thread) {
       ++warps[thread / kWarpThreads].meeting.expected;
     }
@@ -205,10 +234,12 @@ struct Block {
   Block& operator=(const Block&) = delete;
 
   const uint64_t index;
+  const std::shared_ptr<Cluster> cluster;
   std::vector<Coroutine*> coroutines;
   unsigned char* const shared_memory;
   Meeting meeting;
   std::vector<Warp> warps;
+  std::vector<std::unique_ptr<Arrivals>> arrivals;
 };
 
 // Runs launches for one thread of the host. A coroutine says what it waits for and stops; here the
@@ -230,7 +261,7 @@ class Scheduler {
 
  private:
   void begin_coroutine(Coroutine& coroutine);
-  void begin_block(uint64_t index);
+  void begin_block(uint64_t index, const std::shared_ptr<Cluster>& cluster);
   void take_turn(size_t place);
   void join(Meeting& meeting);
   void leave(Meeting& meeting);
@@ -295,8 +326,8 @@ void Scheduler::begin_coroutine(Coroutine& coroutine) {
   swapcontext(&back, &entry);
 }
 
-void Scheduler::begin_block(uint64_t index) {
-  resident_.push_back(std::make_unique<Block>(*launch_, index));
+void Scheduler::begin_block(uint64_t index, const std::shared_ptr<Cluster>& cluster) {
+  resident_.push_back(std::make_unique<Block>(*launch_, index, cluster));
   Block& block = *resident_.back();
   while (free_.size() < launch_->threads()) {
     const size_t guard = static_cast<size_t>(getpagesize());
@@ -375,6 +406,9 @@ void Scheduler::take_turn(size_t place) {
     case State::kAtSyncThreads:
       join(block.meeting);
       break;
+    case State::kAtClusterSync:
+      join(block.cluster->meeting);
+      break;
     case State::kAtShuffle:
       if (warp().meeting.expected != kWarpThreads) {
         failure_ = "a shuffle in a warp of fewer than 32 threads";
@@ -390,6 +424,7 @@ void Scheduler::take_turn(size_t place) {
     case State::kEnded:
       leave(warp().meeting);
       leave(block.meeting);
+      leave(block.cluster->meeting);
       free_.push_back(current);
       if (block.meeting.expected == 0) {
         std::erase_if(resident_, [&](const auto& one) { return one.get() == &block; });
@@ -456,20 +491,26 @@ std::string Scheduler::run(Launch& launch) {
     random_.seed(static_cast<uint32_t>(options.seed));
     failure_.clear();
     idle_turns_ = 0;
-    std::vector<uint64_t> blocks(launch.blocks());  // still to begin, from the back
-    std::iota(blocks.begin(), blocks.end(), 0);
-    std::shuffle(blocks.begin(), blocks.end(), random_);
+    // Clusters, mostly of one block, that are still to begin, from the back.
+    std::vector<uint64_t> clusters(launch.blocks() / launch.cluster);
+    std::iota(clusters.begin(), clusters.end(), 0);
+    std::shuffle(clusters.begin(), clusters.end(), random_);
+    const size_t most = static_cast<size_t>(options.resident_blocks);
     do {
-      while (!blocks.empty() && resident_.size() < static_cast<size_t>(options.resident_blocks)) {
-        begin_block(blocks.back());
-        blocks.pop_back();
+      while (!clusters.empty() &&
+             (resident_.empty() || resident_.size() + launch.cluster <= most)) {
+        const auto cluster = std::make_shared<Cluster>();
+        for (unsigned rank = 0; rank < launch.cluster; ++rank) {
+          begin_block(clusters.back() * launch.cluster + rank, cluster);
+        }
+        clusters.pop_back();
       }
       if (ready_.empty()) {
         failure_ = "deadlock";
       } else {
         take_turn(random_() % ready_.size());
       }
-    } while (failure_.empty() && (!resident_.empty() || !blocks.empty()));
+    } while (failure_.empty() && (!resident_.empty() || !clusters.empty()));
     if (!failure_.empty()) {
       give_up();
     }
@@ -479,6 +520,7 @@ std::string Scheduler::run(Launch& launch) {
 }
 
 int64_t launches = 0;
+std::unordered_map<const void*, int64_t> opted_in;  // bytes of shared memory, by kernel
 thread_local cudaError_t last_error = cudaSuccess;
 thread_local std::string failure;
 
@@ -516,7 +558,79 @@ void cuda_on_host::sync_warp(unsigned mask) {
   sync(scheduler().warp().meeting, State::kAtSyncWarp);
 }
 
-uint64_t cuda_on_host::exchange(unsigned mask, uint64_t bits, unsigned lane_mask) {
+void cuda_on_host::sync_cluster() {
+  sync(scheduler().current->block->cluster->meeting, State::kAtClusterSync);
+}
+
+unsigned cuda_on_host::block_rank() {
+  const Block& block = *scheduler().current->block;
+  return static_cast<unsigned>(block.index % cluster_blocks());
+}
+
+unsigned cuda_on_host::cluster_blocks() {
+  return static_cast<unsigned>(scheduler().current->block->cluster->blocks.size());
+}
+
+unsigned char* cuda_on_host::in_block(unsigned char* address, int rank) {
+  const Block& block = *scheduler().current->block;
+  return block.cluster->blocks.at(static_cast<size_t>(rank))->shared_memory +
+         (address - block.shared_memory);
+}
+
+void* cuda_on_host::begin_arrivals(ptrdiff_t expected) {
+  const Unseen unseen;
+  auto& arrivals = scheduler().current->block->arrivals;
+  arrivals.push_back(std::make_unique<Arrivals>());
+  arrivals.back()->threads = expected;
+  return arrivals.back().get();
+}
+
+void cuda_on_host::arrive(void* arrivals, ptrdiff_t threads, ptrdiff_t bytes) {
+  const Unseen unseen;
+  Arrivals& one = *static_cast<Arrivals*>(arrivals);
+  one.threads -= threads;
+  one.bytes += bytes;
+}
+
+void cuda_on_host::copy_later(void* arrivals, void* to, const void* from, size_t bytes) {
+  const Unseen unseen;
+  if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(to) % 16 != 0 ||
+      reinterpret_cast<uintptr_t>(from) % 16 != 0) {
+    std::fprintf(stderr, "cuda_on_host: a copy of bytes that are no multiple of 16\n");
+    std::abort();
+  }
+  Arrivals& one = *static_cast<Arrivals*>(arrivals);
+  one.bytes -= static_cast<ptrdiff_t>(bytes);
+  one.copies.push_back({to, from, bytes});
+}
+
+void cuda_on_host::wait_for_arrivals(void* arrivals, bool) {
+  Arrivals& one = *static_cast<Arrivals*>(arrivals);
+  const auto have_come = [&] {
+    const Unseen unseen;
+    return one.done || (one.threads == 0 && one.bytes == 0);
+  };
+  while (!have_come()) {
+    spin();
+  }
+  bool first;
+  {
+    const Unseen unseen;
+    first = !one.done;
+    one.done = true;
+  }
+  if (first) {
+    for (const Arrivals::Copy& copy : one.copies) {
+      std::memcpy(copy.to, copy.from, copy.bytes);
+    }
+    release(arrivals);
+  }
+  acquire(arrivals);
+}
+
+unsigned cuda_on_host::lane() { return scheduler().current->thread % kWarpThreads; }
+
+uint64_t cuda_on_host::exchange(unsigned mask, uint64_t bits, unsigned from_lane) {
   check_mask(mask);
   Scheduler& here = scheduler();
   Warp& warp = here.warp();
@@ -524,7 +638,7 @@ uint64_t cuda_on_host::exchange(unsigned mask, uint64_t bits, unsigned lane_mask
   uint64_t* const given = warp.given[warp.meeting.phase];
   given[lane] = bits;
   here.wait_as(State::kAtShuffle);
-  return given[(lane ^ lane_mask) % kWarpThreads];
+  return given[from_lane % kWarpThreads];
 }
 
 void cuda_on_host::spin() { scheduler().wait_as(State::kInLoop); }
@@ -541,17 +655,31 @@ unsigned char* resnest_fused::cuda::shared_memory() {
 
 // --- outside
 
+cudaError_t cuda_on_host::opt_in(const void* function, int shared_bytes) {
+  if (shared_bytes > std::max(options.shared_memory_limit, options.shared_memory_optin)) {
+    return remember(cudaErrorInvalidValue);
+  }
+  opted_in[function] = shared_bytes;
+  return cudaSuccess;
+}
+
 cudaError_t cuda_on_host::launch(const cudaLaunchConfig_t& config, void (*run_thread)(const void*),
-                                 const void* kernel) {
+                                 const void* kernel, const void* function) {
   ++launches;
-  Launch launch{config, run_thread, kernel};
+  const unsigned cluster = config.numAttrs > 0 ? config.attrs[0].val.clusterDim.x : 1;
+  Launch launch{config, run_thread, kernel, cluster};
   const dim3 grid = config.gridDim, block = config.blockDim;
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (threads == 0 || threads > kMaxBlockThreads || block.z > 64 || launch.blocks() == 0 ||
-      grid.x > 0x7fffffff || grid.y > 0xffff || grid.z > 0xffff) {
+      cluster == 0 || grid.x % cluster != 0 || grid.x > 0x7fffffff || grid.y > 0xffff ||
+      grid.z > 0xffff) {
     return remember(cudaErrorInvalidConfiguration);
   }
-  if (config.dynamicSmemBytes > static_cast<size_t>(options.shared_memory_limit)) {
+  const auto asked = opted_in.find(function);
+  const int64_t allowed = asked != opted_in.end()
+                              ? std::max(options.shared_memory_limit, asked->second)
+                              : options.shared_memory_limit;
+  if (config.dynamicSmemBytes > static_cast<size_t>(allowed)) {
     return remember(cudaErrorInvalidValue);
   }
   std::string reason = scheduler().run(launch);
@@ -592,6 +720,8 @@ extern "C" __attribute__((visibility("default"))) bool cuda_on_host_set(const ch
     options.resident_blocks = value;
   } else if (wanted == "shared_memory_limit") {
     options.shared_memory_limit = value;
+  } else if (wanted == "shared_memory_optin") {
+    options.shared_memory_optin = value;
   } else if (wanted == "seed") {
     options.seed = value;
   } else if (wanted == "mistake") {

@@ -54,8 +54,19 @@ namespace cuda_on_host {
 
 void sync_block();
 void sync_warp(unsigned mask);
-// What lane `lane ^ lane_mask` of this warp gives.
-uint64_t exchange(unsigned mask, uint64_t bits, unsigned lane_mask);
+// What a lane of this warp gives, and which lane this thread is.
+uint64_t exchange(unsigned mask, uint64_t bits, unsigned from_lane);
+unsigned lane();
+// The block's cluster: its blocks, and an address in the shared memory of one of them.
+void sync_cluster();
+unsigned block_rank();
+unsigned cluster_blocks();
+unsigned char* in_block(unsigned char* address, int rank);
+// Copies into shared memory that arrive when a thread waits for them (runtime.cpp).
+void* begin_arrivals(ptrdiff_t expected);
+void arrive(void* arrivals, ptrdiff_t threads, ptrdiff_t bytes);
+void copy_later(void* arrivals, void* to, const void* from, size_t bytes);
+void wait_for_arrivals(void* arrivals, bool parity);
 // Lets others run, where a thread waits in a loop for what they do.
 void spin();
 // The same, once a thread has loaded often: a loop around a load may be such a one.
@@ -82,13 +93,18 @@ void __stcs(T* to, T value) {
 }
 
 template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
+T __shfl_sync(unsigned mask, T value, int from_lane) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8);
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
-  bits = cuda_on_host::exchange(mask, bits, static_cast<unsigned>(lane_mask));
+  bits = cuda_on_host::exchange(mask, bits, static_cast<unsigned>(from_lane));
   std::memcpy(&value, &bits, sizeof(T));
   return value;
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
+  return __shfl_sync(mask, value, static_cast<int>(cuda_on_host::lane()) ^ lane_mask);
 }
 
 // --- outside
@@ -103,7 +119,16 @@ enum cudaError_t {
 // There is one stream: a launch returns when the kernel has ended.
 using cudaStream_t = struct CUstream_st*;
 
-struct cudaLaunchAttribute;
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    dim3 clusterDim;
+  } val;
+};
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 struct cudaLaunchConfig_t {
   dim3 gridDim;
@@ -121,9 +146,15 @@ cudaError_t cudaGetLastError();
 namespace cuda_on_host {
 
 cudaError_t launch(const cudaLaunchConfig_t& config, void (*run_thread)(const void* kernel),
-                   const void* kernel);
+                   const void* kernel, const void* function);
+cudaError_t opt_in(const void* function, int shared_bytes);
 
 }  // namespace cuda_on_host
+
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
+  return cuda_on_host::opt_in(reinterpret_cast<const void*>(kernel), value);
+}
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
@@ -133,5 +164,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   };
   using Call = decltype(call);
   return cuda_on_host::launch(
-      *config, [](const void* one) { (*static_cast<Call*>(one))(); }, &call);
+      *config, [](const void* one) { (*static_cast<Call*>(one))(); }, &call,
+      reinterpret_cast<const void*>(kernel));
 }

@@ -1,0 +1,57 @@
+// What sm_90 and later have of their own: clusters, whose blocks reach each other's shared memory,
+// and copies into shared memory that need no thread meanwhile.
+#pragma once
+
+#include <cooperative_groups.h>
+
+#include <cuda/barrier>
+#include <cuda/ptx>
+
+#include "cuda/device.cuh"
+
+// Kernels for clusters are empty on a GPU that has none, where the planner never picks them. (Where
+// the host's compiler sees them, nvcc wants no body either.)
+#if !defined(__CUDACC__) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
+#define RF_HAS_CLUSTERS 1
+#else
+#define RF_HAS_CLUSTERS 0
+#endif
+
+namespace resnest_fused::cuda {
+
+#if RF_HAS_CLUSTERS
+
+using Cluster = cooperative_groups::cluster_group;
+
+// Put a value at the same place of every block's shared memory.
+template <typename A>
+__device__ __forceinline__ void put_in_all(const Cluster& cluster, A* at, A value) {
+  const int blocks = static_cast<int>(cluster.num_blocks());
+  for (int rank = 0; rank < blocks; ++rank) {
+    *cluster.map_shared_rank(at, rank) = value;
+  }
+}
+
+// Copies into shared memory that all threads of the block can wait for; its place is there, too.
+struct Arrival {
+  ::cuda::barrier<::cuda::thread_scope_block> barrier;
+
+  // One thread says how many bytes will come;
+  __device__ __forceinline__ void expect(int bytes) {
+    init(&barrier, 1);
+    ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
+    static_cast<void>(::cuda::device::barrier_arrive_tx(barrier, 1, bytes));
+  }
+  // it copies them, a multiple of 16 from and to one;
+  template <typename T>
+  __device__ __forceinline__ void copy(T* to, const T* from, int bytes) {
+    ::cuda::device::memcpy_async_tx(
+        to, from, ::cuda::aligned_size_t<16>(static_cast<size_t>(bytes)), barrier);
+  }
+  // and behind a barrier of the block every thread may wait.
+  __device__ __forceinline__ void wait() { barrier.wait_parity(false); }
+};
+
+#endif
+
+}  // namespace resnest_fused::cuda
