@@ -58,6 +58,7 @@ class Gpu:
     memory_cycles: int
     doubles_per_cycle: int  # float64 instructions of a thread: programming guide, by capability
     registers: int = 65536
+    cluster_blocks: int = 1  # of the largest cluster; 1 before sm_90
 
     def planned(self) -> dict[str, int]:
         """As the planner takes it."""
@@ -67,15 +68,23 @@ class Gpu:
             "threads_per_multiprocessor": self.threads,
             "registers_per_multiprocessor": self.registers,
             "shared_per_block": 48 * KB,
+            "shared_per_block_optin": self.shared_bytes - self.reserved_bytes,
             "shared_per_multiprocessor": self.shared_bytes,
             "grid_blocks": 2**31 - 1,
+            "cluster_blocks": self.cluster_blocks,
         }
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Of shared memory, that CUDA keeps for each block: programming guide, from sm_80 on."""
+        return 0 if self.arch == "sm_75" else KB
 
     def resident(self, kernel: sass.Kernel, threads: int, shared_bytes: int) -> int:
         """Blocks of a kernel that a multiprocessor holds at a time."""
         # Registers are given to a warp in units of 256, shared memory to a block in units of 128.
         of_warp = -(-kernel.registers * WARP // 256) * 256
-        shared = -(-(shared_bytes + kernel.shared_bytes) // 128) * 128
+        # What a kernel is compiled with has CUDA's own part in it from sm_80 on.
+        shared = -(-(shared_bytes + max(kernel.shared_bytes, self.reserved_bytes)) // 128) * 128
         return min(
             self.threads // threads,
             self.blocks,
@@ -91,9 +100,51 @@ GPUS = {
         Gpu("T4", "sm_75", 40, 1.590e9, 320e9, 4 * MB, 1024, 16, 64 * KB, 221, 460, 2),
         Gpu("A100", "sm_80", 108, 1.410e9, 2039e9, 40 * MB, 2048, 32, 164 * KB, 221, 460, 32),
         Gpu("L4", "sm_89", 58, 2.040e9, 300e9, 48 * MB, 1536, 24, 100 * KB, 296, 636, 2),
-        Gpu("H100", "sm_90", 132, 1.980e9, 3350e9, 50 * MB, 2048, 32, 228 * KB, 281, 690, 64),
-        Gpu("H200", "sm_90", 132, 1.980e9, 4800e9, 50 * MB, 2048, 32, 228 * KB, 281, 690, 64),
-        Gpu("B200", "sm_100", 148, 1.965e9, 8000e9, 126 * MB, 2048, 32, 228 * KB, 295, 860, 64),
+        Gpu(
+            "H100",
+            "sm_90",
+            132,
+            1.980e9,
+            3350e9,
+            50 * MB,
+            2048,
+            32,
+            228 * KB,
+            281,
+            690,
+            64,
+            cluster_blocks=8,
+        ),
+        Gpu(
+            "H200",
+            "sm_90",
+            132,
+            1.980e9,
+            4800e9,
+            50 * MB,
+            2048,
+            32,
+            228 * KB,
+            281,
+            690,
+            64,
+            cluster_blocks=8,
+        ),
+        Gpu(
+            "B200",
+            "sm_100",
+            148,
+            1.965e9,
+            8000e9,
+            126 * MB,
+            2048,
+            32,
+            228 * KB,
+            295,
+            860,
+            64,
+            cluster_blocks=8,
+        ),
     )
 }
 
@@ -141,6 +192,12 @@ MAPS = {
     "pool_backward": Map(reads_dout=True),
     "recombine_backward": Map(reads_dout=True, writes_x=True),
 }
+# The evaluation in one launch, whose clusters keep x.
+ON_CHIP = "on_chip"
+# Its barriers of a cluster: behind the start, the pool, and each FC. A barrier takes, in cycles, at
+# least the way to another multiprocessor and back: 180 each on an H100 (Luo et al., 2024).
+CLUSTER_BARRIERS = 4
+CLUSTER_BARRIER_CYCLES = 400
 # Of the launches in stages: these by step, in the planner's order.
 STEPS = {
     "attention": (("gap",), ("hidden",), ("batch_norm",), ("softmax",)),
@@ -279,10 +336,26 @@ def predict(
     predictions = []
     for launch in plan["launches"]:
         name = launch["name"]
-        if not (name in MAPS or name in COLUMNS or name in STEPS):
+        if not (name in MAPS or name in COLUMNS or name in STEPS or name == ON_CHIP):
             raise ValueError(f"the model does not know the launch {name!r}")
-        kernel = kernels[instance(name, workload, plan[_TILINGS.get(name, "tiling")])]
-        predictions.append(_predict_launch(_Launch(gpu, kernel, workload, plan, launch, constants)))
+
+        def of(name: str, launch: Mapping[str, Any]) -> _Launch:
+            kernel = kernels[instance(name, workload, plan[_TILINGS.get(name, "tiling")])]
+            return _Launch(gpu, kernel, workload, plan, {**launch, "name": name}, constants)
+
+        if name == ON_CHIP:
+            tiling = plan["tiling"]
+            blocks = workload["batch"] * tiling["channel_blocks"] * tiling["chunks"]
+            streams = [
+                of(name, {**launch, "blocks": blocks})._replace(
+                    plan={**plan, "recombine_tiling": tiling}
+                )
+                for name in ("pool", "recombine")
+            ]
+            steps = [[_on_chip_work(of(name, launch), streams)]]
+        else:
+            steps = _steps(of(name, launch))
+        predictions.append(_predict_launch(of(name, launch), steps))
     return predictions
 
 
@@ -297,9 +370,8 @@ class _Launch(NamedTuple):
     constants: Constants
 
 
-def _predict_launch(at: _Launch) -> Prediction:
+def _predict_launch(at: _Launch, steps: Sequence[Sequence[Work]]) -> Prediction:
     gpu, kernel, _, _, launch, constants = at
-    steps = _steps(at)
     resident = gpu.resident(kernel, launch["threads"], launch["shared_bytes"])
     of_steps = [_bounds(at, resident, works) for works in steps]
     hand_over = HAND_OVER_WAITS * gpu.l2_cycles + HAND_OVER_BARRIERS * constants.barrier_cycles
@@ -377,14 +449,16 @@ _TILINGS = {
 def instance(name: str, workload: Mapping[str, Any], tiling: Mapping[str, int]) -> str:
     """The kernel of a launch, as dispatch.h picks it; of 16-bit maps that with bfloat16."""
     size = workload["element_size"]
-    if name not in MAPS:
+    if name not in MAPS and name != ON_CHIP:
         return f"{name}_kernel<{'double' if size == 8 else 'float'}>"
     element = {2: "__nv_bfloat16", 4: "float", 8: "double"}[size]
     vector, radix = tiling["vector"], workload["radix"]
     compiled = radix if vector > 1 and radix in (1, 2, 4) else 0
     nhwc, relu = (str(workload[flag]).lower() for flag in ("channels_last", "relu"))
     of_map = [element, nhwc, vector]
-    if name != "statistics":
+    if name == ON_CHIP:
+        of_map = [element, nhwc, vector, relu]
+    elif name != "statistics":
         of_map = [element, nhwc, compiled, vector, relu]
     return f"{name}_kernel<{', '.join(map(str, of_map))}>"
 
@@ -468,6 +542,47 @@ def _map_work(at: _Launch) -> Work:
         memory_bytes=x + unit * of.reads_dout + written,
         l2_bytes=x + dout + written,
         loaded_bytes=x + dout,
+    )
+
+
+def _on_chip_work(at: _Launch, streams: Sequence[_Launch]) -> Work:
+    """Of the blocks of clusters, whose code for maps is that of the kernels that stream them.
+
+    A block's whole part of x is in flight at a time, so it waits for memory once.
+    """
+    gpu, kernel, workload, plan, launch, constants = at
+    kept, blocks, warps = plan["on_chip"], launch["blocks"], launch["threads"] // WARP
+    radix, channels, inter, groups, size = (
+        workload[field] for field in ("radix", "channels", "inter", "cardinality", "element_size")
+    )
+    out = math.prod(workload[field] for field in ("batch", "channels", "pixels", "element_size"))
+    weights = (inter * channels + radix * channels * inter) // groups * size
+    works = [_map_work(stream) for stream in streams]
+    issued = sum(
+        work.issued * stream.launch["blocks"] for work, stream in zip(works, streams, strict=True)
+    )
+    # Most code is for dtypes that a call has not: of the start, the pool's sums and both FCs on the
+    # one way that a thread takes.
+    issued = issued / blocks + 4 * OUTSIDE_OF_LOOPS
+    cycles = gpu.memory_cycles * constants.under_load
+    cycles += CLUSTER_BARRIERS * CLUSTER_BARRIER_CYCLES
+    # Of 16 bytes at a time, in the order of the loops the longest one.
+    loop = max((loop for loop in kernel.loading if _fused(loop) >= WARP), key=_bytes)
+    for outputs, depth in ((inter, channels // groups), (radix * channels, inter // groups)):
+        rounds = math.ceil(math.ceil(outputs / kept["cluster"]) / WARP)
+        turns = rounds * math.ceil(depth * size / warps / _bytes(loop))
+        cycles += turns * len(loop.waits) * gpu.l2_cycles + 2 * constants.barrier_cycles
+        issued += turns * len(loop.body)
+    x = radix * out
+    return Work(
+        blocks,
+        waiting=cycles,
+        issued=issued,
+        doubles=0,
+        in_flight=x / blocks,
+        memory_bytes=x + out + weights,
+        l2_bytes=x + out + weights * blocks / kept["cluster"],
+        loaded_bytes=x,
     )
 
 

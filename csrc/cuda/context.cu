@@ -2,6 +2,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <algorithm>
 #include <mutex>
 #include <unordered_map>
 
@@ -32,8 +33,9 @@ Device read_device(int index) {
   device.shared_per_block_optin = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   device.shared_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
   device.grid_blocks = attribute(cudaDevAttrMaxGridDimX, index);
-  // Where there are clusters, they may have 8 blocks.
-  device.cluster_blocks = attribute(cudaDevAttrClusterLaunch, index) ? 8 : 1;
+  // What every device with clusters can launch, unless it is a smaller part of one.
+  const bool clusters = attribute(cudaDevAttrClusterLaunch, index) != 0;
+  device.cluster_blocks = clusters ? std::min<int64_t>(8, device.multiprocessors) : 1;
   return device;
 }
 

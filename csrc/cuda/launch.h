@@ -46,9 +46,11 @@ void launch(cudaStream_t stream, void (*kernel)(Args), const Launch& planned, co
     config.numAttrs = 1;
   }
   if (planned.shared_bytes > kSharedWithoutOptIn) {
-    check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(planned.shared_bytes)),
-                 planned);
+    const auto set = [&](cudaFuncAttribute attribute, int value) {
+      check_launch(cudaFuncSetAttribute(kernel, attribute, value), planned);
+    };
+    set(cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(planned.shared_bytes));
+    set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   }
   check_launch(cudaLaunchKernelEx(&config, kernel, args), planned);
 }

@@ -170,6 +170,12 @@ inline pybind11::dict plan(const pybind11::dict& of_device, const pybind11::dict
   dict result(arg("tiling") = tiling_dict(plan.tiling),
               arg("recombine_tiling") = tiling_dict(plan.recombine_tiling),
               arg("workspace_bytes") = plan.workspace_bytes, arg("launches") = launches);
+  if (const OnChip& kept = plan.on_chip; kept.cluster > 0) {
+    result["on_chip"] = dict(arg("cluster") = kept.cluster, arg("samples") = kept.samples,
+                             arg("parts") = kept.parts, arg("held") = kept.held,
+                             arg("part_bytes") = kept.part_bytes, arg("split") = kept.split,
+                             arg("x") = kept.x, arg("bytes") = kept.bytes);
+  }
   if (w.batch_stats) {
     result["statistics_tiling"] = tiling_dict(statistics_tiling(device, w));
   }
@@ -185,7 +191,8 @@ inline pybind11::dict plan_limits() {
                         arg("registers") = kRegisters, arg("tile_rows") = kTileRows,
                         arg("tile_columns") = kTileColumns, arg("most_blocks") = kMostBlocks,
                         arg("most_pixels") = kMostPixels, arg("most_channels") = kMostChannels,
-                        arg("counters") = kCounters);
+                        arg("counters") = kCounters, arg("on_chip_radix") = kOnChipRadix,
+                        arg("held_samples") = kHeldSamples);
 }
 
 inline void define_plan(pybind11::module_& m) {

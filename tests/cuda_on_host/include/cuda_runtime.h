@@ -128,7 +128,11 @@ struct cudaLaunchAttribute {
   } val;
 };
 
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributePreferredSharedMemoryCarveout = 9,
+};
+constexpr int cudaSharedmemCarveoutMaxShared = 100;
 
 struct cudaLaunchConfig_t {
   dim3 gridDim;
@@ -152,8 +156,10 @@ cudaError_t opt_in(const void* function, int shared_bytes);
 }  // namespace cuda_on_host
 
 template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
-  return cuda_on_host::opt_in(reinterpret_cast<const void*>(kernel), value);
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
+  return attribute == cudaFuncAttributeMaxDynamicSharedMemorySize
+             ? cuda_on_host::opt_in(reinterpret_cast<const void*>(kernel), value)
+             : cudaSuccess;
 }
 
 template <typename... Parameters, typename... Arguments>
