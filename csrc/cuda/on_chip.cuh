@@ -147,58 +147,64 @@ struct Portion {
   }
 };
 
-// A part of one split: elements [begin, end) of the split's, in NHWC of the sample's. The room of a
-// split in shared memory begins at a whole vector, `base`.
+// A part of x, as rows of elements that lie together: in NCHW one of each split, in NHWC one of
+// each pixel and split, but for a single one where the part has all channels. Rows come in whole
+// vectors, so in NCHW those at the ends may hold other channels' elements, too.
 template <bool kNhwc>
 struct Part {
-  int64_t begin, end, base;
+  int64_t base;          // of the first row in the sample
+  int first, last;       // in NCHW: elements of a row that are the part's
+  int rows, elements;    // of a row
+  int64_t split, pixel;  // from a row to that of the next split or pixel, in the sample
 
-  __device__ __forceinline__ Part(const MapSizes& sizes, const Tiling& tiling, int part) {
-    const int64_t width = kNhwc ? tiling.chunk_pixels : tiling.threads / tiling.lanes;
-    const int64_t all = kNhwc ? sizes.pixels : sizes.channels;
-    const int64_t each = kNhwc ? sizes.features() : sizes.pixels;
-    begin = part * width * each;
-    end = min((part + 1) * width, all) * each;
-    base = begin / tiling.vector * tiling.vector;
+  __device__ __forceinline__ Part(const MapSizes& sizes, const Tiling& tiling, int index) {
+    if constexpr (kNhwc) {
+      const int chunk = index / tiling.channel_blocks;
+      const int width = tiling.lanes * tiling.vector;
+      const int channel = index % tiling.channel_blocks * width;
+      const int pixels = min(tiling.chunk_pixels, sizes.pixels - chunk * tiling.chunk_pixels);
+      const bool whole = tiling.channel_blocks == 1;
+      split = sizes.channels;
+      pixel = sizes.features();
+      base = int64_t{chunk} * tiling.chunk_pixels * pixel + channel;
+      rows = whole ? 1 : pixels * kOnChipRadix;
+      elements = whole ? pixels * static_cast<int>(pixel) : min(width, sizes.channels - channel);
+    } else {
+      const int width = tiling.threads / tiling.lanes, channel = index * width;
+      const int64_t begin = int64_t{channel} * sizes.pixels;
+      const int64_t end = int64_t{min(channel + width, sizes.channels)} * sizes.pixels;
+      base = begin / tiling.vector * tiling.vector;
+      first = static_cast<int>(begin - base);
+      last = static_cast<int>(end - base);
+      rows = kOnChipRadix;
+      elements = (last + tiling.vector - 1) / tiling.vector * tiling.vector;
+      split = int64_t{sizes.channels} * sizes.pixels;
+      pixel = 0;
+    }
+  }
+
+  __device__ __forceinline__ int64_t row(int index) const {
+    return base + index / kOnChipRadix * pixel + index % kOnChipRadix * split;
   }
 };
 
-// Lets a part of x come into shared memory. In NCHW the vectors at the ends may hold other
-// channels' elements, too.
-template <bool kNhwc, typename T>
-__device__ __forceinline__ void bring(const OnChipArgs<T>& args, Arrival& arrival, T* to,
-                                      int64_t sample, int index) {
+// A thread's share of a part, with x in shared memory.
+template <bool kNhwc, int kVector, typename T>
+__device__ __forceinline__ Share<kVector, kNhwc> share_of(const OnChipArgs<T>& args, int64_t sample,
+                                                          int index) {
   const MapSizes& sizes = args.sizes;
-  const int vector = args.tiling.vector;
-  const Part<kNhwc> part(sizes, args.tiling, index);
-  const T* const x = args.x + sample * sizes.features() * sizes.pixels + part.base;
-  const int64_t elements = (part.end - part.base + vector - 1) / vector * vector;
-  const int bytes = static_cast<int>(elements * sizeof(T));
-  const int splits = kNhwc ? 1 : kOnChipRadix;
-  arrival.expect(splits * bytes);
-  for (int r = 0; r < splits; ++r) {
-    arrival.copy(to + r * args.plan.split, x + int64_t{r} * sizes.channels * sizes.pixels, bytes);
-  }
-}
-
-// Call visit(share) for the map's blocks in a part, with x in shared memory.
-template <bool kNhwc, int kVector, typename T, typename Visit>
-__device__ __forceinline__ void for_shares(const OnChipArgs<T>& args, int64_t sample, int index,
-                                           Visit visit) {
   const Tiling& tiling = args.tiling;
-  const Part<kNhwc> part(args.sizes, tiling, index);
-  const int blocks = kNhwc ? tiling.channel_blocks : 1;
-  for (int block = 0; block < blocks; ++block) {
-    Share<kVector, kNhwc> share(args.sizes, tiling,
-                                (sample * args.plan.parts + index) * blocks + block);
-    if constexpr (kNhwc) {
-      share.x = share.channel - part.base;
-    } else {
-      share.x = int64_t{share.channel} * args.sizes.pixels - part.base;
-      share.split = args.plan.split;
-    }
-    visit(share);
+  Share<kVector, kNhwc> share(sizes, tiling, sample * args.plan.parts + index);
+  if constexpr (kNhwc) {
+    share.split = share.width;
+    share.x_step = kOnChipRadix * share.width;
+    share.x = share.channel - share.first_channel -
+              int64_t{share.chunk} * tiling.chunk_pixels * share.x_step;
+  } else {
+    share.split = args.plan.row;
+    share.x = int64_t{share.channel} * sizes.pixels - Part<kNhwc>(sizes, tiling, index).base;
   }
+  return share;
 }
 
 // In NCHW: a part of the result, from where it lines up with out.
@@ -207,14 +213,12 @@ __device__ __forceinline__ void store_part(const OnChipArgs<T>& args, const T* f
                                            int index) {
   const Part<false> part(args.sizes, args.tiling, index);
   T* const out = args.out + sample * args.sizes.channels * args.sizes.pixels + part.base;
-  const int first = static_cast<int>(part.begin - part.base);
-  const int last = static_cast<int>(part.end - part.base);
   const int step = static_cast<int>(blockDim.x) * kVector;
-  for (int i = static_cast<int>(threadIdx.x) * kVector; i < last; i += step) {
-    if (i >= first && i + kVector <= last) {
+  for (int i = static_cast<int>(threadIdx.x) * kVector; i < part.last; i += step) {
+    if (i >= part.first && i + kVector <= part.last) {
       store(out + i, load<kVector>(from + i));
     } else {
-      for (int e = max(i, first); e < min(i + kVector, last); ++e) {
+      for (int e = max(i, part.first); e < min(i + kVector, part.last); ++e) {
         out[e] = from[e];
       }
     }
@@ -257,8 +261,19 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
     return reinterpret_cast<T*>(shared_memory() + plan.x + (index - begin) * plan.part_bytes);
   };
   for (int index = begin + thread; index < end; index += threads) {
-    bring<kNhwc>(args, arrivals[index - begin], place(index), first_sample + index / plan.parts,
-                 index % plan.parts);
+    const Part<kNhwc> part(sizes, args.tiling, index % plan.parts);
+    arrivals[index - begin].expect(part.rows * part.elements * static_cast<int>(sizeof(T)));
+  }
+  __syncthreads();
+  for (int i = thread; i < (end - begin) * plan.rows; i += threads) {
+    const int index = begin + i / plan.rows, row = i % plan.rows;
+    const Part<kNhwc> part(sizes, args.tiling, index % plan.parts);
+    if (row < part.rows) {
+      const int64_t sample = first_sample + index / plan.parts;
+      arrivals[index - begin].copy(place(index) + row * plan.row,
+                                   args.x + sample * features * sizes.pixels + part.row(row),
+                                   part.elements * static_cast<int>(sizeof(T)));
+    }
   }
   // Meanwhile: what is used of parameters where nothing else is to be done.
   if constexpr (kPrologue) {
@@ -283,21 +298,18 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
   for (int index = begin; index < end; ++index) {
     const int sample = index / plan.parts;
     arrivals[index - begin].wait();
-    for_shares<kNhwc, kVector>(
-        args, first_sample + sample, index % plan.parts, [&](const Share<kVector, kNhwc>& share) {
-          A sums[1][kOwnSums<kVector, kNhwc>] = {};
-          pool_share<kOnChipRadix, kPrologue>(
-              share, place(index), kOnChipRadix, sums,
-              [&](auto& held, int first_split) { held.take(share, sizes, prologue, first_split); });
-          sum_over_share(share, args.tiling, channels, sums, [&](int c, A(&totals)[1]) {
-            if (chunks > 1) {
-              put_in_all(cluster, partial + (sample * chunks + share.chunk) * channels + c,
-                         totals[0]);
-            } else {
-              put_in_all(cluster, gap + sample * channels + c, totals[0] * args.per_pixel);
-            }
-          });
-        });
+    const auto share = share_of<kNhwc, kVector>(args, first_sample + sample, index % plan.parts);
+    A sums[1][kOwnSums<kVector, kNhwc>] = {};
+    pool_share<kOnChipRadix, kPrologue, 2>(
+        share, place(index), kOnChipRadix, sums,
+        [&](auto& held, int first_split) { held.take(share, sizes, prologue, first_split); });
+    sum_over_share(share, args.tiling, channels, sums, [&](int c, A(&totals)[1]) {
+      if (chunks > 1) {
+        put_in_all(cluster, partial + (sample * chunks + share.chunk) * channels + c, totals[0]);
+      } else {
+        put_in_all(cluster, gap + sample * channels + c, totals[0] * args.per_pixel);
+      }
+    });
   }
   cluster.sync();
   if (chunks > 1) {
@@ -344,23 +356,18 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
   for (int index = begin; index < end; ++index) {
     const int sample = index / plan.parts, part = index % plan.parts;
     T* const x = place(index);
-    for_shares<kNhwc, kVector>(args, first_sample + sample, part, [&](Share<kVector, kNhwc> share) {
-      T* out = args.out;
-      if constexpr (!kNhwc) {
-        // Over the first split, of which nobody else needs the element.
-        out = x;
-        share.out = share.x;
-      }
+    auto share = share_of<kNhwc, kVector>(args, first_sample + sample, part);
+    const auto recombine = [&](auto put) {
       recombine_share<kOnChipRadix, kPrologue>(share, sizes, x, attention + sample * features,
-                                               prologue, [&](int64_t offset, const auto& result) {
-                                                 if constexpr (kNhwc) {
-                                                   store(out + offset, result);
-                                                 } else {
-                                                   store_shared(out + offset, result);
-                                                 }
-                                               });
-    });
-    if constexpr (!kNhwc) {
+                                               prologue, put);
+    };
+    if constexpr (kNhwc) {
+      recombine([&](int64_t offset, const auto& result) { store(args.out + offset, result); });
+    } else {
+      // Over the first split, whose element nobody else needs. Rows of few elements go to memory
+      // in vectors from there.
+      share.out = share.x;
+      recombine([&](int64_t offset, const auto& result) { store_shared(x + offset, result); });
       __syncthreads();
       store_part<kVector>(args, x, first_sample + sample, part);
     }

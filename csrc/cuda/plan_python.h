@@ -171,10 +171,10 @@ inline pybind11::dict plan(const pybind11::dict& of_device, const pybind11::dict
               arg("recombine_tiling") = tiling_dict(plan.recombine_tiling),
               arg("workspace_bytes") = plan.workspace_bytes, arg("launches") = launches);
   if (const OnChip& kept = plan.on_chip; kept.cluster > 0) {
-    result["on_chip"] = dict(arg("cluster") = kept.cluster, arg("samples") = kept.samples,
-                             arg("parts") = kept.parts, arg("held") = kept.held,
-                             arg("part_bytes") = kept.part_bytes, arg("split") = kept.split,
-                             arg("x") = kept.x, arg("bytes") = kept.bytes);
+    result["on_chip"] = dict(
+        arg("cluster") = kept.cluster, arg("samples") = kept.samples, arg("parts") = kept.parts,
+        arg("held") = kept.held, arg("rows") = kept.rows, arg("row") = kept.row,
+        arg("part_bytes") = kept.part_bytes, arg("x") = kept.x, arg("bytes") = kept.bytes);
   }
   if (w.batch_stats) {
     result["statistics_tiling"] = tiling_dict(statistics_tiling(device, w));

@@ -255,12 +255,16 @@ namespace {
 // A block's memory for so many samples of a cluster. The counts are small, as what has no room is
 // not kept.
 int64_t lay_out(OnChip& plan, const Workload& w, const Tiling& t, int64_t samples) {
+  const int64_t width = t.lanes * t.vector;
   // In NCHW copies begin and end at multiples of a vector.
-  const int64_t elements = t.threads / t.lanes * w.pixels;
-  const int64_t split = w.channels_last ? 0 : (ceil_div(elements, t.vector) + 1) * t.vector;
-  const int64_t part_bytes =
-      w.element_size * (w.channels_last ? t.chunk_pixels * w.features() : w.radix * split);
-  const int64_t parts = w.channels_last ? t.chunks : t.channel_blocks;
+  const int64_t of_channels = ceil_div(t.threads / t.lanes * w.pixels, t.vector) * t.vector;
+  const bool whole = t.channel_blocks == 1;
+  const int64_t rows = !w.channels_last ? w.radix : whole ? 1 : t.chunk_pixels * w.radix;
+  const int64_t row = !w.channels_last ? of_channels + t.vector
+                      : whole          ? t.chunk_pixels * w.features()
+                                       : width;
+  const int64_t part_bytes = rows * row * w.element_size;
+  const int64_t parts = t.blocks_per_sample();
   const int64_t held = ceil_div(samples * parts, plan.cluster);
   const int64_t size = w.acc_size();
   Workspace space;
@@ -278,11 +282,25 @@ int64_t lay_out(OnChip& plan, const Workload& w, const Tiling& t, int64_t sample
   const int64_t x = space.take(held, part_bytes);
   if (space.bytes <= kMostShared) {
     const auto narrow = [](int64_t value) { return static_cast<int32_t>(value); };
-    plan = {plan.cluster,       narrow(samples),    narrow(parts),    narrow(held),
-            narrow(part_bytes), narrow(split),      narrow(barriers), narrow(scale),
-            narrow(shift),      narrow(bn1),        narrow(fc1_bias), narrow(fc2_bias),
-            narrow(partial),    narrow(gap),        narrow(u),        narrow(attention),
-            narrow(x),          narrow(space.bytes)};
+    plan = {.cluster = plan.cluster,
+            .samples = narrow(samples),
+            .parts = narrow(parts),
+            .held = narrow(held),
+            .rows = narrow(rows),
+            .row = narrow(row),
+            .part_bytes = narrow(part_bytes),
+            .barriers = narrow(barriers),
+            .scale = narrow(scale),
+            .shift = narrow(shift),
+            .bn1 = narrow(bn1),
+            .fc1_bias = narrow(fc1_bias),
+            .fc2_bias = narrow(fc2_bias),
+            .partial = narrow(partial),
+            .gap = narrow(gap),
+            .u = narrow(u),
+            .attention = narrow(attention),
+            .x = narrow(x),
+            .bytes = narrow(space.bytes)};
   }
   return space.bytes;
 }

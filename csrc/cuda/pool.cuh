@@ -32,14 +32,16 @@ struct PoolArgs {
   unsigned* counters;  // of phase 2, to open; or null
 };
 
-// A thread's sum over its share of x. take(held, first_split) takes bn0's parameters.
-template <int kRadix, bool kPrologue, typename T, bool kNhwc, int kVector, typename Take>
+// A thread's sum over its share of x, of which it loads at most so many positions together.
+// take(held, first_split) takes bn0's parameters.
+template <int kRadix, bool kPrologue, int kTogether, typename T, bool kNhwc, int kVector,
+          typename Take>
 __device__ __forceinline__ void pool_share(const Share<kVector, kNhwc>& share, const T* of_map,
                                            int radix, Acc<T> (&sums)[1][kOwnSums<kVector, kNhwc>],
                                            Take take) {
   using A = Acc<T>;
   constexpr int kSplits = splits_held(kRadix, kPrologue && kNhwc ? 2 * kVector : 1);
-  constexpr int kBatch = positions_held(kSplits);
+  constexpr int kBatch = positions_held(kSplits) < kTogether ? positions_held(kSplits) : kTogether;
   for (int first_split = 0; first_split < radix; first_split += kSplits) {
     HeldPrologue<kSplits, kVector, kNhwc, A> held;
     if constexpr (kPrologue) {
@@ -78,7 +80,7 @@ __device__ __forceinline__ void pool_block(const PoolArgs<T>& args, int64_t bloc
   const int radix = kRadix ? kRadix : args.sizes.radix;
   const Share<kVector, kNhwc> share(args.sizes, args.tiling, block);
   Acc<T> sums[1][kOwnSums<kVector, kNhwc>] = {};
-  pool_share<kRadix, kPrologue>(share, args.x, radix, sums, [&](auto& held, int first_split) {
+  pool_share<kRadix, kPrologue, 8>(share, args.x, radix, sums, [&](auto& held, int first_split) {
     held.take(share, args.sizes, args.bn0, args.prologue, first_split);
   });
   sum_over_share(share, args.tiling, args.sizes.channels, sums, [&](int c, Acc<T>(&totals)[1]) {

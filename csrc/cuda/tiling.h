@@ -56,16 +56,16 @@ constexpr int kOnChipRadix = 2;
 constexpr int kHeldSamples = 4;
 
 // How an evaluation keeps x on chip: a cluster of blocks holds `samples`, in parts. A part is what
-// a block of the pool takes: some channels of all splits in NCHW, a chunk of pixels in NHWC. In
-// bytes, where each array begins in a block's shared memory; all blocks have all arrays but the
-// parts.
+// a block of the pool takes. It has rows of elements that lie together in x. In bytes, where each
+// array begins in a block's shared memory; all blocks have all arrays but the parts.
 struct OnChip {
   int32_t cluster;     // blocks of a cluster; 0: x is not kept
   int32_t samples;     // of a cluster
   int32_t parts;       // of a sample
   int32_t held;        // parts of a block
+  int32_t rows;        // of a part, at most
+  int32_t row;         // the room of one, in elements
   int32_t part_bytes;  // the room of a part
-  int32_t split;       // in NCHW: elements from a split to the next one in a part
   int32_t barriers;    // (held); before them is the room that sums over threads need
   int32_t scale;       // (R*C), bn0's; with a prologue
   int32_t shift;       // (R*C)
