@@ -120,6 +120,80 @@ def test_evaluation(prologue: str, layout: str, radix: int, kernels: Kernels) ->
     assert error <= 2e-6 * np.abs(truth).max()
 
 
+# Devices with clusters: of two blocks, of a number that divides nothing, and of an H100's.
+CLUSTERS = [
+    {"cluster_blocks": 2, "multiprocessors": 3, "room": 120},
+    {"cluster_blocks": 3, "multiprocessors": 2, "room": 90},
+    {"cluster_blocks": 8, "multiprocessors": 132, "room": 227},
+]
+
+
+def evaluate_on_chip(kernels: Kernels, call: Call, cluster: dict[str, int]) -> Tensor:
+    """In one launch, on such a device, or the test fails."""
+    room = cluster["room"] * 1024
+    others = {name: value for name, value in cluster.items() if name != "room"}
+    kernels.set_device(shared_per_block_optin=room, shared_per_multiprocessor=2 * room, **others)
+    before = kernels.launches()
+    out = call.forward()
+    assert kernels.launches() - before == 1
+    kernels.reset()
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("prologue", ["none", "relu", "running"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (5, 64, 7, 7, 2, 1, 32),  # rows that are no multiple of a vector
+        (9, 24, 9, 7, 2, 2, 20),
+        (3, 16, 14, 14, 2, 4, 8),
+        (2, 320, 5, 4, 2, 1, 40),  # several blocks along the channels
+        (2, 32, 28, 28, 2, 1, 16),  # several chunks
+        (1, 8, 1, 1, 2, 1, 3),  # fewer channels than blocks
+    ],
+    ids=str,
+)
+def test_on_chip_all_is_the_same_to_the_bit(
+    sizes: tuple[int, ...], prologue: str, layout: str, dtype: torch.dtype, kernels: Kernels
+) -> None:
+    """As by a launch a phase, whatever the clusters are, and in whichever order threads run."""
+    options = {"dtype": dtype, "layout": layout, "norm": "running", "prologue": prologue}
+    call = draw_any(Case(*sizes, **options))
+    expected = call.forward()
+    for seed, cluster in enumerate(CLUSTERS):
+        kernels.schedule(seed=seed, resident_blocks=3 * (seed + 1))
+        assert torch.equal(evaluate_on_chip(kernels, call, cluster), expected)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("prologue", ["none", "relu", "running"])
+def test_on_chip_against_the_truth(prologue: str, layout: str, kernels: Kernels) -> None:
+    options = {"layout": layout, "norm": "running", "prologue": prologue}
+    call = draw(Case(5, 24, 12, 11, 2, 2, 10, **options))
+    truth = call.evaluate().values["out"]
+    for cluster in CLUSTERS:
+        error = np.abs(oracle.wide(evaluate_on_chip(kernels, call, cluster)) - truth).max()
+        assert error <= 2e-6 * np.abs(truth).max()
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_on_chip_what_is_not_finite_passes_on_the_same_way(
+    value: float, layout: str, kernels: Kernels
+) -> None:
+    """In x, and in weights, also at the end of a depth that threads share unevenly."""
+    options = {"layout": layout, "norm": "running", "prologue": "running"}
+    for name in ("x", "fc1_weight", "fc2_weight", "bn0_bias"):
+        call = draw_any(Case(5, 24, 6, 6, 2, 1, 20, **options))
+        call.tensor(name).view(-1)[-1] = value
+        expected = call.forward()
+        for cluster in CLUSTERS:
+            out = evaluate_on_chip(kernels, call, cluster)
+            torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("prologue", ["none", "relu", "running"])

@@ -18,11 +18,12 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
 @pytest.mark.parametrize("kind", ["thread", "address"])
 def test_sanitizers_find_nothing(kind: str) -> None:
-    names = ["schedules_make_no_difference"]
+    names = ["schedules_make_no_difference", "on_chip_against_the_truth"]
     if kind == "address":  # where sizes and addresses matter, and which is faster
         names += [
             "smallest_sizes",
             "in_eval_a_sample_does_not_depend_on_its_batch",
+            "on_chip_all_is_the_same_to_the_bit",
             "single_phases",
             "numbers_of_any_sizes_are_finite",
         ]

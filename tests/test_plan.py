@@ -23,24 +23,29 @@ WARP = 32
 KB, MB = 2**10, 2**20
 
 
-def device(multiprocessors: int, threads: int, shared: int) -> dict[str, int]:
+def device(
+    multiprocessors: int, threads: int, shared: int, optin: int = 48 * KB, cluster: int = 1
+) -> dict[str, int]:
     return {
         "multiprocessors": multiprocessors,
         "threads_per_block": 1024,
         "threads_per_multiprocessor": threads,
         "registers_per_multiprocessor": 65536,
         "shared_per_block": 48 * KB,
+        "shared_per_block_optin": optin,
         "shared_per_multiprocessor": shared,
         "grid_blocks": 2**31 - 1,
+        "cluster_blocks": cluster,
     }
 
 
 DEVICES = {
-    "T4": device(40, 1024, 64 * KB),
-    "A100": device(108, 2048, 164 * KB),
-    "H100": device(132, 2048, 228 * KB),
-    "H200": device(132, 2048, 228 * KB),
-    "B200": device(148, 2048, 228 * KB),
+    "T4": device(40, 1024, 64 * KB, 64 * KB),
+    "A100": device(108, 2048, 164 * KB, 163 * KB),
+    "H100": device(132, 2048, 228 * KB, 227 * KB, 8),
+    "H200": device(132, 2048, 228 * KB, 227 * KB, 8),
+    "B200": device(148, 2048, 228 * KB, 227 * KB, 8),
+    "RTX 5090": device(170, 1536, 100 * KB, 99 * KB, 8),
     "tiny": {**device(1, 64, 16 * KB), "threads_per_block": 64, "grid_blocks": 3},
 }
 H200 = DEVICES["H200"]
@@ -221,6 +226,9 @@ def expected_stages(call: Call, result: dict[str, Any]) -> list[int]:
 def expected_launches(call: Call, result: dict[str, Any]) -> Iterator[tuple[str, int]]:
     """The name and the blocks of each launch."""
     mode, batch = call.mode, call.batch
+    if kept := result.get("on_chip"):
+        yield "on_chip", ceil_div(batch, kept["samples"]) * kept["cluster"]
+        return
     of_sample, of_recombine = (
         result[name]["channel_blocks"] * result[name]["chunks"]
         for name in ("tiling", "recombine_tiling")
@@ -269,6 +277,9 @@ def check_launches(gpu: dict[str, int], call: Call, result: dict[str, Any]) -> N
     resident = LIMITS["blocks_per_multiprocessor"]
     for launch in result["launches"]:
         name, threads, shared = launch["name"], launch["threads"], launch["shared_bytes"]
+        if name == "on_chip":
+            check_on_chip(gpu, call, result)
+            continue
         # The pool opens the stages behind it, of parameters alone too.
         assert launch["blocks"] >= (0 if name.startswith("pool") else 1)
         if name.startswith("attention"):
@@ -285,7 +296,30 @@ def check_launches(gpu: dict[str, int], call: Call, result: dict[str, Any]) -> N
     assert listed == [launch for launch in expected if launch[1] > 0 or "pool" in launch[0]]
 
 
+def check_on_chip(gpu: dict[str, int], call: Call, result: dict[str, Any]) -> None:
+    """A cluster has room for its samples, and there is a cluster for every sample."""
+    kept, tiling, (launch,) = result["on_chip"], result["tiling"], result["launches"]
+    cluster, samples, parts, held = (kept[n] for n in ("cluster", "samples", "parts", "held"))
+    assert call.mode.name == "eval" and call.shape.radix == LIMITS["on_chip_radix"]
+    assert tiling["vector"] > 1
+    assert cluster == gpu["cluster_blocks"] > 1
+    assert launch["blocks"] % cluster == 0
+    assert parts == tiling["channel_blocks"] * tiling["chunks"]
+    assert held * cluster >= samples * parts
+    # More samples of a cluster than one only where all clusters that can run are at work.
+    at_a_time = max(LIMITS["blocks_per_multiprocessor"] * gpu["multiprocessors"] // cluster, 1)
+    assert 1 <= samples <= min(LIMITS["held_samples"], ceil_div(call.batch, at_a_time))
+    assert launch["shared_bytes"] == kept["bytes"] <= gpu["shared_per_block_optin"]
+    assert kept["x"] + held * kept["part_bytes"] <= kept["bytes"]
+    assert kept["part_bytes"] == kept["rows"] * kept["row"] * call.element_size
+    # Each row begins at a multiple of 16 bytes, and all of x has room.
+    assert kept["x"] % 16 == kept["row"] * call.element_size % 16 == 0
+    assert parts * kept["part_bytes"] >= call.x_of_sample
+
+
 def expected_workspace(call: Call, result: dict[str, Any]) -> int:
+    if "on_chip" in result:
+        return 0
     shape, mode, batch = call.shape, call.mode, call.batch
     features, channels, chunks = shape.features, shape.channels, result["tiling"]["chunks"]
     counts = [6 * features if mode.bn0 else 0]  # the prologue's arrays
@@ -348,6 +382,48 @@ def test_family_has_every_radix_and_cardinality() -> None:
         *itertools.product((1, 2, 4), (1, 2)),
         (1, 4),
     }
+
+
+@pytest.mark.parametrize("name", ["H100", "H200", "B200"])
+@pytest.mark.parametrize("nhwc", [False, True])
+@pytest.mark.parametrize("size", [2, 4])
+def test_evaluation_is_one_launch_where_there_are_clusters(
+    size: int, nhwc: bool, name: str
+) -> None:
+    """At nearly every shape of ResNeSt-50 and every batch; mostly two blocks a multiprocessor."""
+    gpu = DEVICES[name]
+    room = gpu["shared_per_multiprocessor"] // LIMITS["blocks_per_multiprocessor"] - KB
+    largest = 0
+    for shape, batch in itertools.product(shapes_at(224), (1, 2, 32, 256, 1000)):
+        call = Call(shape, Mode("eval", True, True), batch, size, nhwc)
+        result = check(gpu, call)
+        # An eighth of the largest map of a sample in float32, 3 MB, has no room.
+        fits = call.x_of_sample <= 1.6 * MB
+        assert [launch["name"] for launch in result["launches"]] == ["on_chip"] or not fits
+        if call.x_of_sample <= 0.6 * MB:
+            assert result["on_chip"]["bytes"] <= room
+        largest = max(largest, call.x_of_sample * fits)
+    assert largest > 1.5 * MB
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"aligned": False},
+        {"element_size": 8},
+        {"mode": Mode("train", True, True)},
+        {"batch": 0},
+        {"shape": shape(1, 1, 64, 3136)},
+        {"shape": shape(4, 1, 64, 3136)},
+        {"shape": shape(2, 1, 64, 512 * 512)},  # of 64 MB a sample
+    ],
+    ids=str,
+)
+def test_evaluation_has_a_launch_a_phase_elsewhere(change: dict[str, Any]) -> None:
+    call = Call(shape(2, 1, 64, 3136), Mode("eval", True, True), 32, 2, False)
+    assert "on_chip" in check(H200, call)
+    assert "on_chip" not in check(H200, call._replace(**change))
+    assert "on_chip" not in check({**H200, "cluster_blocks": 1}, call)
 
 
 # Bytes of workspace by those of x, at most. A half-precision map of 7 x 7 has 98 bytes a channel,
@@ -469,14 +545,15 @@ def test_statistics_occupy_the_device() -> None:
 @pytest.mark.parametrize("nhwc", [False, True])
 @pytest.mark.parametrize("batch", [1, 32, 256])
 @pytest.mark.parametrize("shape", [shape(2, 1, 64, 3136), shape(2, 1, 512, 49)])
-def test_launches_are_few(shape: Shape, batch: int, nhwc: bool) -> None:
+@pytest.mark.parametrize(("name", "of_eval"), [("A100", 3), ("H200", 1)])
+def test_launches_are_few(name: str, of_eval: int, shape: Shape, batch: int, nhwc: bool) -> None:
     """With all that comes behind a convolution: evaluation, and a training step."""
 
-    def count(name: str, *, batch_stats: bool) -> int:
-        mode = Mode(name, True, True, batch_stats, batch_stats)
-        return len(check(H200, Call(shape, mode, batch, 2, nhwc))["launches"])
+    def count(passed: str, *, batch_stats: bool) -> int:
+        mode = Mode(passed, True, True, batch_stats, batch_stats)
+        return len(check(DEVICES[name], Call(shape, mode, batch, 2, nhwc))["launches"])
 
-    assert count("eval", batch_stats=False) == 3
+    assert count("eval", batch_stats=False) == of_eval
     assert count("train", batch_stats=True) + count("backward", batch_stats=True) == 8
 
 
@@ -510,7 +587,9 @@ gpus = st.one_of(
             "threads_per_multiprocessor": st.just(2048),
             "registers_per_multiprocessor": st.just(65536),
             "shared_per_block": st.just(48 * KB),
-            "shared_per_multiprocessor": st.just(100 * KB),
+            "shared_per_block_optin": st.sampled_from([48 * KB, 99 * KB, 227 * KB]),
+            "shared_per_multiprocessor": st.sampled_from([100 * KB, 228 * KB]),
+            "cluster_blocks": st.sampled_from([1, 2, 8]),
             "grid_blocks": st.integers(1, 2**31 - 1),
         }
     ),

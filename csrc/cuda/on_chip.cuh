@@ -300,7 +300,7 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
     arrivals[index - begin].wait();
     const auto share = share_of<kNhwc, kVector>(args, first_sample + sample, index % plan.parts);
     A sums[1][kOwnSums<kVector, kNhwc>] = {};
-    pool_share<kOnChipRadix, kPrologue, 2>(
+    pool_share<kOnChipRadix, kPrologue, false>(
         share, place(index), kOnChipRadix, sums,
         [&](auto& held, int first_split) { held.take(share, sizes, prologue, first_split); });
     sum_over_share(share, args.tiling, channels, sums, [&](int c, A(&totals)[1]) {

@@ -32,16 +32,16 @@ struct PoolArgs {
   unsigned* counters;  // of phase 2, to open; or null
 };
 
-// A thread's sum over its share of x, of which it loads at most so many positions together.
-// take(held, first_split) takes bn0's parameters.
-template <int kRadix, bool kPrologue, int kTogether, typename T, bool kNhwc, int kVector,
+// A thread's sum over its share of x, whose splits it loads at once, to wait for memory once, or
+// one after the other. take(held, first_split) takes bn0's parameters.
+template <int kRadix, bool kPrologue, bool kAtOnce, typename T, bool kNhwc, int kVector,
           typename Take>
 __device__ __forceinline__ void pool_share(const Share<kVector, kNhwc>& share, const T* of_map,
                                            int radix, Acc<T> (&sums)[1][kOwnSums<kVector, kNhwc>],
                                            Take take) {
   using A = Acc<T>;
   constexpr int kSplits = splits_held(kRadix, kPrologue && kNhwc ? 2 * kVector : 1);
-  constexpr int kBatch = positions_held(kSplits) < kTogether ? positions_held(kSplits) : kTogether;
+  constexpr int kBatch = positions_held(kSplits);
   for (int first_split = 0; first_split < radix; first_split += kSplits) {
     HeldPrologue<kSplits, kVector, kNhwc, A> held;
     if constexpr (kPrologue) {
@@ -51,12 +51,18 @@ __device__ __forceinline__ void pool_share(const Share<kVector, kNhwc>& share, c
     share.template for_each<kBatch>([&](auto width, int position, int step, int end) {
       constexpr int kWidth = decltype(width)::value;
       Vector<T, kWidth> values[kSplits][kBatch];
-#pragma unroll
-      for (int r = 0; r < kSplits; ++r) {
+      const auto load_split = [&](int r) {
         load_batch(x, r * share.split, share.x_step, position, step, end, values[r]);
+      };
+#pragma unroll
+      for (int r = 0; kAtOnce && r < kSplits; ++r) {
+        load_split(r);
       }
 #pragma unroll
       for (int r = 0; r < kSplits; ++r) {
+        if constexpr (!kAtOnce) {
+          load_split(r);
+        }
 #pragma unroll
         for (int u = 0; u < kBatch; ++u) {
           if (position + u * step < end) {
@@ -80,7 +86,7 @@ __device__ __forceinline__ void pool_block(const PoolArgs<T>& args, int64_t bloc
   const int radix = kRadix ? kRadix : args.sizes.radix;
   const Share<kVector, kNhwc> share(args.sizes, args.tiling, block);
   Acc<T> sums[1][kOwnSums<kVector, kNhwc>] = {};
-  pool_share<kRadix, kPrologue, 8>(share, args.x, radix, sums, [&](auto& held, int first_split) {
+  pool_share<kRadix, kPrologue, true>(share, args.x, radix, sums, [&](auto& held, int first_split) {
     held.take(share, args.sizes, args.bn0, args.prologue, first_split);
   });
   sum_over_share(share, args.tiling, args.sizes.channels, sums, [&](int c, Acc<T>(&totals)[1]) {

@@ -56,6 +56,8 @@ MISTAKES = [
     *_no_barriers("running.cu", "running.cuh", 2),
     *_no_barriers("pool.cu", "prologue.cuh", 2),
     *_no_barriers("attention.cu", "stages.cuh", 4),
+    *_no_barriers("on_chip.cu", "on_chip.cuh", 4),
+    *(Mistake("thread", "on_chip.cu", "on_chip.cuh", "cluster.sync();", "", i) for i in range(3)),
     Mistake("thread", "attention.cu", "stages.cuh", "::cuda::memory_order_acquire", RELAXED),
     Mistake("thread", "attention.cu", "stages.cuh", "::cuda::memory_order_release", RELAXED),
     Mistake("thread", "attention.cu", "stages.cuh", "items[stage] > 0", "false"),
@@ -87,6 +89,10 @@ MISTAKES = [
         "end = head + vectors * kVector;",
         "end = head + (vectors - 1) * kVector;",
     ),
+    Mistake("plain", "on_chip.cu", "on_chip.cuh", "arrivals[index - begin].wait();", ""),
+    Mistake("plain", "on_chip.cu", "on_chip.cuh", "m * args.input_stride", "0"),
+    Mistake("plain", "on_chip.cu", "on_chip.cuh", "part.row(row)", "part.row(0)"),
+    Mistake("plain", "on_chip.cu", "on_chip.cuh", "max(i, part.first)", "i + 1"),
     Mistake("plain", "attention.cu", "product.cuh", "k < a.depth", "k + 1 < a.depth"),
     Mistake(
         "plain", "recombine.cu", "recombine.cuh", "block < args.blocks", "block + 1 < args.blocks"
@@ -163,9 +169,23 @@ def main() -> None:
     kernels = Kernels(library)
     kernels.replace_native(pytest.MonkeyPatch())
 
+    def with_clusters() -> None:
+        room = 100 * 1024
+        kernels.set_device(
+            cluster_blocks=2, shared_per_block_optin=room, shared_per_multiprocessor=2 * room
+        )
+
     def compute_some() -> None:
         """Runs every kernel that a mistake is in; the numbers do not matter."""
         kernels.set_device(grid_blocks=3)
+        compute_forwards()
+        with_clusters()
+        compute_forwards()
+        norm = (torch.zeros(300), torch.ones(300), torch.tensor(0))
+        norm += (torch.zeros(300), torch.ones(300), None)
+        kernels.ops.update_running_statistics(torch.empty(2, 1, 1, 1), *norm, *norm)
+
+    def compute_forwards() -> None:
         for layout in ("nchw", "channels_last"):
             call = draw_any(Case(2, 24, 30, 30, 2, 1, 12, layout=layout, prologue="batch"))
             call.gradients()
@@ -173,9 +193,6 @@ def main() -> None:
             for prologue in ("running", "none"):
                 options = {"layout": layout, "norm": "running", "prologue": prologue}
                 draw_any(Case(2, 24, 30, 30, 2, 1, 12, **options)).forward()
-        norm = (torch.zeros(300), torch.ones(300), torch.tensor(0))
-        norm += (torch.zeros(300), torch.ones(300), None)
-        kernels.ops.update_running_statistics(torch.empty(2, 1, 1, 1), *norm, *norm)
 
     def check_evaluation() -> None:
         options = {"norm": "running", "prologue": "running"}
@@ -196,6 +213,8 @@ def main() -> None:
         torch.manual_seed(0)
         if kind == "plain":
             check_some()
+            check_evaluation()
+            with_clusters()
             check_evaluation()
         else:
             compute_some()
