@@ -24,6 +24,8 @@ from model import GPUS, KB
 from resnest_fused import _C
 
 H100, H200 = GPUS["H100"], GPUS["H200"]
+# As if it had none: with a launch of each phase in an evaluation, too.
+WITHOUT_CLUSTERS = replace(H100, cluster_blocks=1)
 
 
 def code(*lines: str) -> str:
@@ -133,11 +135,18 @@ class MadeUp(dict[str, sass.Kernel]):
         self.of_phase_2 = kernel(*lines, "EXIT")
 
     def __missing__(self, name: str) -> sass.Kernel:
-        return self.of_phase_2 if name.startswith(("attention", "combine")) else self.of_maps
+        return (
+            self.of_phase_2
+            if name.startswith(("attention", "combine", "on_chip"))
+            else self.of_maps
+        )
 
 
 def predict(
-    case: Case, name: str, gpu: model.Gpu = H100, made_up: predicted.Kernels | None = None
+    case: Case,
+    name: str,
+    gpu: model.Gpu = WITHOUT_CLUSTERS,
+    made_up: predicted.Kernels | None = None,
 ) -> dict[str, model.Prediction]:
     kernels = MadeUp() if made_up is None else made_up
     launches = model.predict(gpu, kernels, model.workload(case, name, coupled=name != "eval"))
@@ -162,6 +171,28 @@ def test_bytes_are_the_least_of_each_pass(dtype: str, radix: int, layout: str) -
 
     assert units("train", "backward") == pytest.approx(case.floor_units)
     assert units("eval") == pytest.approx(2 * radix + 1)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "NCHW"])
+@pytest.mark.parametrize("batch", [1, 40, 1000])
+def test_evaluation_on_chip(batch: int, layout: str) -> None:
+    """It reads x once, all of a block's part at a time, and the weights once."""
+    case = replace(CASE, batch=batch, layout=layout)
+    workload = model.workload(case, "eval", coupled=False)
+    kept = _C.plan(H100.planned(), workload)["on_chip"]
+    (launch,) = predict(case, "eval", H100).values()
+    assert launch.name == "on_chip"
+    assert launch.resident == 2
+    unit, weights = batch * 64 * 32 * 32 * 2, 2 * (64 * 32 + 128 * 32)
+    memory = launch.bounds.memory * H100.bytes_per_s * model.CONSTANTS.copy_share
+    assert memory == pytest.approx(3 * unit + weights)
+    places = min(2 * 132, launch.blocks)
+    assert launch.in_flight * 132 == pytest.approx(places * 2 * unit / launch.blocks)
+    # A device's clusters at a time, each for as many samples as it holds.
+    clusters = -(-batch // kept["samples"])
+    assert launch.blocks == 8 * clusters
+    chain = H100.memory_cycles * model.CONSTANTS.under_load + 4 * 400
+    assert launch.bounds.waiting > max(clusters * 8 / 264, 1) * chain / H100.clock_hz
 
 
 @pytest.mark.parametrize(("registers", "count", "kilobytes"), [(128, 8, 64), (64, 8, 128)])
@@ -269,7 +300,7 @@ def test_a_pool_waits_for_the_parameters_of_bn0() -> None:
 def test_what_makes_a_kernel_slower() -> None:
     """More waiting, fewer blocks, a slower memory: each its own bound, and nothing gets faster."""
 
-    def pool(gpu: model.Gpu = H100, made_up: MadeUp | None = None) -> model.Prediction:
+    def pool(gpu: model.Gpu = WITHOUT_CLUSTERS, made_up: MadeUp | None = None) -> model.Prediction:
         return predict(CASE, "eval", gpu, made_up)["pool"]
 
     def slower(other: model.Prediction) -> dict[str, float]:
@@ -280,10 +311,10 @@ def test_what_makes_a_kernel_slower() -> None:
 
     assert slower(pool(made_up=MadeUp(registers=255))) == {"waiting": pytest.approx(2)}
     assert set(slower(pool(made_up=MadeUp(count=2)))) == {"waiting", "instructions"}
-    assert slower(pool(replace(H100, bytes_per_s=H100.bytes_per_s / 3))) == {
+    assert slower(pool(replace(WITHOUT_CLUSTERS, bytes_per_s=H100.bytes_per_s / 3))) == {
         "memory": pytest.approx(3)
     }
-    assert set(slower(pool(replace(H100, memory_cycles=2000)))) == {"waiting"}
+    assert set(slower(pool(replace(WITHOUT_CLUSTERS, memory_cycles=2000)))) == {"waiting"}
 
 
 def test_a_launch_that_the_model_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
