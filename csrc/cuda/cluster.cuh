@@ -5,13 +5,17 @@
 #include <cooperative_groups.h>
 
 #include <cuda/barrier>
-#include <cuda/ptx>
 
 #include "cuda/device.cuh"
 
-// Kernels for clusters are empty on a GPU that has none, where the planner never picks them. (Where
-// the host's compiler sees them, nvcc wants no body either.)
-#if !defined(__CUDACC__) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
+// Kernels for clusters have no body where the GPU has none, or nvcc comes without these barriers.
+// The planner does not pick them there (`Device::cluster_blocks`).
+#if !defined(__CUDACC__) || defined(__cccl_lib_local_barrier_arrive_tx)
+#define RF_KNOWS_CLUSTERS 1
+#else
+#define RF_KNOWS_CLUSTERS 0
+#endif
+#if !defined(__CUDACC__) || (RF_KNOWS_CLUSTERS && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
 #define RF_HAS_CLUSTERS 1
 #else
 #define RF_HAS_CLUSTERS 0
@@ -39,7 +43,10 @@ struct Arrival {
   // One thread says how many bytes will come;
   __device__ __forceinline__ void expect(int bytes) {
     init(&barrier, 1);
-    ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
+#if defined(__CUDACC__)
+    // For those that copy without threads: they see the barrier as it is now.
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
     static_cast<void>(::cuda::device::barrier_arrive_tx(barrier, 1, bytes));
   }
   // it copies them, a multiple of 16 from and to one;

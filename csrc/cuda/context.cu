@@ -6,6 +6,7 @@
 #include <mutex>
 #include <unordered_map>
 
+#include "cuda/cluster.cuh"
 #include "cuda/context.h"
 
 // In libtorch_cuda; torch's header declares it only where USE_CUDA is defined.
@@ -23,6 +24,20 @@ int64_t attribute(cudaDeviceAttr which, int index) {
   return value;
 }
 
+__global__ void probe_kernel() {}
+
+// Blocks: what every device with clusters can launch, unless it is a smaller part of one. The code
+// that runs on a GPU may be PTX for an older one, without clusters.
+int64_t largest_cluster(int index, int64_t multiprocessors) {
+  cudaFuncAttributes attributes{};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, probe_kernel);
+  STD_TORCH_CHECK(error == cudaSuccess, "resnest_fused: its CUDA kernels do not run on device ",
+                  index, ": ", cudaGetErrorString(error));
+  const bool usable = RF_KNOWS_CLUSTERS && attributes.ptxVersion >= 90 &&
+                      attribute(cudaDevAttrClusterLaunch, index) != 0;
+  return usable ? std::min<int64_t>(8, multiprocessors) : 1;
+}
+
 Device read_device(int index) {
   Device device{};
   device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
@@ -33,9 +48,7 @@ Device read_device(int index) {
   device.shared_per_block_optin = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   device.shared_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
   device.grid_blocks = attribute(cudaDevAttrMaxGridDimX, index);
-  // What every device with clusters can launch, unless it is a smaller part of one.
-  const bool clusters = attribute(cudaDevAttrClusterLaunch, index) != 0;
-  device.cluster_blocks = clusters ? std::min<int64_t>(8, device.multiprocessors) : 1;
+  device.cluster_blocks = largest_cluster(index, device.multiprocessors);
   return device;
 }
 
