@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from resnest_fused.training.files import replacing
+
 METRICS = "metrics.jsonl"
 BAD_FILES = "bad_files.txt"
 # Of the table that has a line for each epoch: name in a row of metrics.jsonl, header, format.
@@ -52,26 +54,20 @@ class Reporter:
     Args:
         folder: the run's.
         start: steps that are done; what files have of later ones is removed.
-        epochs: epochs that are done and evaluated.
         total: steps of the whole run.
         silent: tell nothing, as all processes but the first.
     """
 
-    def __init__(self, folder: Path, start: int, epochs: int, total: int, silent: bool) -> None:
+    def __init__(self, folder: Path, start: int, total: int, silent: bool) -> None:
         self.folder = folder
         self.total = total
         self.silent = silent
         self.rows: list[dict[str, Any]] = []
         if silent:
             return
-        self.rows = [
-            row
-            for row in read_metrics(folder)
-            if row["step"] <= start and (row["kind"] == "train" or row["epoch"] <= epochs)
-        ]
-        kept = folder / f"{METRICS}.tmp"
-        kept.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
-        os.replace(kept, folder / METRICS)
+        self.rows = [row for row in read_metrics(folder) if row["step"] <= start]
+        with replacing(folder / METRICS) as file:
+            file.write("".join(json.dumps(row) + "\n" for row in self.rows).encode())
         # From the last checkpoint's step on, of which a row may have been told too early.
         self._board = SummaryWriter(folder / "tensorboard", purge_step=start)
         for row in self.rows:
@@ -122,6 +118,8 @@ class Reporter:
             return
         with open(self.folder / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         first = not any(known["kind"] == "epoch" for known in self.rows)
         self.rows.append(row)
         self._chart(row)
@@ -148,9 +146,10 @@ class Reporter:
             text = "".join(f"{complaint}\n" for complaint in complaints)
             (self.folder / BAD_FILES).write_text(text, encoding="utf-8")
 
-    def best_before(self) -> float:
-        """The best top1 so far, in percent; -1 before the first."""
-        return max((row["top1"] for row in self.rows if row["kind"] == "epoch"), default=-1.0)
+    def top1_of(self, epoch: int) -> float | None:
+        """The top1 that was told of an epoch, in percent; None if none was."""
+        rows = (row for row in self.rows if row["kind"] == "epoch")
+        return next((row["top1"] for row in rows if row["epoch"] == epoch), None)
 
 
 def _table_line(row: dict[str, Any] | None) -> str:
