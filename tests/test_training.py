@@ -672,6 +672,84 @@ def test_a_folder_with_another_run_is_not_touched(
     assert {path: path.read_bytes() for path in out.rglob("*.*")} == before
 
 
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert train(out, epochs=2) == 0
+    known = (out / "metrics.jsonl").read_bytes(), (out / "checkpoints/best.pt").read_bytes()
+    assert train(out, epochs=2) == 0
+    assert known == (
+        (out / "metrics.jsonl").read_bytes(),
+        (out / "checkpoints/best.pt").read_bytes(),
+    )
+
+
+def test_the_best_is_known_without_the_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be lost; a later and worse checkpoint must not become the best one then."""
+    loop = module("loop")
+    scores, evaluate = iter([50.0, 40.0]), loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", lambda *a: evaluate(*a)._replace(top1=next(scores)))
+    signal_at(monkeypatch, signal.SIGTERM, 8)
+    out = tmp_path / "run"
+    assert train(out, epochs=2) == 75
+    best = (out / "checkpoints/best.pt").read_bytes()
+    (out / "metrics.jsonl").unlink()
+    assert train(out, epochs=2) == 0
+    assert (out / "checkpoints/best.pt").read_bytes() == best
+
+
+def add_class(root: Path) -> None:
+    for side in ("train", "val"):
+        (root / side / "birds").mkdir()
+        (root / side / "birds/0.png").write_bytes((root / "train/cats/0.png").read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (add_class, "the run has other classes than these data, such as 'birds'"),
+        (
+            lambda root: (root / "train/cats/0.png").unlink(),
+            "the run has 8 pictures in train, these data 7",
+        ),
+        (
+            lambda root: (root / "val/cats/0.png").rename(root / "val/cats/9.png"),
+            "in val the files have other names than those of the run",
+        ),
+    ],
+)
+def test_other_data_under_a_run_are_noticed(
+    folder: Path, capfd: pytest.CaptureFixture[str], change: Any, message: str
+) -> None:
+    out = folder / "run"
+    options = {"data": str(folder), "batch": 4, "epochs": 1}
+    assert train(out, **options) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*.*")}
+    change(folder)
+    capfd.readouterr()
+    assert train(out, **options, keep=2) == 2
+    assert capfd.readouterr().err == f"resnest-fused: data: {message}\n"
+    assert {path: path.read_bytes() for path in out.rglob("*.*")} == before
+
+
+def test_a_run_goes_on_when_it_and_its_data_were_moved(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = {"batch": 4, "epochs": 2, "log_every": 1}
+    # A damaged one would be named by where it was.
+    (folder / "train/dogs/1.png").write_bytes((folder / "train/dogs/0.png").read_bytes())
+    assert train(folder / "whole", data=str(folder), **options) == 0
+    signal_at(monkeypatch, signal.SIGTERM, 1)
+    assert train(folder / "run", data=str(folder), **options) == 75
+    moved = folder / "moved"
+    moved.mkdir()
+    for name in ("train", "val", "run"):
+        (folder / name).rename(moved / name)
+    assert train(moved / "run", data=str(moved), **options) == 0
+    assert_same(result(moved / "run"), result(folder / "whole"))
+
+
 # --- the commands
 
 
@@ -722,7 +800,19 @@ def test_options_of_the_command_count_over_the_file_and_the_file_over_the_preset
         (["--preset", "digits", "--model", "resnet50"], "model: expected one of resnest14, "),
         (["--preset", "digits", "--options", "radix=-1"], "options: radix: expected an integer"),
         (["--preset", "digits", "--options", "radix"], "expected a name, = and a value"),
-        (["--preset", "digits", "--backend", "cuda"], "backend: "),
+        (
+            ["--preset", "digits", "--backend", "cuda"],
+            "resnest-fused: backend: expected one of auto, native, triton, reference, got 'cuda'",
+        ),
+        (
+            ["--preset", "digits", "--options", "num_classes=3"],
+            "options: num_classes is set by the option classes",
+        ),
+        (["--preset", "digits", "--options", "fused=false"], "fused is set by the option fuse"),
+        (["--preset", "digits", "--options", "planes=[1"], "expected a value in YAML's form"),
+        (["--preset", "digits", "--jitter", "inf"], "jitter: expected a number from 0 to 1, got"),
+        (["--preset", "digits", "--lr-of", "fc=-1"], "lr_of: expected numbers by name from 0 on"),
+        (["--preset", "digits", "--epochs", "2"], "warmup: expected an integer from 0 to the num"),
         (["--preset", "digits", "--weights", "none.pth"], "none.pth: not a file that exists"),
         (["--smoothing", "2"], "smoothing: expected a number from 0 to below 1, got 2.0"),
         (["--config", "none.yaml"], "config: none.yaml cannot be read"),

@@ -13,7 +13,6 @@ from resnest_fused.fusing import fuse
 from resnest_fused.models.variants import VARIANTS
 from resnest_fused.training.config import Config, ConfigError
 
-
 # Of the network's options those that the run has under a name of its own, and that name.
 _OWN = {
     "num_classes": "classes",
