@@ -497,7 +497,7 @@ def test_the_progress_line_and_tensorboard_show_the_numbers(
     out = tmp_path / "run"
     assert [train(out, log_every=1), train(out, log_every=1)] == [75, 0]
     told = capfd.readouterr().err
-    for words in ("/21 steps", "loss ", "LR ", " images/s", "data wait ", "top-1 %"):
+    for words in ("/21", "loss ", "LR ", " images/s", "data wait ", "evaluating", "top-1 %"):
         assert words in told
     board = EventAccumulator(str(out / "tensorboard")).Reload()
     rows = result(out)["rows"]

@@ -317,6 +317,7 @@ class Trainer:
 
     def _evaluate(self, reporter: Reporter, epoch: int, began: float) -> float:
         """Evaluate, keep the checkpoint if it is the best, report; the top1 in percent."""
+        reporter.begin_evaluation()
         network = self.network if self.ema is None else self.ema.module
         self.world.share_buffers(network)
         trained = time.perf_counter() - began

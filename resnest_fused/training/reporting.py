@@ -18,19 +18,20 @@ from resnest_fused.training.files import replacing
 
 METRICS = "metrics.jsonl"
 BAD_FILES = "bad_files.txt"
-# Of the table that has a line for each epoch: name in a row of metrics.jsonl, header, format.
+# Of the table that has a line for each epoch: name in a row of metrics.jsonl, header, format, width.
+# It is as wide as a terminal.
 COLUMNS = (
-    ("epoch", "epoch", "{:d}"),
-    ("step", "step", "{:d}"),
-    ("train_loss", "train loss", "{:.4f}"),
-    ("val_loss", "val loss", "{:.4f}"),
-    ("top1", "top-1 %", "{:.2f}"),
-    ("top5", "top-5 %", "{:.2f}"),
-    ("lr", "LR", "{:.5f}"),
-    ("images_per_s", "images/s", "{:.0f}"),
-    ("data_wait", "data wait", "{:.0%}"),
-    ("bad_pictures", "bad", "{:d}"),
-    ("seconds", "seconds", "{:.1f}"),
+    ("epoch", "epoch", "{:d}", 5),
+    ("step", "step", "{:d}", 7),
+    ("train_loss", "loss", "{:.4f}", 6),
+    ("val_loss", "val loss", "{:.4f}", 8),
+    ("top1", "top-1 %", "{:.2f}", 7),
+    ("top5", "top-5 %", "{:.2f}", 7),
+    ("lr", "LR", "{:.5f}", 7),
+    ("images_per_s", "images/s", "{:.0f}", 8),
+    ("data_wait", "wait", "{:.0%}", 4),
+    ("bad_pictures", "bad", "{:d}", 4),
+    ("seconds", "seconds", "{:.1f}", 7),
 )
 
 
@@ -76,7 +77,7 @@ class Reporter:
         console = Console(stderr=True)
         self._progress = Progress(
             BarColumn(30),
-            TextColumn("{task.completed}/{task.total} steps"),
+            TextColumn("{task.completed}/{task.total}"),  # steps
             TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}"),
             console=console,
@@ -112,6 +113,11 @@ class Reporter:
         if not self.silent:
             self._progress.update(self._task, completed=step)
 
+    def begin_evaluation(self) -> None:
+        """Show why no steps are taken for a while."""
+        if not self.silent:
+            self._progress.update(self._task, numbers="evaluating")
+
     def add(self, row: dict[str, Any]) -> None:
         """Keep a row of numbers, whose kind is "train" or "epoch"."""
         if self.silent:
@@ -129,7 +135,7 @@ class Reporter:
             self.say(_table_line(row))
         else:
             numbers = (
-                f"loss {row['loss']:.4f}  LR {row['lr']:.5f}  {row['images_per_s']:.0f} images/s  "
+                f"loss {row['loss']:.4f} LR {row['lr']:.5f} {row['images_per_s']:.0f} images/s "
                 f"data wait {row['data_wait']:.0%}"
             )
             self._progress.update(self._task, numbers=numbers)
@@ -154,7 +160,7 @@ class Reporter:
 
 def _table_line(row: dict[str, Any] | None) -> str:
     """A line of the table by epoch; its header for None."""
-    cells = (header if row is None else form.format(row[name]) for name, header, form in COLUMNS)
-    return "  ".join(
-        cell.rjust(max(len(header), 7)) for cell, (_, header, _) in zip(cells, COLUMNS, strict=True)
+    return " ".join(
+        (header if row is None else form.format(row[name])).rjust(width)
+        for name, header, form, width in COLUMNS
     )
