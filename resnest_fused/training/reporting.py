@@ -18,8 +18,8 @@ from resnest_fused.training.files import replacing
 
 METRICS = "metrics.jsonl"
 BAD_FILES = "bad_files.txt"
-# Of the table that has a line for each epoch: name in a row of metrics.jsonl, header, format, width.
-# It is as wide as a terminal.
+# The table with a line for each epoch: name in a row of metrics.jsonl, header, format, width.
+# Together they fit 80 columns.
 COLUMNS = (
     ("epoch", "epoch", "{:d}", 5),
     ("step", "step", "{:d}", 7),
