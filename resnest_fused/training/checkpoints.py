@@ -43,8 +43,17 @@ def write(state: dict[str, Any], path: Path) -> None:
             torch.save(state, file)
     # torch.save reports a write that failed as one or the other.
     except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: cannot be written ({reason})") from error
+        raise CheckpointError(f"{path}: cannot be written ({_reason(error)})") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said, if that is behind an error; else the error's first line."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__context__
+    return str(error).splitlines()[0]
 
 
 def read(path: Path) -> dict[str, Any]:
