@@ -718,7 +718,7 @@ def test_options_of_the_command_count_over_the_file_and_the_file_over_the_preset
 ) -> None:
     file = tmp_path / "options.yaml"
     out = str(tmp_path / "run")
-    file.write_text(f"epochs: 2\nbatch: 400\nout: {out}\noptions: {{planes: [8, 8, 8, 8]}}\n")
+    file.write_text(f"epochs: 2\nwarmup: 1\nbatch: 400\nout: {out}\noptions: {{planes: [8, 8, 8, 8]}}\n")
     options = ["--epochs", "1", "--options", "stem_width=4", "--options", "planes=[8,8,8,16]"]
     options += ["--lr-of", "fc=2.5", "--no-fuse", "--device", "cpu"]
     done = run_command("train", "--preset", "digits", "--config", str(file), *options)
