@@ -718,7 +718,9 @@ def test_options_of_the_command_count_over_the_file_and_the_file_over_the_preset
 ) -> None:
     file = tmp_path / "options.yaml"
     out = str(tmp_path / "run")
-    file.write_text(f"epochs: 2\nwarmup: 1\nbatch: 400\nout: {out}\noptions: {{planes: [8, 8, 8, 8]}}\n")
+    file.write_text(
+        f"epochs: 2\nwarmup: 1\nbatch: 400\nout: {out}\noptions: {{planes: [8, 8, 8, 8]}}\n"
+    )
     options = ["--epochs", "1", "--options", "stem_width=4", "--options", "planes=[8,8,8,16]"]
     options += ["--lr-of", "fc=2.5", "--no-fuse", "--device", "cpu"]
     done = run_command("train", "--preset", "digits", "--config", str(file), *options)
@@ -839,6 +841,14 @@ def test_a_damaged_run_is_not_evaluated(tmp_path: Path) -> None:
     tear(out / "checkpoints/best.pt", "flipped")
     done = run_command("evaluate", str(out / "checkpoints/best.pt"), "--device", "cpu")
     assert done.exit_code == 2 and "damaged" in done.stderr
+
+
+def test_a_dry_run_can_be_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(config: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(module("dryrun"), "measure", interrupt)
+    assert run_command("train", "--synthetic", "cifar", "--device", "cpu").exit_code == 130
 
 
 def test_a_dry_run_times_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

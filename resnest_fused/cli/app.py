@@ -57,6 +57,8 @@ class _Stoppable(_Command):
     """Notes signals to stop from its beginning on; none of them changes an exit code at its end."""
 
     def invoke(self, context: Any) -> Any:
+        if context.params["synthetic"]:
+            return super().invoke(context)  # it has nothing to save
         try:
             with stopping.StopRequest() as context.obj:
                 return super().invoke(context)
