@@ -435,7 +435,17 @@ def test_convert(narrow: Path, tmp_path: Path) -> None:
     ):
         files = [str(tmp_path / name) for name in arguments[:2]]
         assert_refused(run("convert", *files, "--to", "mm", *arguments[2:]), "IN", reason)
+    stride = ("--to", "mm", "--output-stride")
+    assert_refused(
+        run("convert", str(out), str(tmp_path / "new.pth"), *stride, "4"),
+        "--output-stride",
+        "expected 8, 16 or 32, got 4",
+    )
     assert not (tmp_path / "new.pth").exists()
+    assert run("convert", str(out), str(tmp_path / "dilated.pth"), *stride, "8").exit_code == 0
+    names = torch.load(tmp_path / "dilated.pth")
+    for stage, index in ((1, 0), (2, 1), (3, 0), (4, 0)):
+        assert f"backbone.layer{stage}.0.downsample.{index}.weight" in names
     assert run("convert", str(out), str(out), "--to", "keras").exit_code == 2
     assert tuple(layout.value for layout in _Layout) == tuple(sorted(LAYOUTS, key=_order))
 
