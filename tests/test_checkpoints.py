@@ -168,6 +168,13 @@ def test_one_of_several_state_dicts_is_asked_for(state: State, tmp_path: Path) -
     assert_same(found.state, {k: v + 1 for k, v in state.items()})
     with pytest.raises(CheckpointError, match=r"under 'best'; it has 'state_dict', 'ema'$"):
         models.read_checkpoint(path, entry="best")
+    torch.save({"student": state, "params_ema": state, "epoch": 3}, path)
+    with pytest.raises(CheckpointError, match=r"; entry= takes one of 'student', 'params_ema'$"):
+        models.read_checkpoint(path)
+    assert_same(models.read_checkpoint(path, entry="params_ema").state, state)
+    torch.save({"model": {"body": state, "head": state}}, path)
+    with pytest.raises(CheckpointError, match=r"got (dict|OrderedDict) under 'body'$"):
+        models.read_checkpoint(path)
 
 
 def test_a_part_of_a_detector(state: State, tmp_path: Path) -> None:
@@ -198,6 +205,8 @@ def test_a_head_of_another_size_is_left_out_by_name(model: nn.Module, tmp_path: 
     assert torch.equal(other.layer4[0].bn3.weight, model.layer4[0].bn3.weight)
     with pytest.raises(CheckpointError, match=r"^leave_out: the model has no 'head'$"):
         models.load_checkpoint(model, path, leave_out=("head",))
+    with pytest.raises(CheckpointError, match=r"^leave_out: expected several names, got 'fc'$"):
+        models.create("resnest14", path, leave_out="fc", **narrow)
 
 
 def test_frozen_norms_have_no_counters(state: State, model: nn.Module, tmp_path: Path) -> None:

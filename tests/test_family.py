@@ -181,6 +181,8 @@ WRONG = {
     "num_classes": (-1, "expected an integer from 0 on, got -1"),
     "frozen_stages": (5, "expected -1 to 4, got 5"),
     "conv_layer": ([nn.Conv2d] * 4, "expected one or five, got 4"),
+    "norm_layer": ("bn", "expected a class or a function that makes it, got 'bn'"),
+    "act_layer": ("relu", "expected a class or a function that makes it, got 'relu'"),
     "out_indices": ((1, 5), r"expected different numbers from 0 to 4, .*, got \(1, 5\)"),
     "layers": ((1, 2, 3), r"expected four integers from 0 on, got \(1, 2, 3\)"),
     "planes": ((8, 8, 8, 0), r"expected four integers from 1 on, got \(8, 8, 8, 0\)"),
@@ -200,6 +202,9 @@ def test_a_wrong_option_is_named(name: str) -> None:
         small(global_pool="")
     with pytest.raises(ValueError, match="drop_rate: expected a number from 0"):
         small(drop_rate=None)
+    for layers in (3, "conv", [nn.Conv2d] * 4 + [None]):
+        with pytest.raises(ValueError, match=r"^conv_layer: expected a class or a function"):
+            small(conv_layer=layers)
     for indices in (3, (), (1, 1), {1: "a", 2: "a"}, {1: ""}):
         with pytest.raises(ValueError, match="out_indices"):
             small(out_indices=indices)
@@ -281,15 +286,9 @@ def test_drop_path() -> None:
     rates = [b.drop_path and b.drop_path.rate for b in small(drop_path_rate=0.3).blocks()]
     assert rates == [None, pytest.approx(0.1), pytest.approx(0.2), 0.3]
     # A dropped sample leaves an identity block unchanged.
-    block = Bottleneck(256, 64, torch_attention(), nn.BatchNorm2d, drop_path=1 - 1e-9)
+    block = Bottleneck(256, 64, nn.BatchNorm2d, drop_path=1 - 1e-9)
     x = torch.rand(4, 256, 6, 6)
     assert torch.equal(block(x), x) and not torch.equal(block.eval()(x), x)
-
-
-def torch_attention() -> type:
-    from resnest_fused import SplitAttentionConv2d
-
-    return SplitAttentionConv2d
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

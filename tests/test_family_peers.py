@@ -125,7 +125,9 @@ def test_timm_s_registry_builds_ours() -> None:
         peer = randomise(package.create_model("resnest14d", output_stride=stride)).eval()
         ours = package.create_model("fused_resnest14d", output_stride=stride).eval()
         assert ours.head_hidden_size == peer.head_hidden_size
-        assert type(ours) is models.ResNeSt and not any(b.bn3.weight.any() for b in ours.blocks())
+        assert isinstance(ours, models.ResNeSt) and not any(
+            b.bn3.weight.any() for b in ours.blocks()
+        )
         ours.load_state_dict(peer.state_dict(), strict=True)
         x = torch.randn(1, 3, 64, 64)
         torch.testing.assert_close(ours(x), peer(x), rtol=1e-4, atol=1e-4)
@@ -144,6 +146,45 @@ def test_timm_s_registry_builds_ours() -> None:
     assert copy.deepcopy(model).pretrained_cfg["classifier"] == "fc"
     model = package.create_model("fused_resnest14d", device="meta", dtype=torch.float16)
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.float16)}
+
+
+@torch.no_grad()
+def test_timm_s_methods() -> None:
+    """What timm calls on its own models gives the same on ours."""
+    import timm as package
+
+    peer = randomise(package.create_model("resnest14d")).eval()
+    ours = package.create_model("fused_resnest14d").eval()
+    ours.load_state_dict(peer.state_dict(), strict=True)
+    for coarse in (False, True):
+        groups = [
+            package.models.group_parameters(model, model.group_matcher(coarse))
+            for model in (ours, peer)
+        ]
+        assert groups[0] == groups[1] and len(groups[0]) == 6
+    assert ours.get_classifier(name_only=True) == "fc" and ours.get_classifier() is ours.fc
+    rates = [
+        [group["lr_scale"] for group in optimizer.param_groups]
+        for optimizer in (
+            package.optim.create_optimizer_v2(model, "sgd", lr=0.1, layer_decay=0.7)
+            for model in (ours, peer)
+        )
+    ]
+    assert rates[0] == rates[1] and len(set(rates[0])) > 3
+    x = torch.randn(1, 3, 64, 64)
+    for options in ({}, {"indices": 2}, {"indices": (0, 2), "stop_early": True}):
+        found, expected = (model.forward_intermediates(x, **options) for model in (ours, peer))
+        for a, b in zip((found[0], *found[1]), (expected[0], *expected[1]), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert len(ours.forward_intermediates(x, (0, 2), intermediates_only=True)) == 2
+    with pytest.raises(ValueError, match="output_fmt: expected 'NCHW', got 'NLC'"):
+        ours.forward_intermediates(x, output_fmt="NLC")
+    for indices in ((1, 2), (0,), 1):
+        pruned = [copy.deepcopy(model) for model in (ours, peer)]
+        assert len({tuple(m.prune_intermediate_layers(indices)) for m in pruned}) == 1
+        assert list(pruned[0].state_dict()) == list(pruned[1].state_dict())
+        assert pruned[0].num_features == pruned[1].num_features
+        torch.testing.assert_close(pruned[0](x), pruned[1](x), rtol=1e-4, atol=1e-4)
 
 
 IMPORT = """

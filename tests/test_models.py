@@ -97,7 +97,7 @@ def test_any_size_and_number_of_classes() -> None:
 )
 def test_bottleneck_output_size(stride: int, size: int, expected: int) -> None:
     downsample = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
-    block = Bottleneck(64, 16, SplitAttentionConv2d, nn.BatchNorm2d, stride, downsample).eval()
+    block = Bottleneck(64, 16, nn.BatchNorm2d, stride, downsample).eval()
     assert block(torch.randn(2, 64, size, size)).shape == (2, 64, expected, expected)
 
 
@@ -116,7 +116,7 @@ def test_norm_layer() -> None:
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_pooling_behind_the_attention(memory_format: torch.memory_format) -> None:
-    block = Bottleneck(8, 8, SplitAttentionConv2d, nn.BatchNorm2d, stride=2)
+    block = Bottleneck(8, 8, nn.BatchNorm2d, stride=2)
     x = torch.randn(2, 8, 9, 6, dtype=torch.float64).contiguous(memory_format=memory_format)
     x.requires_grad_()
     dout = torch.randn(2, 8, 5, 3, dtype=torch.float64)

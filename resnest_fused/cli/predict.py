@@ -69,6 +69,12 @@ def run(
             metavar="HASH",
         ),
     ] = None,
+    entry: Annotated[
+        str | None,
+        typer.Option(
+            help="Which of several state_dicts in the checkpoint, such as ema.", metavar="NAME"
+        ),
+    ] = None,
     classes: Annotated[
         Path | None,
         typer.Option(
@@ -103,7 +109,7 @@ def run(
     checkpoint = None
     if weights is not None:
         with blame("--weights", models.CheckpointError):
-            checkpoint = models.read_checkpoint(weights, sha256=sha256)
+            checkpoint = models.read_checkpoint(weights, sha256=sha256, entry=entry)
         if (
             checkpoint.layout is not None
             and models.checkpoints.num_classes(checkpoint.state) is None

@@ -149,6 +149,8 @@ def load_checkpoint(
             was.
         RuntimeError: the model's norms are folded; see :func:`resnest_fused.fuse`.
     """
+    if isinstance(leave_out, str):
+        raise CheckpointError(f"leave_out: expected several names, got {leave_out!r}")
     checkpoint = source
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = read_checkpoint(checkpoint, sha256=sha256)
