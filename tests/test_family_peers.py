@@ -166,7 +166,9 @@ def test_timm_s_methods() -> None:
     rates = [
         [group["lr_scale"] for group in optimizer.param_groups]
         for optimizer in (
-            package.optim.create_optimizer_v2(model, "sgd", lr=0.1, layer_decay=0.7)
+            importlib.import_module("timm.optim").create_optimizer_v2(
+                model, "sgd", lr=0.1, layer_decay=0.7
+            )
             for model in (ours, peer)
         )
     ]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import resnest_fused as rf
 from resnest_fused import FusedSplitAttentionConv2d, SplitAttentionConv2d, models
 from resnest_fused.models import CheckpointError, registry
 from resnest_fused.models.resnest import Bottleneck
@@ -75,6 +76,9 @@ def test_fused_changes_the_attention_only(reference: models.ResNeSt) -> None:
 
     assert kinds(fused) == 16 * [FusedSplitAttentionConv2d]
     assert kinds(reference) == 16 * [SplitAttentionConv2d]
+    rf.unfuse(fused)
+    assert kinds(fused) == 16 * [SplitAttentionConv2d]
+    assert len(rf.fuse(fused).entries) == 16 and kinds(fused) == 16 * [FusedSplitAttentionConv2d]
 
 
 @pytest.mark.parametrize("size", [64, 75])

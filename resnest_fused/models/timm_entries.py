@@ -57,15 +57,17 @@ class TimmResNeSt(ResNeSt):
 
     Example::
 
+        from timm.optim import create_optimizer_v2
+
         model = timm.create_model("fused_resnest50d")
-        optimizer = timm.optim.create_optimizer_v2(model, "sgd", lr=0.1, layer_decay=0.7)
+        optimizer = create_optimizer_v2(model, "sgd", lr=0.1, layer_decay=0.7)
         maps = model.forward_intermediates(x, indices=(1, 3), intermediates_only=True)
     """
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Patterns of names, by which timm groups parameters: the stem, each block or stage."""
         blocks = r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"
-        return {"stem": r"^(conv1|bn1)\.", "blocks": blocks}
+        return {"stem": r"^(?:conv1|bn1)\.", "blocks": blocks}
 
     def get_classifier(self, name_only: bool = False) -> Any:
         """The layer that makes the logits, or its name."""
