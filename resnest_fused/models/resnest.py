@@ -259,8 +259,10 @@ class ResNeSt(nn.Module):
         self.conv1 = _make_stem(in_chans, stem_width, deep_stem, convs[0], norm_layer, act_layer)
         self.bn1 = norm_layer(channels)
         self.act = _activation(act_layer)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.feature_info = [{"num_chs": channels, "reduction": 2, "module": "act"}]
+        self.maxpool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1)
+        self.feature_info: list[dict[str, Any]] = [
+            {"num_chs": channels, "reduction": 2, "module": "act"}
+        ]
 
         last = 4 if self.out_names is None else max(self.out_names)
         blocks, reduction = 0, 4
