@@ -293,7 +293,16 @@ def _advice(
         return "; leave_out=('fc',) keeps the model's own classifier"
     if not wrong and checkpoint.prefix:
         return f"; prefix={checkpoint.prefix!r} takes what stands under it alone"
+    in_file, in_model = _blocks(state), _blocks(expected)
+    if in_file != in_model and any(in_file) and any(in_model):
+        return f"; its stages have {in_file} blocks, the model's {in_model}"
     return ""
+
+
+def _blocks(state: Iterable[str]) -> tuple[int, ...]:
+    """How many blocks each stage of a ResNeSt has."""
+    blocks = {match[1] for match in map(re.compile(r"(layer\d\.\d+)\.").match, state) if match}
+    return tuple(sum(block.startswith(f"layer{stage}.") for block in blocks) for stage in "1234")
 
 
 def _listing(what: str, keys: Iterable[str]) -> str:
