@@ -85,7 +85,7 @@ def test_a_photo_through_torchvision_s_detector_and_segmenter() -> None:
 def test_resnest14_reaches_its_mark_on_small_pictures(name: str, steps: int, least: float) -> None:
     """Fused, and it begins as unfused."""
     train = getattr(importlib.import_module("transfer"), name)
-    fused, plain = train(True, steps, side=64), train(False, 2, side=64)
+    fused, plain = train(True, steps, 64), train(False, steps, 64, taken=2)
     assert fused.mark >= least
     assert fused.losses[:2] == pytest.approx(plain.losses, rel=1e-3)
     assert fused.losses[0] > 2 * sum(fused.losses[-30:]) / 30
