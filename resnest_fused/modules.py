@@ -14,6 +14,7 @@ from resnest_fused.children import (
     calls_are_watched,
     has_child,
     intercepted,
+    is_folded,
     is_nothing,
     is_pointwise,
     is_r_softmax,
@@ -62,7 +63,8 @@ def fused_attention(
     relu = act0 is RELU or (absorbs and is_relu(act0))
     activated = isinstance(act0, nn.Module) and bn0 is not None and has_child(bn0, act0)
     norm0 = batch_norm_args(bn0, activated) if absorbs and relu and is_nothing(drop) else None
-    if norm0 is None:
+    # Of a folded norm that calls its children, a ReLU is left for the op.
+    if norm0 is None and not (activated and relu and is_nothing(drop) and is_folded(bn0)):
         relu = relu and not activated
         for module in (bn0,) if activated else (bn0, drop, None if relu else act0):
             if module is not None:
