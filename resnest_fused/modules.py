@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from types import MethodType
 from typing import Any, NoReturn
 
 import torch
@@ -142,8 +144,13 @@ class _Exchanged:
         object.__setattr__(self, "_functions", functions)
 
     def __getattr__(self, name: str) -> Any:
-        functions = vars(self)["_functions"]
-        return functions[name] if name in functions else getattr(vars(self)["_block"], name)
+        functions, block = vars(self)["_functions"], vars(self)["_block"]
+        if name in functions:
+            return functions[name]
+        found = getattr(block, name)
+        # The block's other methods get what is exchanged, too.
+        own = type(found) is MethodType and found.__self__ is block
+        return partial(found.__func__, self) if own else found  # which the compiler knows
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._block, name, value)
