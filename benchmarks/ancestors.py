@@ -1,8 +1,9 @@
 """Measures timm's networks and their fused modules, fused against eager and ``torch.compile``.
 
 ``python benchmarks/ancestors.py seresnet50 regnety_032`` prints a table of the networks;
-``--stages`` one of their fused modules, of each size once. Times are of the wall clock. Each
-contender has a process of its own, as compiled code brings other threads, and they take turns.
+``--stages`` one of their fused modules, of each size once. Times are of the wall clock, and all
+contenders take turns. Compiled code has a process of its own, as it brings other threads; the other
+two share one, as the same network may differ by 5% from process to process.
 
 A network's compilation takes minutes. Inductor keeps its result, so that the run that measures, on
 a machine that does nothing else, begins sooner after one with ``--prepare``.
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from typing import Any
 
 import timm
 import torch
@@ -61,34 +63,37 @@ def step_of(module: nn.Module, x: Tensor, train: bool, stage: bool) -> Callable[
     return lambda: torch.autograd.grad(module(x).sum(), inputs)
 
 
-def contend(pipe: Connection, name: str, form: str, args: argparse.Namespace) -> None:
-    """One contender's process. It gets parts, whose results it sends, and requests for a time."""
+def contend(pipe: Connection, name: str, forms: list[str], args: argparse.Namespace) -> None:
+    """The process of some contenders: gets parts, sends results, then seconds as they are asked."""
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(args.train)
-    torch.manual_seed(0)
-    network = timm.create_model(name)
-    if form == "fused":
-        assert rf.fuse(network), f"{name}: nothing was fused"
-    network.train(args.train)
+    networks = {}
+    for form in forms:
+        torch.manual_seed(0)
+        networks[form] = timm.create_model(name).train(args.train)
+        if form == "fused":
+            assert rf.fuse(networks[form]), f"{name}: nothing was fused"
     with suppress(EOFError):
         while True:
             part, shape = pipe.recv()
-            module = network.get_submodule(part)
-            called = torch.compile(module, dynamic=False) if form == "compile" else module
-            x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-            pipe.send(called(x).detach().numpy())
-            step = step_of(called, x, args.train, args.stages)
-            step()  # compiles the backward
+            steps = {}
+            for form, network in networks.items():
+                module: Any = network.get_submodule(part)
+                called = torch.compile(module, dynamic=False) if form == "compile" else module
+                x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+                pipe.send(called(x).detach().numpy())
+                steps[form] = step_of(called, x, args.train, args.stages)
+                steps[form]()  # compiles the backward
             start = time.perf_counter()
-            step()
+            steps[forms[0]]()
             runs = 1 + int(_BURST / (time.perf_counter() - start)) if args.stages else 1
             pipe.send("ready")
-            while pipe.recv():
+            while form := pipe.recv():
                 if args.stages:
-                    step()  # caches are then as this contender leaves them
+                    steps[form]()  # caches are then as this contender leaves them
                 start = time.perf_counter()
                 for _ in range(runs):
-                    step()
+                    steps[form]()
                 pipe.send((time.perf_counter() - start) / runs)
 
 
@@ -97,23 +102,25 @@ def samples_of(
 ) -> dict[str, list[float]]:
     """Seconds of each contender for one part, an entry for each round."""
     expected = None
-    for pipe in pipes.values():
+    processes = list(dict.fromkeys(pipes.values()))
+    for pipe in processes:
         pipe.send(part)
     for form, pipe in pipes.items():
         found = torch.from_numpy(pipe.recv())
         expected = found if expected is None else expected
         error = ((found - expected).abs().max() / expected.abs().max()).item()
         assert error <= _TOLERANCE, f"{part}: {form} differs from eager by {error:.1e}"
-    for pipe in pipes.values():
+    for pipe in processes:
         assert pipe.recv() == "ready"
     samples: dict[str, list[float]] = {form: [] for form in pipes}
     rounds, end = 0 if args.prepare else FEWEST_ROUNDS, time.perf_counter() + args.seconds
-    while len(samples[next(iter(pipes))]) < rounds or (rounds and time.perf_counter() < end):
+    while rounds > 0 or (time.perf_counter() < end and not args.prepare):
         for form, pipe in pipes.items():
-            pipe.send(True)
+            pipe.send(form)
             samples[form].append(pipe.recv())
-    for pipe in pipes.values():
-        pipe.send(False)
+        rounds -= 1
+    for pipe in processes:
+        pipe.send("")
     return samples
 
 
@@ -122,13 +129,13 @@ def rows(name: str, args: argparse.Namespace) -> Iterator[str]:
     network = timm.create_model(name)
     parts = parts_of(network, (args.batch, 3, args.side, args.side), args.stages)
     context = multiprocessing.get_context("spawn")
-    forms = ["eager", "fused", *(["compile"] if args.compile else [])]
-    if args.prepare:
-        forms = ["compile"]
+    groups = [] if args.prepare else [["eager", "fused"]]
+    groups += [["compile"]] if args.compile or args.prepare else []
     pipes, processes = {}, []
-    for form in forms:
-        pipes[form], other = context.Pipe()
-        processes.append(context.Process(target=contend, args=(other, name, form, args)))
+    for forms in groups:
+        pipe, other = context.Pipe()
+        pipes |= dict.fromkeys(forms, pipe)
+        processes.append(context.Process(target=contend, args=(other, name, forms, args)))
         processes[-1].start()
         other.close()
     for part in parts:
@@ -138,12 +145,12 @@ def rows(name: str, args: argparse.Namespace) -> Iterator[str]:
         shape = "x".join(map(str, part[1]))
         cells = [f"{name} {part[0]}".strip(), "train" if args.train else "eval", shape]
         cells.append(f"{Timing.of(samples['eager']).median * 1e3:.3g}")
-        for base in forms[::2]:
+        for base in list(pipes)[::2]:
             ratio = Speedup.of(samples[base], samples["fused"])
             noise = ", noise" if ratio.is_noise else ""
             cells.append(f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f}{noise})")
         yield f"| {' | '.join([*cells, str(len(samples['eager']))])} |"
-    for pipe in pipes.values():
+    for pipe in set(pipes.values()):
         pipe.close()
     for process in processes:
         process.join()

@@ -176,7 +176,7 @@ def _fold(pair: _Pair, shared: Set[nn.Module]) -> str | None:
     return reason
 
 
-def _of_the_class_of(conv: nn.Conv2d, folded: nn.Conv2d) -> nn.Conv2d:
+def _of_the_class_of(conv: Any, folded: nn.Conv2d) -> nn.Conv2d:
     """``folded`` with the class, attributes and children of ``conv``."""
     made = copy.copy(conv)
     vars(made).update(vars(folded), _modules=dict(conv._modules))

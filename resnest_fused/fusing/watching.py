@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 # Whose Python code may ask: torch's own modules check their input, einops the shapes that it takes.
 _LIBRARIES = ("torch", "einops", "resnest_fused")
-_ASKS_FOR_SIZES = (Tensor.shape.__get__, Tensor.size, Tensor.numel, Tensor.nelement, torch.numel)
+_SHAPE: Any = Tensor.shape
+_ASKS_FOR_SIZES = (_SHAPE.__get__, Tensor.size, Tensor.numel, Tensor.nelement, torch.numel)
 _ASKS_FOR_VALUES = (
     *(Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.item),
     *(Tensor.tolist, Tensor.is_nonzero, torch.is_nonzero),
