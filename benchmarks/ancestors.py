@@ -81,6 +81,7 @@ def contend(pipe: Connection, name: str, forms: list[str], args: argparse.Namesp
                 module: Any = network.get_submodule(part)
                 called = torch.compile(module, dynamic=False) if form == "compile" else module
                 x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+                torch.manual_seed(2)  # of dropout
                 pipe.send(called(x).detach().numpy())
                 steps[form] = step_of(called, x, args.train, args.stages)
                 steps[form]()  # compiles the backward
@@ -135,7 +136,9 @@ def rows(name: str, args: argparse.Namespace) -> Iterator[str]:
     for forms in groups:
         pipe, other = context.Pipe()
         pipes |= dict.fromkeys(forms, pipe)
-        processes.append(context.Process(target=contend, args=(other, name, forms, args)))
+        processes.append(
+            context.Process(target=contend, args=(other, name, forms, args), daemon=True)
+        )
         processes[-1].start()
         other.close()
     for part in parts:
