@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 
 
 def _command_starts() -> bool:
-    """Whether the program ``resnest-fused`` is starting.
+    """Whether the program ``resnest-fused`` or ``python -m resnest_fused.training`` is starting.
 
-    Importing torch takes seconds, and ``resnest-fused --help`` does not need it. So that program
-    imports the rest of this file when it runs a command. In every other program ``import
+    Importing torch takes seconds, and ``resnest-fused --help`` does not need it. So these programs
+    import the rest of this file when they run a command. In every other program ``import
     resnest_fused`` registers the ops, and warns if the kernels are missing.
     """
+    if sys.argv[:1] == ["-m"]:  # until Python has found the module that it is to run
+        return "resnest_fused.training" in sys.orig_argv
     program = getattr(sys.modules.get("__main__"), "__file__", None) or ""
     return Path(program).name == "resnest-fused" and "resnest_fused.cli" not in sys.modules
 

@@ -111,6 +111,11 @@ def _calls_its_forward(kind: Any) -> bool:
     )
 
 
+def calls_a_norm(conv: Any) -> bool:
+    """Whether ``conv`` is a convolution that calls its child ``norm`` behind it."""
+    return is_found_at(type(conv), _DETECTRON2) and conv.norm is not None
+
+
 def computes_as_conv(kind: Any, original: type = Conv2d) -> bool:
     """Whether a class is a convolution of torch or computes the same from its weight and bias."""
     # A parametrized one does too: its weight is computed whenever it is read.
@@ -141,6 +146,8 @@ def is_sequence(module: Any) -> bool:
 class FoldedNorm(Identity):
     """Takes the place of a norm that was folded into the convolution in front of it.
 
+    It calls the children of a norm that calls its children.
+
     Attributes:
         originals: the original convolution and norm; they are no part of this module's state.
         place: the parent of the convolution and its name there.
@@ -153,16 +160,29 @@ class FoldedNorm(Identity):
         self.originals = (conv, norm)
         self.place = (parent, name)
         self.dtype = conv.weight.dtype
+        for child, module in norm.named_children():
+            self.add_module(child, module)
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x; an error in training mode, since the statistics are gone."""
+        """x, or what the norm's children make of it; an error in training, without statistics."""
         if self.training:
             raise RuntimeError(
                 "this module's batch normalisation is folded for inference: "
                 "call resnest_fused.unfuse before training"
             )
+        for child in self.children():
+            x = child(x)
         return x
+
+
+def is_folded(norm: Any) -> bool:
+    """Whether ``norm`` was folded, and does nothing but to call its children if it has any."""
+    return (
+        type(norm) is FoldedNorm
+        and not norm.training  # in training mode it must be called, to raise
+        and intercepted(norm) is None
+    )
 
 
 def is_nothing(module: Any) -> bool:
@@ -171,7 +191,7 @@ def is_nothing(module: Any) -> bool:
     A class whose body has ``idle_in_eval = True`` says that its modules do so in eval mode.
     """
     if type(module) is FoldedNorm:
-        return not module.training  # in training mode it must be called, to raise
+        return is_folded(module) and not module._modules
     if module is None:
         return True
     kind = type(module)

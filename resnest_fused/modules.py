@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from types import MethodType
 from typing import Any, NoReturn
 
 import torch
@@ -14,6 +16,7 @@ from resnest_fused.children import (
     calls_are_watched,
     has_child,
     intercepted,
+    is_folded,
     is_nothing,
     is_pointwise,
     is_r_softmax,
@@ -62,7 +65,8 @@ def fused_attention(
     relu = act0 is RELU or (absorbs and is_relu(act0))
     activated = isinstance(act0, nn.Module) and bn0 is not None and has_child(bn0, act0)
     norm0 = batch_norm_args(bn0, activated) if absorbs and relu and is_nothing(drop) else None
-    if norm0 is None:
+    # Of a folded norm that calls its children, a ReLU is left for the op.
+    if norm0 is None and not (activated and relu and is_nothing(drop) and is_folded(bn0)):
         relu = relu and not activated
         for module in (bn0,) if activated else (bn0, drop, None if relu else act0):
             if module is not None:
@@ -140,8 +144,13 @@ class _Exchanged:
         object.__setattr__(self, "_functions", functions)
 
     def __getattr__(self, name: str) -> Any:
-        functions = vars(self)["_functions"]
-        return functions[name] if name in functions else getattr(vars(self)["_block"], name)
+        functions, block = vars(self)["_functions"], vars(self)["_block"]
+        if name in functions:
+            return functions[name]
+        found = getattr(block, name)
+        # The block's other methods get what is exchanged, too.
+        own = type(found) is MethodType and found.__self__ is block
+        return partial(found.__func__, self) if own else found  # which the compiler knows
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._block, name, value)

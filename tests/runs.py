@@ -1,4 +1,4 @@
-"""Small training runs for tests: their options, how they are started, what they end with."""
+"""Small training runs for tests: their options, start and end, and damage to their files."""
 
 from __future__ import annotations
 
@@ -90,3 +90,21 @@ def _compare(found: Any, expected: Any, where: str) -> None:
             _compare(*pair, f"{where}.{index}")
     else:
         assert found == expected, where
+
+
+def tear(path: Path, how: str) -> None:
+    """Damage a file in one of WAYS_TO_TEAR."""
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    if how == "flipped":
+        content[middle] ^= 1
+    elif how == "hole":
+        content[middle : middle + 4096] = bytes(4096)
+    elif how == "garbage":
+        content = bytearray(b"no checkpoint")
+    else:
+        del content[{"empty": 0, "half": middle, "last byte": -1}[how] :]
+    path.write_bytes(content)
+
+
+WAYS_TO_TEAR = ("flipped", "hole", "garbage", "empty", "half", "last byte")

@@ -307,6 +307,45 @@ class WithoutGradients(Block):
         return super().logits(gap if torch.is_grad_enabled() else 2 * gap)
 
 
+class TrainedWithoutGradients(Block):
+    def logits(self, gap: Tensor) -> Tensor:
+        doubled = self.training and not torch.is_grad_enabled()
+        return super().logits(2 * gap if doubled else gap)
+
+
+class OfWideMaps(Block):
+    def before_gap(self, x: Tensor) -> Tensor:
+        splits = super().before_gap(x)
+        return splits * 0.5 if splits.size(-1) >= 640 else splits
+
+
+class OfManyPixels(Block):
+    def before_gap(self, x: Tensor) -> Tensor:
+        (_, _, height, width), splits = x.shape, super().before_gap(x)
+        return splits * 0.5 if height * width > 1e6 else splits
+
+
+class OfElevenWhenTrained(Block):
+    def logits(self, gap: Tensor) -> Tensor:
+        logits = super().logits(gap)
+        return logits.flip(1) if self.training and gap.shape[:1] == (11,) else logits
+
+
+class OfEvenMaps(Block):
+    def before_gap(self, x: Tensor) -> Tensor:
+        return super().before_gap(x) * (1 + x.shape[2] // 100 % 2)
+
+
+class OfHugeNumbers(Block):
+    def before_gap(self, x: Tensor) -> Tensor:
+        return super().before_gap(x if x.max() < 1e9 else x / 2)
+
+
+class WithItsAttention(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x), x
+
+
 class ByItsOwnMode(Block):
     """Its norm is called as a function, in the mode of the module."""
 
@@ -324,6 +363,13 @@ MUTANTS = {
     OfOne: "in eval: outputs, in float64 off by",
     OfLargeMaps: "in eval: outputs, in float64 off by",
     WithoutGradients: "in eval: outputs, in float64 off by",
+    TrainedWithoutGradients: "in training: ",
+    OfWideMaps: "asks whether a size of its input is at least 640, and may decide by that",
+    OfManyPixels: "asks whether a size of its input is more than 1000000.0, ",
+    OfElevenWhenTrained: "asks whether a size of its input is equal to 11, ",
+    OfEvenMaps: "asks whether a size of its input is a multiple of 2, ",
+    OfHugeNumbers: "asks for values of its input, ",
+    WithItsAttention: "its forward returns a tuple, expected a tensor",
     ByItsOwnMode: "in training with norms in eval: ",
     DeadBefore: "off by",
     Late: "off by",
@@ -335,6 +381,27 @@ MUTANTS = {
 @pytest.mark.parametrize(("kind", "reason"), MUTANTS.items(), ids=lambda kind: str(kind))
 def test_what_computes_something_else_is_left_alone(kind, reason):
     assert reason in reason_left_alone(kind())
+
+
+class Asking(Block):
+    """Asks what any size answers alike, and what depends on its features."""
+
+    def before_gap(self, x: Tensor) -> Tensor:
+        splits = super().before_gap(x)
+        if splits.shape[2:] != x.shape[2:] or x.shape[1] % 4 or x.numel() == 0:
+            raise ValueError(f"expected features in fours, got {tuple(x.shape)}")
+        return splits
+
+
+def test_harmless_questions():
+    assert_proven(randomise(Asking()), features(8, 4, 6, 5))
+
+
+def test_a_method_that_is_replaced_between_two_proofs(monkeypatch):
+    assert rf.fuse(Asking())
+    logits = Block.logits
+    monkeypatch.setattr(Block, "logits", lambda self, gap: 1.01 * logits(self, gap))
+    assert "off by" in reason_left_alone(Asking())
 
 
 class Unused(Block):

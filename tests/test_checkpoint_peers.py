@@ -17,9 +17,17 @@ pytestmark = pytest.mark.peers
 stub_mmcv()
 
 
-def mmpretrain(depth: int) -> nn.Module:
+# The strides and dilations of OpenMMLab's stages, by the output stride.
+DILATED = {
+    32: {},
+    16: {"strides": (1, 2, 2, 1), "dilations": (1, 1, 1, 2)},
+    8: {"strides": (1, 2, 1, 1), "dilations": (1, 1, 2, 4)},
+}
+
+
+def mmpretrain(depth: int, stride: int) -> nn.Module:
     package = importlib.import_module("mmpretrain.models")
-    backbone = {"type": "ResNeSt", "depth": depth, "out_indices": (3,), "style": "pytorch"}
+    backbone = {"type": "ResNeSt", "depth": depth, "out_indices": (3,), **DILATED[stride]}
     if depth != 50:
         backbone["stem_channels"] = 128
     head = {"type": "LinearClsHead", "num_classes": 1000, "in_channels": 2048}
@@ -28,13 +36,23 @@ def mmpretrain(depth: int) -> nn.Module:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["resnest50", "resnest101", "resnest152"])
-def test_mmpretrain(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "stride"),
+    [
+        ("resnest50", 32),
+        ("resnest50", 16),
+        ("resnest50", 8),
+        ("resnest101", 32),
+        ("resnest152", 32),
+    ],
+)
+def test_mmpretrain(name: str, stride: int, tmp_path: Path) -> None:
     """The whole network, classifier and all, there and back; depth 152 is theirs alone."""
-    ours = models.create(name, fused=False)
+    options = {"output_stride": stride, "dilation_style": "mm"}
+    ours = models.create(name, fused=False, **options)
     randomize_norms(ours, 64, seed=0)
     models.save_checkpoint(ours, tmp_path / "mm.pth", "mm")
-    theirs = mmpretrain(int(name.removeprefix("resnest")))
+    theirs = mmpretrain(int(name.removeprefix("resnest")), stride)
     theirs.load_state_dict(torch.load(tmp_path / "mm.pth"), strict=True)
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     theirs.eval()  # which returns None
@@ -47,14 +65,27 @@ def test_mmpretrain(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(value, again[key]) for key, value in ours.float().state_dict().items())
 
 
+@pytest.mark.parametrize("stride", [16, 8])
+def test_dilated_networks_of_others_are_written_for_mmpretrain(stride: int, tmp_path: Path) -> None:
+    option = {16: {"dilation": 2}, 8: {"dilated": True}}[stride]
+    timm = importlib.import_module("timm").create_model("resnest50d", output_stride=stride)
+    official = importlib.import_module("resnest.torch").resnest50(**option)
+    expected = set(mmpretrain(50, stride).state_dict())
+    for network in (timm, official):
+        models.save_checkpoint(network, tmp_path / "mm.pth", "mm")
+        assert set(torch.load(tmp_path / "mm.pth")) == expected
+
+
 @torch.no_grad()
-def test_mmdet(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stride", DILATED)
+def test_mmdet(stride: int, tmp_path: Path) -> None:
     """A backbone, there and back, whose maps are ours."""
-    ours = models.backbone("resnest50", fused=False)
+    options = {"output_stride": stride, "dilation_style": "mm"}
+    ours = models.backbone("resnest50", fused=False, **options)
     randomize_norms(ours, 64, seed=0)
     models.save_checkpoint(ours, tmp_path / "mmdet.pth", "mmdet")
     package = importlib.import_module("mmdet.models.backbones")
-    theirs = package.ResNeSt(depth=50, stem_channels=64, norm_eval=False)
+    theirs = package.ResNeSt(depth=50, stem_channels=64, norm_eval=False, **DILATED[stride])
     theirs.load_state_dict(torch.load(tmp_path / "mmdet.pth"), strict=True)
     theirs.eval()
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)

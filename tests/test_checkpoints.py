@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
-from test_family import SMALL, small
+from test_family import SMALL, Shifted, small
 from torch import Tensor, nn
 
 from resnest_fused import models
@@ -168,6 +168,13 @@ def test_one_of_several_state_dicts_is_asked_for(state: State, tmp_path: Path) -
     assert_same(found.state, {k: v + 1 for k, v in state.items()})
     with pytest.raises(CheckpointError, match=r"under 'best'; it has 'state_dict', 'ema'$"):
         models.read_checkpoint(path, entry="best")
+    torch.save({"student": state, "params_ema": state, "epoch": 3}, path)
+    with pytest.raises(CheckpointError, match=r"; entry= takes one of 'student', 'params_ema'$"):
+        models.read_checkpoint(path)
+    assert_same(models.read_checkpoint(path, entry="params_ema").state, state)
+    torch.save({"model": {"body": state, "head": state}}, path)
+    with pytest.raises(CheckpointError, match=r"got (dict|OrderedDict) under 'body'$"):
+        models.read_checkpoint(path)
 
 
 def test_a_part_of_a_detector(state: State, tmp_path: Path) -> None:
@@ -198,6 +205,8 @@ def test_a_head_of_another_size_is_left_out_by_name(model: nn.Module, tmp_path: 
     assert torch.equal(other.layer4[0].bn3.weight, model.layer4[0].bn3.weight)
     with pytest.raises(CheckpointError, match=r"^leave_out: the model has no 'head'$"):
         models.load_checkpoint(model, path, leave_out=("head",))
+    with pytest.raises(CheckpointError, match=r"^leave_out: expected several names, got 'fc'$"):
+        models.create("resnest14", path, leave_out="fc", **narrow)
 
 
 def test_frozen_norms_have_no_counters(state: State, model: nn.Module, tmp_path: Path) -> None:
@@ -310,7 +319,7 @@ WRONG: dict[str, tuple[object, str]] = {
     ),
     "another depth": (
         lambda s: s | {k.replace("layer1.0", "layer1.1"): v for k, v in s.items()},
-        r"\d+ unexpected \(layer1.1.conv1.weight, ",
+        r"\d+ unexpected \(layer1.1.conv1.weight, .*; its stages have \(2, 1, 1, 1\) blocks",
     ),
     "safetensors, half": ("half.safetensors", "truncated, damaged, or not safetensors"),
     "safetensors, text": (b"weights", "truncated, damaged, or not safetensors"),
@@ -394,6 +403,67 @@ def test_a_pipe_is_not_replaced_and_a_link_keeps_naming_its_file(
     link.symlink_to(file)
     models.save_checkpoint(model, link)
     assert link.is_symlink() and set(models.read_checkpoint(file).state) == set(model.state_dict())
+
+
+@pytest.mark.parametrize("stride", [8, 16, 32])
+@pytest.mark.parametrize("style", ["official", "timm", "mm"])
+def test_shortcuts_without_a_pooling_are_numbered_from_0_in_mm(
+    style: str, stride: int, tmp_path: Path
+) -> None:
+    """In MMPretrain a stage has a pooling if it has a stride; the others' layouts do not change."""
+    model = randomised(small(output_stride=stride, dilation_style=style))
+    path, converted = tmp_path / "mm.pth", tmp_path / "converted.pth"
+    models.save_checkpoint(model, path, "mm")
+    convs = {8: (0, 1, 0, 0), 16: (0, 1, 1, 0), 32: (0, 1, 1, 1)}[stride]
+    written = torch.load(path)
+    for stage, index in enumerate(convs, 1):
+        prefix = f"backbone.layer{stage}.0.downsample."
+        modules = {key.removeprefix(prefix)[0] for key in written if key.startswith(prefix)}
+        assert modules == {str(index), str(index + 1)}
+    assert_same(models.read_checkpoint(path).state, model.state_dict())
+    models.save_checkpoint(model, tmp_path / "official.pth")
+    models.convert_checkpoint(tmp_path / "official.pth", converted, "mm", output_stride=stride)
+    assert_same(torch.load(converted), written)
+    with pytest.raises(CheckpointError, match=r"^output_stride: expected 8, 16 or 32, got 4$"):
+        models.convert_checkpoint(path, converted, "mm", output_stride=4)
+
+
+def wrapped_in_parts(model: nn.Module) -> nn.Module:
+    model.layer2 = torch.compile(model.layer2)
+    return model
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, wrapped_in_parts])
+@pytest.mark.parametrize("layout", ["timm", "mm"])
+def test_wrapped_networks_are_saved_and_loaded(
+    layout: str, wrap: Callable[[nn.Module], nn.Module], state: State, tmp_path: Path
+) -> None:
+    """Compiled ones, whole or in parts, and those in DataParallel, by the network's own names."""
+    wrapped, twin = (wrap(small(seed=seed)) for seed in (1, 2))
+    torch.save(state, tmp_path / "plain.pth")
+    models.load_checkpoint(wrapped, tmp_path / "plain.pth")
+    models.save_checkpoint(wrapped, tmp_path / "saved.pth", layout)
+    assert_same(models.read_checkpoint(tmp_path / "saved.pth").state, state)
+    models.load_checkpoint(twin, tmp_path / "saved.pth")
+    assert_same(twin.state_dict(), wrapped.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("layout", "radix"), [*((layout, 2) for layout in LAYOUTS), ("official", 0), ("mm", 0)]
+)
+def test_what_a_conv_layer_made_keeps_its_names(layout: str, radix: int, tmp_path: Path) -> None:
+    convs = [nn.Conv2d, nn.Conv2d, nn.Conv2d, Shifted, Shifted]
+    model = small(conv_layer=convs, radix=radix)
+    path = tmp_path / "file.pth"
+    lost = models.save_checkpoint(model, path, layout)
+    kept = {key: value for key, value in model.state_dict().items() if key not in lost}
+    assert any("offset" in key for key in kept)
+    assert_same(models.read_checkpoint(path).state, kept)
+    everywhere = small(conv_layer=Shifted)
+    models.save_checkpoint(everywhere, path, "mm")
+    names = torch.load(path)
+    assert "backbone.stem.2.conv.inner.weight" in names
+    assert "backbone.layer1.0.conv2.conv.offset.bias" in names
 
 
 @pytest.mark.parametrize("layout", ["mm", "mmdet", "d2"])

@@ -306,7 +306,7 @@ def test_predict(narrow: Path) -> None:
     result = run("predict", CHINA, FLOWER, "--weights", str(narrow), "--top", "3")
     assert result.exit_code == 0 and result.stderr == ""
     rows = re.findall(r"^ *(\d+) +(\S.*?) +(\d+\.\d) %$", result.stdout, re.MULTILINE)
-    assert len(rows) == 6 and CHINA in result.stdout.replace("\n", "")
+    assert len(rows) == 6 and CHINA in result.stdout.splitlines()
     names = class_names()
     assert all(names[int(number)] == name for number, name, _ in rows)
     model = models.create("resnest50", narrow).eval()
@@ -325,7 +325,8 @@ def test_predict_a_folder(narrow: Path, tmp_path: Path) -> None:
     (folder / "more").mkdir(parents=True)
     for number, name in enumerate(("b.png", "a.JPG", "more/c.webp")):
         Image.new("RGB", (40, 30), (80 * number, 0, 0)).save(folder / name)
-    (folder / "notes.txt").write_text("no picture")
+    for name in ("notes.txt", "film.mpg", "data.h5"):
+        (folder / name).write_text("no picture")
     arguments = ("predict", str(folder), "--weights", str(narrow), "--top", "1")
     result = run(*arguments, "--format", "csv", "--batch", "2")
     header, *rows = csv.reader(result.stdout.splitlines())
@@ -367,14 +368,38 @@ def test_names_of_files_may_hold_any_bytes(
     name = os.path.join(os.fsencode(tmp_path), b"caf\xe9.png")
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     os.rename(tmp_path / "a.png", name)
-    written = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "utf-8", write_through=True))
-    photos = ["predict", os.fsdecode(name), "--weights", str(narrow)]
-    for form in ("csv", "table"):
+    photos = ["predict", os.fsdecode(name), "--weights", str(narrow), "--top", "1"]
+    found = {}
+    for form in ("csv", "json", "table"):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "utf-8", write_through=True))
         monkeypatch.setattr(sys, "argv", ["resnest-fused", *photos, "--format", form])
         with pytest.raises(SystemExit, match=r"^0$"):
             main()
-    assert written.getvalue().replace(b"\n", b"").count(name) == 6
+        found[form] = written.getvalue()
+    assert name in found["table"].splitlines()
+    # For programs in UTF-8, which the name is not.
+    shown = f"{tmp_path}/caf\\xe9.png"
+    assert next(csv.reader(found["csv"].decode().splitlines()[1:]))[0] == shown
+    assert json.loads(found["json"])[0]["photo"] == shown
+
+
+@pytest.mark.parametrize("form", ["table", "csv", "json"])
+def test_predict_refuses_weights_that_give_no_numbers(
+    form: str, narrow: Path, tmp_path: Path
+) -> None:
+    state = models.read_checkpoint(narrow).state
+    torch.save(state | {"fc.bias": torch.full((1000,), torch.nan)}, tmp_path / "nan.pth")
+    result = run("predict", CHINA, "--weights", str(tmp_path / "nan.pth"), "--format", form)
+    assert_refused(result, "--weights", "probabilities are not finite")
+    assert result.stdout == ""
+    torch.save({"student": {}, "params_ema": state}, tmp_path / "two.pth")
+    weights = ("--weights", str(tmp_path / "two.pth"), "--format", form)
+    assert_refused(run("predict", CHINA, *weights), "--weights", "entry= takes one of 'student', ")
+    assert run("predict", CHINA, *weights, "--entry", "params_ema").exit_code == 0
+    models.convert_checkpoint(narrow, tmp_path / "body.pth", "d2")
+    result = run("predict", CHINA, "--weights", str(tmp_path / "body.pth"), "--format", form)
+    assert_refused(result, "--weights", "a backbone's, without a classifier to predict by")
 
 
 @pytest.mark.usefixtures("narrow")
@@ -383,6 +408,7 @@ def test_predict_with_random_weights_says_so(tmp_path: Path) -> None:
     assert result.exit_code == 0 and "random weights: the classes mean nothing" in result.stderr
     (tmp_path / "empty").mkdir()
     (tmp_path / "two.txt").write_text("a\nb")
+    (tmp_path / "none.txt").touch()
     for option, arguments, reason in (
         ("PHOTO", (str(tmp_path / "absent.jpg"),), "not a file that exists"),
         ("PHOTO", (str(tmp_path / "empty"),), "a folder without pictures"),
@@ -394,7 +420,9 @@ def test_predict_with_random_weights_says_so(tmp_path: Path) -> None:
             (CHINA, "--classes", str(tmp_path / "two.txt")),
             "expected 1000 names, got 2",
         ),
-        ("--classes", (CHINA, "--classes", str(tmp_path / "no.txt")), "cannot be read"),
+        ("--classes", (CHINA, "--classes", str(tmp_path / "none.txt")), "1000 names, got 0"),
+        # Before the photos, none of which can be read.
+        ("--classes", (__file__, "--classes", str(tmp_path / "no.txt")), "cannot be read"),
         ("--device", (CHINA, "--device", "tpu"), "expected cpu, cuda or cuda:N"),
     ):
         assert_refused(run("predict", *arguments), option, reason)
@@ -435,7 +463,17 @@ def test_convert(narrow: Path, tmp_path: Path) -> None:
     ):
         files = [str(tmp_path / name) for name in arguments[:2]]
         assert_refused(run("convert", *files, "--to", "mm", *arguments[2:]), "IN", reason)
+    stride = ("--to", "mm", "--output-stride")
+    assert_refused(
+        run("convert", str(out), str(tmp_path / "new.pth"), *stride, "4"),
+        "--output-stride",
+        "expected 8, 16 or 32, got 4",
+    )
     assert not (tmp_path / "new.pth").exists()
+    assert run("convert", str(out), str(tmp_path / "dilated.pth"), *stride, "8").exit_code == 0
+    names = torch.load(tmp_path / "dilated.pth")
+    for stage, index in ((1, 0), (2, 1), (3, 0), (4, 0)):
+        assert f"backbone.layer{stage}.0.downsample.{index}.weight" in names
     assert run("convert", str(out), str(out), "--to", "keras").exit_code == 2
     assert tuple(layout.value for layout in _Layout) == tuple(sorted(LAYOUTS, key=_order))
 

@@ -1,10 +1,12 @@
 """Runs that are killed, starved of disk space or abandoned: what is left, and what comes of it.
 
-``-m kills`` runs them, for minutes and with the extra ``train``.
+They need the extra ``train``. ``-m training`` runs some on short runs, ``-m kills`` the rest, for a
+quarter of an hour.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import re
@@ -13,17 +15,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from runs import assert_same, command, result, start
 
-pytestmark = [pytest.mark.kills, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 # 267 steps of one process or 132 of two, each with a checkpoint.
 OPTIONS: dict[str, Any] = {"epochs": 3, "batch": 16, "save_every": 1, "timeout": 20}
-KILLS = 5
+# 22 steps or 11.
+SHORT: dict[str, Any] = {**OPTIONS, "epochs": 1, "batch": 64}
 
 
 def children(pid: int) -> list[int]:
@@ -56,30 +60,44 @@ def finish(arguments: list[str], log: Path) -> None:
     assert process.wait(timeout=240) == 0, log.read_text()
 
 
+def end_of(processes: int, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """What a run ends with that nothing breaks."""
+    finish(command(folder / "run", processes, **options), folder / "log")
+    return result(folder / "run")
+
+
 @pytest.fixture(scope="module", params=[1, 2])
 def unbroken(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[int, dict[str, Any]]:
     """A number of processes, and what they end with."""
-    out = tmp_path_factory.mktemp("unbroken") / "run"
-    finish(command(out, request.param, **OPTIONS), out.with_suffix(".log"))
-    return request.param, result(out)
+    return request.param, end_of(request.param, tmp_path_factory.mktemp("unbroken"), OPTIONS)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_killed_run_goes_on_to_the_same_bits(
-    seed: int, unbroken: tuple[int, dict[str, Any]], tmp_path: Path
-) -> None:
-    """Killed at random moments all over the run, with SIGKILL and all at once."""
-    processes, expected = unbroken
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, Any]]:
+    """What a short run of so many processes ends with."""
+
+    @functools.cache
+    def find(processes: int) -> dict[str, Any]:
+        return end_of(processes, tmp_path_factory.mktemp("short"), SHORT)
+
+    return find
+
+
+def kill_often(
+    seed: int, kills: int, processes: int, options: dict[str, Any], expected: dict[str, Any],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """Kill a run at random moments all over it, with SIGKILL and all at once."""
     generator = random.Random(f"{seed} {processes}")
     out, log = tmp_path / "run", tmp_path / "log"
-    arguments = command(out, processes, **OPTIONS)
+    arguments = command(out, processes, **options)
     killed = []
-    for number in range(KILLS):
+    for number in range(kills):
         process = start(arguments, log)
         # At least a step further than the last time, and somewhere in this part of the run.
-        upper = expected["state"]["step"] * (number + 1) // (KILLS + 1)
+        upper = expected["state"]["step"] * (number + 1) // (kills + 1)
         known = steps_of(out) + 1
         wait_for_step(process, out, generator.randint(known, max(known, upper)), log)
         time.sleep(generator.uniform(0, 0.2))
@@ -91,8 +109,32 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     assert_same(result(out), expected)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.kills
+@pytest.mark.parametrize("seed", range(4))
+def test_a_killed_run_goes_on_to_the_same_bits(
+    seed: int, unbroken: tuple[int, dict[str, Any]], tmp_path: Path
+) -> None:
+    processes, expected = unbroken
+    kill_often(seed, 5, processes, OPTIONS, expected, tmp_path)
+
+
+@pytest.mark.training
+@pytest.mark.parametrize(("processes", "kills"), [(1, 3), (2, 2)])
+def test_a_short_run_goes_on_to_the_same_bits(
+    processes: int, kills: int, short: Callable[[int], dict[str, Any]], tmp_path: Path
+) -> None:
+    kill_often(0, kills, processes, SHORT, short(processes), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("number", "rank"),
+    [
+        pytest.param(signal.SIGKILL, 1, marks=pytest.mark.training),
+        pytest.param(signal.SIGKILL, 0, marks=pytest.mark.kills),
+        pytest.param(signal.SIGSTOP, 1, marks=pytest.mark.kills),
+        pytest.param(signal.SIGSTOP, 0, marks=pytest.mark.kills),
+    ],
+)
 def test_a_dead_process_ends_the_others(number: int, rank: int, tmp_path: Path) -> None:
     """Or one that hangs for longer than the timeout: with one message.
 
@@ -117,6 +159,7 @@ def test_a_dead_process_ends_the_others(number: int, rank: int, tmp_path: Path) 
         assert not Path(f"/proc/{pid}").exists()
 
 
+@pytest.mark.kills
 @pytest.mark.parametrize(
     ("number", "to_first"),
     [(signal.SIGTERM, True), (signal.SIGTERM, False), (signal.SIGUSR1, False)],
@@ -147,28 +190,31 @@ def test_a_signal_stops_all(
     assert_same(result(out), expected)
 
 
+@pytest.mark.parametrize(
+    "processes",
+    [pytest.param(1, marks=pytest.mark.training), pytest.param(2, marks=pytest.mark.kills)],
+)
 def test_a_full_disk_leaves_the_last_checkpoint(
-    unbroken: tuple[int, dict[str, Any]], tmp_path: Path
+    processes: int, short: Callable[[int], dict[str, Any]], tmp_path: Path
 ) -> None:
     """On a small file system of its own, in a namespace that needs no rights."""
-    processes, expected = unbroken
     disk, log, kept = tmp_path / "disk", tmp_path / "log", tmp_path / "kept"
     disk.mkdir()
-    arguments = command(disk / "run", processes, **OPTIONS, keep=1000)
+    arguments = command(tmp_path / "run", processes, **SHORT, keep=1000)
+    arguments += ["--out", str(disk / "run")]
+    # A checkpoint has 0.4 MB.
     shell = (
-        f"mount -t tmpfs -o size=5m tmpfs {disk} && {{ {' '.join(arguments)}; "
-        f"echo code $?; rm {disk}/run/checkpoints/*.tmp; cp -r {disk}/run {kept}; }}"
+        f"mount -t tmpfs -o size=3m tmpfs {disk} && {{ {' '.join(arguments)}; "
+        f"echo code $?; cp -r {disk}/run {kept}; }}"
     )
-    subprocess.run(["mv", disk.with_name("disk") / "run.yaml", tmp_path / "run.yaml"], check=True)
-    shell = shell.replace(str(disk / "run.yaml"), str(tmp_path / "run.yaml"))
     unshared = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", shell]
     assert start(unshared, log).wait(timeout=240) == 0, log.read_text()
     told = log.read_text()
     assert "code 1" in told and "No space left on device" in told, told
     assert told.count("resnest-fused: ") == 1, told
+    assert not list(kept.rglob("*.tmp"))
     # What was on it is whole: moved to a larger disk, the run goes on to the same end.
     shutil.copytree(kept, tmp_path / "run")
     assert steps_of(kept) > 3
-    arguments = command(tmp_path / "run", processes, **OPTIONS)
-    finish(arguments, log)
-    assert_same(result(tmp_path / "run"), expected)
+    finish(command(tmp_path / "run", processes, **SHORT), log)
+    assert_same(result(tmp_path / "run"), short(processes))

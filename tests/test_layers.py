@@ -21,7 +21,7 @@ LAYERS = (
     ("fusing.verification",),
     ("fusing.swap",),
     ("fusing.proof",),
-    ("fusing.recognition", "fusing.folding"),
+    ("fusing.recognition", "fusing.folding", "fusing.watching"),
     ("fusing.registry", "fusing.peers", "fusing.report", "fusing.wrapping"),
     ("fusing.adapters",),
     ("fusing.adapters.ours", "fusing.adapters.official", "fusing.adapters.timm"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import resnest_fused as rf
 from resnest_fused import FusedSplitAttentionConv2d, SplitAttentionConv2d, models
 from resnest_fused.models import CheckpointError, registry
 from resnest_fused.models.resnest import Bottleneck
@@ -75,6 +76,9 @@ def test_fused_changes_the_attention_only(reference: models.ResNeSt) -> None:
 
     assert kinds(fused) == 16 * [FusedSplitAttentionConv2d]
     assert kinds(reference) == 16 * [SplitAttentionConv2d]
+    rf.unfuse(fused)
+    assert kinds(fused) == 16 * [SplitAttentionConv2d]
+    assert len(rf.fuse(fused).entries) == 16 and kinds(fused) == 16 * [FusedSplitAttentionConv2d]
 
 
 @pytest.mark.parametrize("size", [64, 75])
@@ -97,7 +101,7 @@ def test_any_size_and_number_of_classes() -> None:
 )
 def test_bottleneck_output_size(stride: int, size: int, expected: int) -> None:
     downsample = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
-    block = Bottleneck(64, 16, SplitAttentionConv2d, nn.BatchNorm2d, stride, downsample).eval()
+    block = Bottleneck(64, 16, nn.BatchNorm2d, stride, downsample).eval()
     assert block(torch.randn(2, 64, size, size)).shape == (2, 64, expected, expected)
 
 
@@ -116,7 +120,7 @@ def test_norm_layer() -> None:
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_pooling_behind_the_attention(memory_format: torch.memory_format) -> None:
-    block = Bottleneck(8, 8, SplitAttentionConv2d, nn.BatchNorm2d, stride=2)
+    block = Bottleneck(8, 8, nn.BatchNorm2d, stride=2)
     x = torch.randn(2, 8, 9, 6, dtype=torch.float64).contiguous(memory_format=memory_format)
     x.requires_grad_()
     dout = torch.randn(2, 8, 5, 3, dtype=torch.float64)

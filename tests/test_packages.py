@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from stand_ins import DETECTRON2_CONV, define, stub_mmcv
+from stand_ins import DETECTRON2_CONV, FrozenBatchNorm2d, define, stub_mmcv
 from test_any_class import OFFICIAL, assert_proven, pasted
-from test_fuse import features, randomise
+from test_fuse import assert_folds, features, randomise
 from torch import Tensor, nn
 
 import resnest_fused as rf
@@ -69,9 +69,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, bool, tuple[int, int]]] 
     "timm-seresnet50": (lambda: of_timm("seresnet50"), 16, True, (5, 53)),
     "timm-seresnext50": (lambda: of_timm("seresnext50_32x4d"), 16, True, (5, 53)),
     "timm-legacy_seresnet18": (lambda: of_timm("legacy_seresnet18"), 8, True, (4, 20)),
-    "timm-regnety_002": (lambda: of_timm("regnety_002"), 13, True, (0, 44)),
-    "timm-semnasnet": (lambda: of_timm("semnasnet_050"), 8, True, (0, 49)),
-    "timm-skresnet50": (lambda: of_timm("skresnet50"), 16, True, (21, 85)),
+    "timm-regnety_002": (lambda: of_timm("regnety_002"), 13, True, (44, 44)),
+    "timm-semnasnet": (lambda: of_timm("semnasnet_050"), 8, True, (49, 49)),
+    "timm-skresnet50": (lambda: of_timm("skresnet50"), 16, True, (85, 85)),
     "torchvision-regnet_y_400mf": (lambda: torchvision("regnet_y_400mf"), 16, True, (16, 53)),
     "pytorchcv-seresnet18": (lambda: pytorchcv("seresnet18"), 8, True, (20, 20)),
     "pytorchcv-sknet50": (lambda: pytorchcv("sknet50"), 16, True, (85, 85)),
@@ -256,6 +256,19 @@ def test_detectron2_s_layout():
     module.fc1.activation = lambda x: called.append(1) or x
     module(features(8, 8, 6, 5).double())
     assert called  # its forward is another one then
+
+
+def test_detectron2_s_norms_fold():
+    """They are children of their convolutions, which may have an activation, too."""
+    make = define("detectron2.layers.wrappers", DETECTRON2_CONV).Conv2d
+    model = randomise(
+        nn.Sequential(
+            make(4, 8, 3, norm=nn.BatchNorm2d(8), activation=torch.tanh),
+            make(8, 8, 1, bias=False, norm=FrozenBatchNorm2d(8)),
+            make(8, 4, 1, norm=nn.GroupNorm(2, 4)),
+        )
+    )
+    assert_folds(model.double(), features(2, 4, 6, 5).double(), norms=2)
 
 
 IMPORT = "from detectron2.layers.wrappers import Conv2d\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,13 @@ from torch import nn
 
 from resnest_fused import models
 from resnest_fused.models.variants import VARIANTS
-from resnest_fused.training.config import PRESETS, Config, ConfigError, make_config
+from resnest_fused.training.config import (
+    PRESETS,
+    Config,
+    ConfigError,
+    make_config,
+    may_change,
+)
 from resnest_fused.training.groups import parameter_groups
 from resnest_fused.training.schedule import lr_factor, make_scheduler, peak_lr
 
@@ -126,8 +133,14 @@ def test_presets_are_the_published_recipe() -> None:
         ({"batch": True}, "batch: expected an integer from 1 on, got True"),
         ({"amp": "int8"}, "amp: expected one of none, bf16, fp16, got 'int8'"),
         ({"fuse": "yes"}, "fuse: expected true or false, got 'yes'"),
-        ({"lr_of": {"fc": "x"}}, "lr_of: expected numbers by name, got {'fc': 'x'}"),
-        ({"lr_of": 3}, "lr_of: expected numbers by name, got 3"),
+        ({"lr_of": {"fc": "x"}}, "lr_of: expected numbers by name from 0 on, got {'fc': 'x'}"),
+        ({"lr_of": {"fc": -1}}, "lr_of: expected numbers by name from 0 on, got {'fc': -1}"),
+        ({"lr_of": {"fc": True}}, "lr_of: expected numbers by name from 0 on, got {'fc': True}"),
+        ({"lr_of": 3}, "lr_of: expected numbers by name from 0 on, got 3"),
+        (
+            {"warmup": 6, "epochs": 5},
+            "warmup: expected an integer from 0 to the number of epochs, 5, got 6",
+        ),
         ({"bach": 3}, "bach: no such option; did you mean batch?"),
     ],
 )
@@ -135,6 +148,34 @@ def test_wrong_options_are_named(options: dict[str, object], message: str) -> No
     with pytest.raises(ConfigError) as caught:
         make_config(options=options)
     assert str(caught.value) == message
+
+
+def _numbers() -> list[tuple[str, float]]:
+    """Each option that is a number, with values that none can have."""
+    fields = dataclasses.fields(Config)
+    numbers = [field.name for field in fields if type(field.default) in (int, float)]
+    odd = (float("inf"), float("-inf"), float("nan"), -2, 2**70)
+    # So many epochs, steps or samples are wrong only where there are not as many pictures.
+    unbounded = {"samples", "classes", "crop", "eval_crop", "epochs", "batch", "accumulate", "lr"}
+    unbounded |= {"clip", "save_every", "keep", "log_every"}
+    return [(n, x) for n in numbers for x in odd if x != 2**70 or n not in unbounded]
+
+
+@pytest.mark.parametrize(("name", "value"), _numbers())
+def test_every_number_has_a_range(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"^{name}: expected an? (number|integer) from .*, got "):
+        make_config(options={name: value})
+
+
+def test_what_may_change_within_a_run() -> None:
+    """Where things are, and what has no say in the numbers."""
+    config = make_config("digits")
+    free = {f.name for f in dataclasses.fields(Config) if may_change(f.name, config)}
+    assert free == {
+        *("data", "val", "root", "download", "out", "device", "workers"),
+        *("keep", "save_every", "log_every", "timeout"),
+    }
+    assert not may_change("workers", make_config(options={"data": "webdataset:{0..9}.tar"}))
 
 
 def test_there_is_no_such_preset() -> None:

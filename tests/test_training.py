@@ -5,7 +5,6 @@ Modules that need the extra's packages are imported in the tests, which ``-m tra
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import functools
 import importlib
@@ -23,7 +22,7 @@ import sklearn.datasets
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from runs import assert_same, config, result
+from runs import assert_same, config, result, tear
 from torch import nn
 
 from resnest_fused import models
@@ -497,7 +496,7 @@ def test_the_progress_line_and_tensorboard_show_the_numbers(
     out = tmp_path / "run"
     assert [train(out, log_every=1), train(out, log_every=1)] == [75, 0]
     told = capfd.readouterr().err
-    for words in ("/21 steps", "loss ", "LR ", " images/s", "data wait ", "top-1 %"):
+    for words in ("/21", "loss ", "LR ", " images/s", "data wait ", "evaluating", "top-1 %"):
         assert words in told
     board = EventAccumulator(str(out / "tensorboard")).Reload()
     rows = result(out)["rows"]
@@ -526,21 +525,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path, capfd: pytest.CaptureFix
     assert train(out, epochs=1) == 0
 
 
-def tear(path: Path, how: str) -> None:
-    content = bytearray(path.read_bytes())
-    middle = len(content) // 2
-    if how == "flipped":
-        content[middle] ^= 1
-    elif how == "hole":
-        content[middle : middle + 4096] = bytes(4096)
-    elif how == "garbage":
-        content = bytearray(b"no checkpoint")
-    else:
-        del content[{"empty": 0, "half": middle, "last byte": -1}[how] :]
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("how", ["flipped", "hole", "garbage", "empty", "half", "last byte"])
+@pytest.mark.parametrize("how", ["flipped", "half"])
 def test_a_torn_checkpoint_falls_back_to_the_one_before(
     how: str, tmp_path: Path, unbroken: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -569,42 +554,6 @@ def test_without_a_whole_checkpoint_nothing_is_trained(
     assert "none of 1 checkpoints is whole" in capfd.readouterr().err
 
 
-def test_a_write_that_fails_leaves_the_last_checkpoint(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """A limit of the size of files fails as a full disk does, in the middle of a file."""
-    checkpoints = module("checkpoints")
-    out = tmp_path / "run"
-    assert train(out, epochs=1) == 0
-    before = {path.name: path.read_bytes() for path in (out / "checkpoints").iterdir()}
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    state = checkpoints.read(out / "checkpoints/step-00000007.pt")
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-        with pytest.raises(models.CheckpointError, match="cannot be written"):
-            checkpoints.write(state, out / "checkpoints/step-00000008.pt")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert {path.name: path.read_bytes() for path in (out / "checkpoints").iterdir()} == before
-
-
-def test_the_best_is_copied_where_a_file_has_one_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkpoints = module("checkpoints")
-
-    def link(source: Path, target: Path) -> None:
-        raise PermissionError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", link)
-    path = checkpoints.path_of(tmp_path, 3)
-    for content in (b"first", b"second"):
-        path.write_bytes(content)
-        checkpoints.keep_best(path)
-        assert (tmp_path / "best.pt").read_bytes() == content
-    assert {each.name for each in tmp_path.iterdir()} == {"best.pt", path.name}
-
-
 def test_options_outlast_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run that goes on writes them anew; without them it could not."""
     out = tmp_path / "run"
@@ -613,11 +562,13 @@ def test_options_outlast_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixtu
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-        assert train(out, epochs=1) == 2
+        assert train(out, epochs=1) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert f"out: {out}: " in capsys.readouterr().err
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert f"File too large: '{out}/config.yaml'; the last checkpoint is {out}/check" in told
     assert (out / "config.yaml").read_bytes() == before
+    assert not list(out.rglob("*.tmp"))
     assert train(out, epochs=1) == 0
 
 
@@ -670,6 +621,84 @@ def test_a_folder_with_another_run_is_not_touched(
     assert {path: path.read_bytes() for path in out.rglob("*.*")} == before
 
 
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert train(out, epochs=2) == 0
+    known = (out / "metrics.jsonl").read_bytes(), (out / "checkpoints/best.pt").read_bytes()
+    assert train(out, epochs=2) == 0
+    assert known == (
+        (out / "metrics.jsonl").read_bytes(),
+        (out / "checkpoints/best.pt").read_bytes(),
+    )
+
+
+def test_the_best_is_known_without_the_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be lost; a later and worse checkpoint must not become the best one then."""
+    loop = module("loop")
+    scores, evaluate = iter([50.0, 40.0]), loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", lambda *a: evaluate(*a)._replace(top1=next(scores)))
+    signal_at(monkeypatch, signal.SIGTERM, 8)
+    out = tmp_path / "run"
+    assert train(out, epochs=2) == 75
+    best = (out / "checkpoints/best.pt").read_bytes()
+    (out / "metrics.jsonl").unlink()
+    assert train(out, epochs=2) == 0
+    assert (out / "checkpoints/best.pt").read_bytes() == best
+
+
+def add_class(root: Path) -> None:
+    for side in ("train", "val"):
+        (root / side / "birds").mkdir()
+        (root / side / "birds/0.png").write_bytes((root / "train/cats/0.png").read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (add_class, "the run has other classes than these data, such as 'birds'"),
+        (
+            lambda root: (root / "train/cats/0.png").unlink(),
+            "the run has 8 pictures in train, these data 7",
+        ),
+        (
+            lambda root: (root / "val/cats/0.png").rename(root / "val/cats/9.png"),
+            "in val the files have other names than those of the run",
+        ),
+    ],
+)
+def test_other_data_under_a_run_are_noticed(
+    folder: Path, capfd: pytest.CaptureFixture[str], change: Any, message: str
+) -> None:
+    out = folder / "run"
+    options = {"data": str(folder), "batch": 4, "epochs": 1}
+    assert train(out, **options) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*.*")}
+    change(folder)
+    capfd.readouterr()
+    assert train(out, **options, keep=2) == 2
+    assert capfd.readouterr().err == f"resnest-fused: data: {message}\n"
+    assert {path: path.read_bytes() for path in out.rglob("*.*")} == before
+
+
+def test_a_run_goes_on_when_it_and_its_data_were_moved(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = {"batch": 4, "epochs": 2, "log_every": 1}
+    # A damaged one would be named by where it was.
+    (folder / "train/dogs/1.png").write_bytes((folder / "train/dogs/0.png").read_bytes())
+    assert train(folder / "whole", data=str(folder), **options) == 0
+    signal_at(monkeypatch, signal.SIGTERM, 1)
+    assert train(folder / "run", data=str(folder), **options) == 75
+    moved = folder / "moved"
+    moved.mkdir()
+    for name in ("train", "val", "run"):
+        (folder / name).rename(moved / name)
+    assert train(moved / "run", data=str(moved), **options) == 0
+    assert_same(result(moved / "run"), result(folder / "whole"))
+
+
 # --- the commands
 
 
@@ -689,7 +718,9 @@ def test_options_of_the_command_count_over_the_file_and_the_file_over_the_preset
 ) -> None:
     file = tmp_path / "options.yaml"
     out = str(tmp_path / "run")
-    file.write_text(f"epochs: 2\nbatch: 400\nout: {out}\noptions: {{planes: [8, 8, 8, 8]}}\n")
+    file.write_text(
+        f"epochs: 2\nwarmup: 1\nbatch: 400\nout: {out}\noptions: {{planes: [8, 8, 8, 8]}}\n"
+    )
     options = ["--epochs", "1", "--options", "stem_width=4", "--options", "planes=[8,8,8,16]"]
     options += ["--lr-of", "fc=2.5", "--no-fuse", "--device", "cpu"]
     done = run_command("train", "--preset", "digits", "--config", str(file), *options)
@@ -720,7 +751,19 @@ def test_options_of_the_command_count_over_the_file_and_the_file_over_the_preset
         (["--preset", "digits", "--model", "resnet50"], "model: expected one of resnest14, "),
         (["--preset", "digits", "--options", "radix=-1"], "options: radix: expected an integer"),
         (["--preset", "digits", "--options", "radix"], "expected a name, = and a value"),
-        (["--preset", "digits", "--backend", "cuda"], "backend: "),
+        (
+            ["--preset", "digits", "--backend", "cuda"],
+            "resnest-fused: backend: expected one of auto, native, triton, reference, got 'cuda'",
+        ),
+        (
+            ["--preset", "digits", "--options", "num_classes=3"],
+            "options: num_classes is set by the option classes",
+        ),
+        (["--preset", "digits", "--options", "fused=false"], "fused is set by the option fuse"),
+        (["--preset", "digits", "--options", "planes=[1"], "expected a value in YAML's form"),
+        (["--preset", "digits", "--jitter", "inf"], "jitter: expected a number from 0 to 1, got"),
+        (["--preset", "digits", "--lr-of", "fc=-1"], "lr_of: expected numbers by name from 0 on"),
+        (["--preset", "digits", "--epochs", "2"], "warmup: expected an integer from 0 to the num"),
         (["--preset", "digits", "--weights", "none.pth"], "none.pth: not a file that exists"),
         (["--smoothing", "2"], "smoothing: expected a number from 0 to below 1, got 2.0"),
         (["--config", "none.yaml"], "config: none.yaml cannot be read"),
@@ -798,6 +841,14 @@ def test_a_damaged_run_is_not_evaluated(tmp_path: Path) -> None:
     tear(out / "checkpoints/best.pt", "flipped")
     done = run_command("evaluate", str(out / "checkpoints/best.pt"), "--device", "cpu")
     assert done.exit_code == 2 and "damaged" in done.stderr
+
+
+def test_a_dry_run_can_be_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(config: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(module("dryrun"), "measure", interrupt)
+    assert run_command("train", "--synthetic", "cifar", "--device", "cpu").exit_code == 130
 
 
 def test_a_dry_run_times_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
-"""The family as backbones of torchvision's detector and segmenter.
+"""The family as backbones of torchvision's detector and segmenter, with the extra ``transfer``.
 
-One test is among those of the peers; the other trains for minutes: ``-m transfer``.
+One test is among those of the peers. The long ones train on small pictures for a minute each; those
+of ``-m transfer`` longer, fused and unfused.
 """
 
 from __future__ import annotations
@@ -74,6 +75,20 @@ def test_a_photo_through_torchvision_s_detector_and_segmenter() -> None:
         else:
             x = photo(96)[None]
             torch.testing.assert_close(plain(x)["out"], fused(x)["out"], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("name", "steps", "least"), [("train_detector", 140, 0.6), ("train_segmenter", 120, 0.7)]
+)
+def test_resnest14_reaches_its_mark_on_small_pictures(name: str, steps: int, least: float) -> None:
+    """Fused, and it begins as unfused."""
+    train = getattr(importlib.import_module("transfer"), name)
+    fused, plain = train(True, steps, 64), train(False, steps, 64, taken=2)
+    assert fused.mark >= least
+    assert fused.losses[:2] == pytest.approx(plain.losses, rel=1e-3)
+    assert fused.losses[0] > 2 * sum(fused.losses[-30:]) / 30
 
 
 @pytest.mark.transfer

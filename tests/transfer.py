@@ -113,12 +113,13 @@ def _train(
     steps: int,
     batch: int,
     rate: float,
+    taken: int | None,
 ) -> Run:
     started = time.process_time()
     optimizer = torch.optim.AdamW(model.parameters(), rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps)
     losses = []
-    for step in range(steps):
+    for step in range(steps if taken is None else taken):
         loss = loss_of(model.train(), draw_many(batch, side, step * batch))
         optimizer.zero_grad()
         loss.backward()
@@ -130,16 +131,22 @@ def _train(
     return Run(losses, mark, time.process_time() - started)
 
 
-def train_detector(fused: bool, steps: int = 300, side: int = 96, seed: int = 0) -> Run:
-    """Box AP50 of a Faster R-CNN."""
+def train_detector(
+    fused: bool, steps: int = 300, side: int = 96, seed: int = 0, taken: int | None = None
+) -> Run:
+    """Box AP50 of a Faster R-CNN, after the steps or, if fewer are to be taken, after those."""
     torch.manual_seed(seed)
-    return _train(detector(fused, side), _detection_loss, _box_ap50, side, steps, 8, 1e-3)
+    model = detector(fused, side)
+    return _train(model, _detection_loss, _box_ap50, side, steps, 8, 1e-3, taken)
 
 
-def train_segmenter(fused: bool, steps: int = 150, side: int = 96, seed: int = 0) -> Run:
-    """Mean IoU of a DeepLabV3."""
+def train_segmenter(
+    fused: bool, steps: int = 150, side: int = 96, seed: int = 0, taken: int | None = None
+) -> Run:
+    """Mean IoU of a DeepLabV3, as above."""
     torch.manual_seed(seed)
-    return _train(segmenter(fused), _segmentation_loss, _mean_iou, side, steps, 8, 1e-3)
+    model = segmenter(fused)
+    return _train(model, _segmentation_loss, _mean_iou, side, steps, 8, 1e-3, taken)
 
 
 TRAININGS = {"detector": train_detector, "segmenter": train_segmenter}

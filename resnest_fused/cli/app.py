@@ -11,6 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import resnest_fused
 from resnest_fused.cli import compare, convert, evaluate, info, models, predict, train
+from resnest_fused.training import stopping
 
 # What typer raises for wrong arguments; click's, which newer releases carry inside.
 _UsageError: Any = typer.BadParameter.__base__
@@ -52,6 +53,20 @@ class _Command(_PlainFlags, TyperCommand):
         return super().invoke(context)
 
 
+class _Stoppable(_Command):
+    """Notes signals to stop from its beginning on; none of them changes an exit code at its end."""
+
+    def invoke(self, context: Any) -> Any:
+        if context.params["synthetic"]:
+            return super().invoke(context)  # it has nothing to save
+        try:
+            with stopping.StopRequest() as context.obj:
+                return super().invoke(context)
+        finally:
+            if context.obj.made:
+                stopping.ignore()
+
+
 app = typer.Typer(
     cls=_Commands,
     add_completion=False,
@@ -62,7 +77,7 @@ app.command("models", cls=_Command)(models.run)
 app.command("predict", cls=_Command)(predict.run)
 app.command("compare", cls=_Command)(compare.run)
 app.command("convert", cls=_Command)(convert.run)
-app.command("train", cls=_Command)(train.run)
+app.command("train", cls=_Stoppable)(train.run)
 app.command("evaluate", cls=_Command)(evaluate.run)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from resnest_fused.cli import screen
-from resnest_fused.cli.errors import blame
+from resnest_fused.cli.errors import bad, blame
 
 
 class _Layout(str, Enum):
@@ -56,6 +56,13 @@ def run(
             metavar="TEXT",
         ),
     ] = None,
+    output_stride: Annotated[
+        int,
+        typer.Option(
+            help="Of the network, 8 or 16 if it is dilated: mm names its shortcuts otherwise.",
+            metavar="N",
+        ),
+    ] = 32,
 ) -> None:
     """Write a checkpoint's weights to another file, under the names of another layout.
 
@@ -64,10 +71,13 @@ def run(
     Exit code: 0 written, 2 wrong arguments or files; then nothing is written.
     """
     from resnest_fused.models import CheckpointError, convert_checkpoint, read_checkpoint
+    from resnest_fused.models.dilation import OUTPUT_STRIDES
 
+    if output_stride not in OUTPUT_STRIDES:
+        raise bad("--output-stride", f"expected 8, 16 or 32, got {output_stride}")
     with blame("IN", CheckpointError):
         found = read_checkpoint(source, sha256=sha256, entry=entry, prefix=prefix)
-        left_out = convert_checkpoint(found, target, to.value)
+        left_out = convert_checkpoint(found, target, to.value, output_stride=output_stride)
     facts = screen.make_facts()
     origin = found.layout.title if found.layout is not None else "an unknown"
     under = f", under {found.prefix}" if found.prefix else ""

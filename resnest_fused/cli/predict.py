@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from enum import Enum
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 _SEED = 0
 _IMAGENET = 1000
+# What Pillow knows beside pictures: data, films and drawings, most of which it cannot read.
+_NO_PHOTOS = {"BUFR", "EPS", "FITS", "FLI", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 
 
 class _Format(str, Enum):
@@ -42,7 +45,7 @@ class _Guess(NamedTuple):
 def run(
     photo: Annotated[
         list[Path],
-        typer.Argument(metavar="PHOTO...", help="Photos, and folders of photos with theirs."),
+        typer.Argument(metavar="PHOTO", help="Photos, and folders of photos with theirs."),
     ],
     model: Annotated[
         str,
@@ -64,6 +67,12 @@ def run(
         typer.Option(
             help="The hash of the checkpoint or its first digits, eight at least. A URL needs it.",
             metavar="HASH",
+        ),
+    ] = None,
+    entry: Annotated[
+        str | None,
+        typer.Option(
+            help="Which of several state_dicts in the checkpoint, such as ema.", metavar="NAME"
         ),
     ] = None,
     classes: Annotated[
@@ -96,21 +105,31 @@ def run(
 
     place = find_device(device)
     paths = _find_photos(photo)
+    names = None if classes is None else _read_names(classes)
+    checkpoint = None
+    if weights is not None:
+        with blame("--weights", models.CheckpointError):
+            checkpoint = models.read_checkpoint(weights, sha256=sha256, entry=entry)
+        if (
+            checkpoint.layout is not None
+            and models.checkpoints.num_classes(checkpoint.state) is None
+        ):
+            raise bad("--weights", f"{weights}: a backbone's, without a classifier to predict by")
     with (
         blame("--model"),
         blame("--weights", models.CheckpointError),
         torch.random.fork_rng(devices=[]),
     ):
         torch.manual_seed(_SEED)
-        network = models.create(model, weights, sha256=sha256)
+        network = models.create(model, checkpoint)
     rf.fuse(network)
     preprocessing = registry.preprocessing(model, network)
     unreadable: list[str] = []
     network = network.eval().to(place)
-    answers = list(_guess(network, preprocessing, paths, batch, top, classes, unreadable))
+    answers = list(_guess(network, preprocessing, paths, batch, top, names, unreadable))
     if form is _Format.json:
         rows = [
-            {"photo": str(path), "classes": [guess._asdict() for guess in found]}
+            {"photo": _text(path), "classes": [guess._asdict() for guess in found]}
             for path, found in answers
         ]
         print(json.dumps(rows, indent=2))
@@ -120,7 +139,7 @@ def run(
         for path, found in answers:
             for rank, guess in enumerate(found, 1):
                 shown = (guess.number, guess.name, f"{guess.probability:.6f}")
-                writer.writerow((path, rank, *shown))
+                writer.writerow((_text(path), rank, *shown))
     else:
         _print_tables(answers)
     if weights is None:
@@ -138,7 +157,9 @@ def _find_photos(given: Sequence[Path]) -> list[Path]:
     from PIL import Image
 
     suffixes = {
-        suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN
+        suffix
+        for suffix, kind in Image.registered_extensions().items()
+        if kind in Image.OPEN and kind not in _NO_PHOTOS
     }
     paths = []
     for path in given:
@@ -160,7 +181,7 @@ def _guess(
     paths: Sequence[Path],
     batch: int,
     top: int,
-    classes: Path | None,
+    names: Sequence[str] | None,
     unreadable: list[str],
 ) -> Iterator[tuple[Path, list[_Guess]]]:
     """Each photo with its likeliest classes, best first; what is wrong with the other photos."""
@@ -169,7 +190,6 @@ def _guess(
     from resnest_fused.models import images
 
     place = next(network.parameters()).device
-    names: Sequence[str] = ()
     with screen.progress("predicting", total=len(paths)) as advance, torch.inference_mode():
         for start in range(0, len(paths), batch):
             readable, pictures = [], []
@@ -184,27 +204,36 @@ def _guess(
                 continue
             with blame("--batch", torch.OutOfMemoryError):
                 odds = network(torch.stack(pictures).to(place)).double().softmax(dim=1).cpu()
-            names = names or _class_names(odds.shape[1], classes)
+            if names is None:
+                names = _usual_names(odds.shape[1])
+            if len(names) != odds.shape[1]:
+                raise bad("--classes", f"expected {odds.shape[1]} names, got {len(names)}")
             for path, row in zip(readable, odds, strict=True):
+                if not row.isfinite().all():
+                    raise bad("--weights", f"{path}: its classes' probabilities are not finite")
                 best = row.topk(min(top, len(row)))
                 pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
                 yield path, [_Guess(number, names[number], odds) for number, odds in pairs]
                 advance()
 
 
-def _class_names(count: int, file: Path | None) -> Sequence[str]:
-    """The names of a network's classes: the user's, ImageNet's, or numbers."""
-    if file is None:
-        from resnest_fused.models.imagenet import class_names
-
-        return class_names() if count == _IMAGENET else [f"class {i}" for i in range(count)]
+def _read_names(file: Path) -> list[str]:
     try:
-        names = file.read_text(encoding="utf-8").splitlines()
+        return file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise bad("--classes", f"{file}: cannot be read ({error})") from error
-    if len(names) != count:
-        raise bad("--classes", f"{file}: expected {count} names, got {len(names)}")
-    return names
+
+
+def _usual_names(count: int) -> Sequence[str]:
+    """The names of so many classes: ImageNet's, or numbers."""
+    from resnest_fused.models.imagenet import class_names
+
+    return class_names() if count == _IMAGENET else [f"class {i}" for i in range(count)]
+
+
+def _text(path: Path) -> str:
+    """The path in UTF-8, which readers of CSV and JSON expect; other bytes of it as ``\\xff``."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _print_tables(answers: Sequence[tuple[Path, list[_Guess]]]) -> None:

@@ -43,8 +43,8 @@ def print_table(
             Otherwise cells are broken to fit.
     """
     console.print()
-    # Not the table's own title and caption, which wrap at its width instead of the screen's.
-    console.print(title, style="bold")
+    # Not the table's own title and caption, which wrap at its width. A path stays whole.
+    console.print(title, style="bold", soft_wrap=True)
     if whole:
         wide = console.options.update(width=1000)
         table.width = console.measure(table, options=wide).maximum

@@ -27,6 +27,7 @@ class _Shape(str, Enum):
 
 
 def _run(
+    context: typer.Context,
     preset: Annotated[
         _Preset | None,
         typer.Option(
@@ -61,7 +62,7 @@ def _run(
     the same options.
 
     Exit code: 0 the end was reached, 1 the run failed, 2 wrong arguments, 75 stopped by SIGTERM,
-    SIGUSR1 or SIGINT after a checkpoint was written.
+    SIGUSR1 or SIGINT, with a checkpoint of all steps that were done.
     """
     given = {name: value for name, value in options.items() if value not in (None, [])}
     try:
@@ -75,7 +76,7 @@ def _run(
         raise typer.BadParameter(str(error)) from error
     with blame("train", ImportError):
         from resnest_fused.training.run import train
-    raise typer.Exit(train(chosen, tuple(plot_with or ())))
+    raise typer.Exit(train(chosen, tuple(plot_with or ()), context.obj))
 
 
 def _time(config: Config, shape: str) -> None:
@@ -114,7 +115,10 @@ def _by_name(pairs: list[str]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise bad("NAME=X", f"expected a name, = and a value, got {pair!r}")
-        found[name] = yaml.safe_load(value)
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise bad(name, f"expected a value in YAML's form, got {value!r}") from error
     return found
 
 

@@ -7,6 +7,7 @@ In eval mode ``bn(conv(x))`` is a convolution itself. With scale = gamma / sqrt(
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Set
@@ -20,6 +21,7 @@ from torch.nn.modules.linear import Identity
 from resnest_fused.children import (
     FoldedNorm,
     batch_norm_args,
+    calls_a_norm,
     intercepted,
     is_conv,
     is_sequence,
@@ -27,10 +29,14 @@ from resnest_fused.children import (
 )
 from resnest_fused.fusing import registry
 from resnest_fused.layout import Layout, Path, read
+from resnest_fused.reference import BatchNormArgs
 
 
 class _Pair(NamedTuple):
-    """A convolution and the norm after it, each given by its parent and its name there."""
+    """A convolution and the norm after it, each given by its parent and its name there.
+
+    The norm may be the convolution's own child.
+    """
 
     conv_parent: nn.Module
     conv_name: str
@@ -127,19 +133,25 @@ def _place(module: nn.Module, path: Path) -> tuple[nn.Module, str] | None:
 
 
 def _pairs_of_network(module: nn.Module) -> list[_Pair]:
+    children = module._modules.items()
+    found: list[_Pair | None] = [
+        _Pair(module, name, child, "norm")
+        for name, child in children
+        if child is not None and calls_a_norm(child)
+    ]
     if is_sequence(module):
-        names = list(module._modules)
-        return [_Pair(module, a, module, b) for a, b in itertools.pairwise(names)]
-    pairs = registry.fold_pairs(module)
-    if not (pairs and _runs_as_written(module)):
-        return []
-    found = [_pair(module, tuple(a.split(".")), tuple(b.split("."))) for a, b in pairs]
+        found += [_Pair(module, a, module, b) for a, b in itertools.pairwise(module._modules)]
+    else:
+        # The forward of a fused block runs all that is not in its op.
+        kind = vars(module).get("_unfused_class", type(module))
+        pairs = registry.fold_pairs(module, kind)
+        if pairs and _runs_as_written(module, kind):
+            found += [_pair(module, tuple(a.split(".")), tuple(b.split("."))) for a, b in pairs]
     return [pair for pair in found if pair is not None]
 
 
-def _runs_as_written(module: nn.Module) -> bool:
+def _runs_as_written(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether nobody replaced the methods that say in which order the children run."""
-    kind = type(module)
     return all(
         name not in vars(module) and own_method(kind, name) is not None
         for name in ("forward", "forward_features")
@@ -156,32 +168,47 @@ def _fold(pair: _Pair, shared: Set[nn.Module]) -> str | None:
     if reason is None:
         folded = _folded_conv(conv, norm)
         placeholder = FoldedNorm(conv, norm, pair.conv_parent, pair.conv_name)
+        norm_parent = pair.norm_parent
+        if norm_parent is conv:  # whose forward calls the norm, and then an activation
+            norm_parent = folded = _of_the_class_of(conv, folded)
         pair.conv_parent._modules[pair.conv_name] = folded
-        pair.norm_parent._modules[pair.norm_name] = placeholder
+        norm_parent._modules[pair.norm_name] = placeholder
     return reason
+
+
+def _of_the_class_of(conv: Any, folded: nn.Conv2d) -> nn.Conv2d:
+    """``folded`` with the class, attributes and children of ``conv``."""
+    made = copy.copy(conv)
+    vars(made).update(vars(folded), _modules=dict(conv._modules))
+    return made
+
+
+def _args_of(norm: nn.Module) -> BatchNormArgs | None:
+    """The batch normalisation of ``norm``, which may call its children behind it."""
+    return batch_norm_args(norm) or batch_norm_args(norm, activated=True)
 
 
 def _obstacle(pair: _Pair, shared: Set[nn.Module]) -> str | None:
     conv, norm = pair.conv, pair.norm
-    args = batch_norm_args(norm)
+    args = _args_of(norm)
     if args is None:
         return intercepted(norm) or f"expected a batch normalisation, got {type(norm).__name__}"
     if args.batch_stats:
         return "it normalises with the batch's statistics"
-    if not is_conv(conv):
+    if not (is_conv(conv) or conv is pair.norm_parent):
         return f"{pair.conv_name}: expected a Conv2d, got {type(conv).__name__}"
     if intercepted(conv) is not None:
         return f"{pair.conv_name}: {intercepted(conv)}"
     if args.running_mean is None or args.running_mean.shape[0] != conv.out_channels:
         return f"it does not have the {conv.out_channels} features of {pair.conv_name}"
-    if pair.conv_parent is not pair.norm_parent and pair.conv_parent in shared:
+    if pair.norm_parent not in (conv, pair.conv_parent) and pair.conv_parent in shared:
         return f"{pair.conv_name}: its Sequential is used elsewhere too"
     return None
 
 
 @torch.no_grad()
 def _folded_conv(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
-    args = batch_norm_args(norm)
+    args = _args_of(norm)
     assert args is not None and args.running_mean is not None and args.running_var is not None
 
     def wide(tensor: Tensor | None, otherwise: float) -> Tensor:

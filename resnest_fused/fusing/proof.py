@@ -25,7 +25,7 @@ from torch.nn.modules.linear import Identity
 from torch.nn.modules.pooling import AdaptiveAvgPool1d, AdaptiveAvgPool2d, AdaptiveAvgPool3d
 
 from resnest_fused.children import calls_are_watched, computes_as, computes_as_conv
-from resnest_fused.fusing import folding
+from resnest_fused.fusing import folding, watching
 from resnest_fused.fusing.recognition import features_of
 from resnest_fused.fusing.wrapping import core
 from resnest_fused.layout import Layout, read
@@ -168,9 +168,10 @@ def _difference(
     for batch, size, memory in zip(_BATCHES, _SIZES[dimensions], _LAYOUTS, strict=True):
         call = _call(forms[0], (batch, inputs, *size), memory, generator)
         calls.append(call)
-        effect = _side_effect(forms[0], call, layout) if len(calls) == 1 else None
-        if effect is not None:
-            return f"its forward {effect}, which the op would not"
+        if len(calls) == 1:
+            trait = _trait(forms[0], call, layout)
+            if trait is not None:
+                return f"its forward {trait}"
         # A norm may be frozen in training; its mode counts then, not the module's.
         for mode in (_eval, _training, _norms_in_eval)[: 2 if len(calls) > 1 else 3]:
             problem = _compared(forms, call, mode)
@@ -179,7 +180,9 @@ def _difference(
     if not used:
         return "its forward does not call the parts that the op would replace"
     large = _large_call(forms[0], (inputs, *_LARGE_SIZES[dimensions]), generator)
-    problem = _compared(forms, large, _eval)
+    without = calls[0]._replace(gradients=(), grad_enabled=False)
+    problem = _compared(forms, large, _eval) or _compared(forms, without, _training)
+    problem = problem or _questions(forms[0], calls[0])
     if problem is not None:
         return problem
     # A norm may take the place of nothing later: then it is called where the forward calls nothing.
@@ -197,17 +200,39 @@ def _difference(
     return _compared(forms, calls[0], _eval) if nothing else None
 
 
-def _side_effect(form: Form, call: Call, layout: Layout) -> str | None:
-    """What a forward does besides its result. Where a block is kept, its own forward still runs."""
+def _trait(form: Form, call: Call, layout: Layout) -> str | None:
+    """What forbids the op whatever the numbers are, or None."""
     module = form.module
     (x,) = (value.detach().clone() for value in call.args)
     with form.take(), agreement.preserved(module), torch.no_grad():
         before = dict(vars(module))
-        module(x)
+        found = module(x)
         changed = [name for name, value in vars(module).items() if before.get(name) is not value]
+    if not isinstance(found, Tensor):
+        return f"returns a {type(found).__name__}, expected a tensor"
     if not torch.equal(x, call.args[0]):
-        return "changes its input in place"
-    return f"sets {', '.join(changed)}" if changed and layout.within is None else None
+        return "changes its input in place, which the op would not"
+    # Where a block is kept, its own forward still runs.
+    return (
+        f"sets {', '.join(changed)}, which the op would not"
+        if changed and not layout.within
+        else None
+    )
+
+
+def _questions(form: Form, call: Call) -> str | None:
+    """What a forward asks about its input that other inputs may answer in another way."""
+    module = form.module
+    asked: dict[str, None] = {}
+    for set_mode in (_eval, _training):
+        with form.take(), agreement.preserved(module):
+            agreement.stand_in(module, None, lambda _, buffer: agreement.copied(buffer))
+            set_mode(module)
+            try:
+                asked |= dict.fromkeys(watching.questions(module, call.args[0].detach().clone()))
+            except Exception as error:
+                raise Unproven(f"it cannot be watched: {type(error).__name__}: {error}") from error
+    return f"its forward asks {', '.join(asked)}, and may decide by that" if asked else None
 
 
 def _eval(module: nn.Module) -> str:
@@ -409,13 +434,23 @@ def _configuration(module: nn.Module, replaced: Iterable[nn.Module]) -> Iterator
     for name, child in module.named_modules():
         if child in left_out:
             continue
-        yield name, type(child), type(child).forward
+        yield name, type(child), *_behaviour(type(child))
         for key, value in vars(child).items():
             if key in ("_parameters", "_buffers"):
                 for tensor_name, tensor in value.items():
                     yield tensor_name, None if tensor is None else tensor.shape
             elif key not in _OF_MODULES and key != "_modules":
                 yield key, _simple(value)
+
+
+def _behaviour(kind: type) -> Iterator[Any]:
+    """The methods and constants of a class, any of which may be replaced after a proof."""
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        for name, value in vars(base).items():
+            if isinstance(value, list | tuple | dict | set):
+                yield name, repr(value)
+            elif not name.startswith("__") or isinstance(value, types.FunctionType):
+                yield name, value
 
 
 def _simple(value: Any) -> Any:

@@ -17,7 +17,7 @@ R_SOFTMAXES = tuple(path for adapter in ADAPTERS for path in adapter.r_softmaxes
 NETWORKS = {adapter.name: adapter.networks for adapter in ADAPTERS if adapter.networks is not None}
 
 
-def fold_pairs(module: nn.Module) -> Pairs:
-    """The convolutions and norms that can be folded in a module, by its class."""
-    pairs = _FOLDS.get(path_of(type(module)), ())
+def fold_pairs(module: nn.Module, kind: type[nn.Module]) -> Pairs:
+    """The convolutions and norms that can be folded in a module, by its unfused class."""
+    pairs = _FOLDS.get(path_of(kind), ())
     return pairs(module) if callable(pairs) else pairs

@@ -117,8 +117,9 @@ def unfuse(model: nn.Module) -> None:
         rf.unfuse(model)  # as it was before
         torch.save(model.state_dict(), "checkpoint.pth")
 
-    Modules built as ``FusedSplitAttention`` or ``FusedSplitAttentionConv2d`` stay fused. The layers
-    that folding replaced come back unchanged, on the model's device and in its dtype.
+    Modules built as ``FusedSplitAttention`` or ``FusedSplitAttentionConv2d`` stay fused; those of
+    the networks in ``resnest_fused.models`` do not. The layers that folding replaced come back
+    unchanged, on the model's device and in its dtype.
 
     Raises:
         TypeError: ``model`` is not a module.

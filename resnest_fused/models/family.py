@@ -42,8 +42,9 @@ def _builder(variant: Variant) -> Callable[..., ResNeSt]:
         num_classes: number of logits.
         features_only: a backbone that returns the maps of ``out_indices``, by default all five.
         out_indices: which maps, as of :class:`ResNeSt`; makes it a backbone too.
-        fused: True runs each split attention as one op (:class:`FusedSplitAttentionConv2d`);
-            False builds the plain PyTorch reference, which ``resnest_fused.fuse`` can fuse later.
+        fused: True runs each split attention as one op (:class:`FusedSplitAttentionConv2d`), until
+            ``resnest_fused.unfuse``; False builds the plain PyTorch reference, which
+            ``resnest_fused.fuse`` can fuse later.
         options: those of :class:`ResNeSt`, in place of the table's.
 
     Returns:

@@ -5,15 +5,15 @@
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
+from resnest_fused.fusing import fuse
 from resnest_fused.models.checkpointing import run_saving_memory
 from resnest_fused.models.dilation import StagePlan, plan_stages
 from resnest_fused.models.drop import DropBlock2d, DropPath
 from resnest_fused.models.pooling import Avd, GlobalPool, SameAvgPool2d
-from resnest_fused.modules import FusedSplitAttentionConv2d
 from resnest_fused.reference import ConvLayer, NormLayer, SplitAttentionConv2d
 
 ActLayer = Callable[[], nn.Module]
@@ -35,12 +35,11 @@ class Bottleneck(nn.Module):
 
     Example::
 
-        block = Bottleneck(256, 64, FusedSplitAttentionConv2d, nn.BatchNorm2d)
+        block = Bottleneck(256, 64, nn.BatchNorm2d)
 
     Args:
         in_channels: channels of the input.
         planes: width of the block inside, for cardinality 1 and bottleneck_width 64.
-        attention: :class:`FusedSplitAttentionConv2d` or :class:`SplitAttentionConv2d`.
         norm_layer: called with a number of features to make each norm.
         stride: of the whole block.
         downsample: the shortcut's map to the output's shape; None for the identity.
@@ -58,7 +57,6 @@ class Bottleneck(nn.Module):
         self,
         in_channels: int,
         planes: int,
-        attention: type[SplitAttentionConv2d],
         norm_layer: NormLayer,
         stride: int = 1,
         downsample: nn.Module | None = None,
@@ -92,7 +90,7 @@ class Bottleneck(nn.Module):
         self.drop_block2: nn.Module | None = None
         self.act2: nn.Module | None = None
         if radix:
-            self.conv2: nn.Module = attention(
+            self.conv2: nn.Module = SplitAttentionConv2d(
                 width,
                 width,
                 3,
@@ -246,9 +244,8 @@ class ResNeSt(nn.Module):
         _check_rates(drop_block_rate=drop_block_rate)
         _check_head(num_classes, global_pool)
         _check_options(layers, planes, drop_block_style, frozen_stages)
-        layers_of = [conv_layer] * 5 if callable(conv_layer) else list(conv_layer)
-        if len(layers_of) != 5:
-            raise ValueError(f"conv_layer: expected one or five, got {len(layers_of)}")
+        layers_of = _check_conv_layers(conv_layer)
+        _check_makers(norm_layer=norm_layer, act_layer=act_layer or nn.ReLU)
         made: list[nn.Module] = []
         convs = [functools.partial(_make_conv, made, each) for each in layers_of]
         self.out_names = None if out_indices is None else _check_out_indices(out_indices)
@@ -262,8 +259,10 @@ class ResNeSt(nn.Module):
         self.conv1 = _make_stem(in_chans, stem_width, deep_stem, convs[0], norm_layer, act_layer)
         self.bn1 = norm_layer(channels)
         self.act = _activation(act_layer)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.feature_info = [{"num_chs": channels, "reduction": 2, "module": "act"}]
+        self.maxpool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1)
+        self.feature_info: list[dict[str, Any]] = [
+            {"num_chs": channels, "reduction": 2, "module": "act"}
+        ]
 
         last = 4 if self.out_names is None else max(self.out_names)
         blocks, reduction = 0, 4
@@ -282,7 +281,6 @@ class ResNeSt(nn.Module):
                     Bottleneck(
                         channels,
                         width,
-                        FusedSplitAttentionConv2d if fused else SplitAttentionConv2d,
                         norm_layer,
                         plan.stride if number == 0 else 1,
                         shortcut,
@@ -316,6 +314,8 @@ class ResNeSt(nn.Module):
             for module in self._frozen():
                 module.requires_grad_(False)
             self.train()
+        if fused:
+            fuse(self)
 
     def _initialise(self, made: Sequence[nn.Module], zero_init_last: bool) -> None:
         """Draw the weights of all convolutions but those inside of what ``conv_layer`` made."""
@@ -458,6 +458,24 @@ def _check_options(
         raise ValueError(f"drop_block_style: expected one of {known}, got {drop_block_style!r}")
     if frozen_stages not in range(-1, 5):
         raise ValueError(f"frozen_stages: expected -1 to 4, got {frozen_stages!r}")
+
+
+def _check_makers(**given: Any) -> None:
+    for name, make in given.items():
+        if not callable(make):
+            raise ValueError(f"{name}: expected a class or a function that makes it, got {make!r}")
+
+
+def _check_conv_layers(conv_layer: ConvLayer | Sequence[ConvLayer]) -> Sequence[ConvLayer]:
+    """Those of the stem and of each stage."""
+    if not isinstance(conv_layer, (list, tuple)):
+        _check_makers(conv_layer=conv_layer)
+        return [cast(ConvLayer, conv_layer)] * 5
+    if len(conv_layer) != 5:
+        raise ValueError(f"conv_layer: expected one or five, got {len(conv_layer)}")
+    for each in conv_layer:
+        _check_makers(conv_layer=each)
+    return conv_layer
 
 
 def _check_head(num_classes: int, global_pool: str) -> None:

@@ -1,4 +1,4 @@
-"""Enters the family into timm's registry, as ``fused_NAME``, as soon as timm is imported.
+"""The family in timm's registry, as ``fused_NAME``, as soon as timm is imported.
 
 timm is imported by its users only: it takes seconds and needs a torchvision. So an import hook
 waits for it, and ``import resnest_fused`` is enough for ``timm.create_model("fused_resnest50d")``.
@@ -17,9 +17,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from resnest_fused.models.resnest import ResNeSt
+from resnest_fused.models.resnest import STAGES, ResNeSt
 from resnest_fused.models.variants import VARIANTS, Variant
 
 _HOME = "timm.models"
@@ -50,6 +50,84 @@ class _WaitForTimm(MetaPathFinder):
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
+
+
+class TimmResNeSt(ResNeSt):
+    """A network of the family with the methods that timm calls on its own models.
+
+    Example::
+
+        from timm.optim import create_optimizer_v2
+
+        model = timm.create_model("fused_resnest50d")
+        optimizer = create_optimizer_v2(model, "sgd", lr=0.1, layer_decay=0.7)
+        maps = model.forward_intermediates(x, indices=(1, 3), intermediates_only=True)
+    """
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Patterns of names, by which timm groups parameters: the stem, each block or stage."""
+        blocks = r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"
+        return {"stem": r"^(?:conv1|bn1)\.", "blocks": blocks}
+
+    def get_classifier(self, name_only: bool = False) -> Any:
+        """The layer that makes the logits, or its name."""
+        return "fc" if name_only else super().get_classifier()
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """``(B, in_chans, H, W)`` to the last map and a list of those asked for, 0 the stem's.
+
+        Args:
+            x: the pictures.
+            indices: of the maps; a number for so many last ones, None for all five.
+            norm: nothing here, as each map is behind its norm.
+            stop_early: whether stages behind the last map asked for are not run.
+            output_fmt: "NCHW".
+            intermediates_only: whether only the list is returned.
+
+        Raises:
+            ValueError: another ``output_fmt``.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt: expected 'NCHW', got {output_fmt!r}")
+        taken, last = _take(len(self.feature_info), indices)
+        maps = []
+        for index in range(last + 1 if stop_early else len(self.feature_info)):
+            x = self._run(index, x)
+            if index in taken:
+                maps.append(x)
+        return maps if intermediates_only else (x, maps)
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | Sequence[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Take away what the maps do not need, and the classifier; returns the maps' indices."""
+        taken, last = _take(len(self.feature_info), indices)
+        for name in STAGES[last:]:
+            setattr(self, name, nn.Sequential())
+        if last == 0:
+            self.maxpool = nn.Identity()
+        if last < len(STAGES):
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or last < len(STAGES):
+            self.reset_classifier(0, "")
+        return taken
+
+
+def _take(count: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
+    """The indices that timm's own models would take of so many, and the largest."""
+    features = importlib.import_module("timm.models._features")
+    return features.feature_take_indices(count, indices)
 
 
 def register_with_timm() -> None:
@@ -96,7 +174,7 @@ def _entry(name: str, variant: Variant) -> Callable[..., nn.Module]:
         dtype = options.pop("dtype", None)
         options = _DEFAULTS | variant.options | options
         with place:
-            model = models.build_model_with_cfg(ResNeSt, name, pretrained, **options)
+            model = models.build_model_with_cfg(TimmResNeSt, name, pretrained, **options)
         return model.to(dtype=dtype)
 
     build.__name__ = build.__qualname__ = name

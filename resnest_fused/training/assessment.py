@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 
 from resnest_fused import models
-from resnest_fused.fusing import fuse
 from resnest_fused.models import registry
 from resnest_fused.training import checkpoints
 from resnest_fused.training.augmentation import evaluation_transform
@@ -21,7 +20,7 @@ from resnest_fused.training.distributed import World
 from resnest_fused.training.evaluation import Scores, evaluate
 from resnest_fused.training.loading import evaluation_batches
 from resnest_fused.training.loop import AMP
-from resnest_fused.training.network import evaluation_size
+from resnest_fused.training.network import evaluation_size, fuse_as_asked
 
 
 class Assessment(NamedTuple):
@@ -78,8 +77,7 @@ def assess(
         raise
     except (ValueError, TypeError) as error:
         raise ConfigError(f"model: {error}") from error
-    if config.fuse:
-        fuse(network, backend=config.backend)
+    fuse_as_asked(network, config, place)
     if config.model in models.list_models() or config.eval_crop:
         transform = evaluation_transform(evaluation_size(config), config.eval_ratio)
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import re
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from resnest_fused.models import CheckpointError
+from resnest_fused.training.files import replacing, sync_folder
 
 BEST = "best.pt"
 
@@ -31,27 +31,29 @@ def list_files(folder: Path) -> list[Path]:
 
 
 def write(state: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint: to a temporary file, synced, then renamed.
+    """Write a checkpoint.
 
     The process may be killed at any moment: a file with the final name is always whole.
 
     Raises:
         CheckpointError: the file cannot be written, as on a full disk. What was there still is.
     """
-    temporary = path.with_suffix(".tmp")
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
     # torch.save reports a write that failed as one or the other.
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: cannot be written ({reason})") from error
+        raise CheckpointError(f"{path}: cannot be written ({_reason(error)})") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said, if that is behind an error; else the error's first line."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__context__
+    return str(error).splitlines()[0]
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -125,28 +127,18 @@ def keep_best(path: Path) -> None:
     Raises:
         CheckpointError: the file cannot be written.
     """
-    temporary = path.with_name("best.tmp")
+    best, second = path.with_name(BEST), path.with_name("second_name.tmp")
     try:
-        temporary.unlink(missing_ok=True)
+        second.unlink(missing_ok=True)
         try:
-            os.link(path, temporary)
+            os.link(path, second)
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
                 raise
-            with open(path, "rb") as source, open(temporary, "wb") as file:
+            with open(path, "rb") as source, replacing(best) as file:
                 shutil.copyfileobj(source, file)
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path.with_name(BEST))
-        _sync_folder(path.parent)
+        else:
+            os.replace(second, best)
+            sync_folder(path.parent)
     except OSError as error:
-        raise CheckpointError(f"{path.with_name(BEST)}: cannot be written ({error})") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a renaming outlast a loss of power."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+        raise CheckpointError(f"{best}: cannot be written ({error})") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,7 +70,9 @@ class Config:
     samples: int = _option(0, "Samples in an epoch of shards, or of synthetic ones.", least=0)
     classes: int = _option(0, "Number of classes; 0 for as many as the data have.", least=0)
     strict_data: bool = _option(False, "End at the first picture that cannot be decoded.")
-    workers: int = _option(4, "Processes that load data, for each process that trains.", least=0)
+    workers: int = _option(
+        4, "Processes that load data, for each process that trains.", least=0, most=1024
+    )
 
     # --- network
     model: str = _option("resnest50", "A name of `resnest-fused models`.", metavar="NAME")
@@ -118,12 +121,12 @@ class Config:
         "Random changes of pictures: autoaugment, randaugment, trivialaugment or none.",
         choices=("autoaugment", "randaugment", "trivialaugment", "none"),
     )
-    jitter: float = _option(0.4, "Change of brightness, contrast and saturation.", least=0)
-    lighting: float = _option(0.1, "Deviation of the PCA lighting.", least=0)
+    jitter: float = _option(0.4, "Change of brightness, contrast and saturation.", least=0, most=1)
+    lighting: float = _option(0.1, "Deviation of the PCA lighting.", least=0, most=10)
     smoothing: float = _option(0.1, "Label smoothing.", least=0, below=1)
-    mixup: float = _option(0.2, "Alpha of mixup; 0 for none.", least=0)
+    mixup: float = _option(0.2, "Alpha of mixup; 0 for none.", least=0, most=100)
     cutmix: float = _option(
-        0.0, "Alpha of CutMix; 0 for none. With mixup one of both at random.", least=0
+        0.0, "Alpha of CutMix; 0 for none. With mixup one of both at random.", least=0, most=100
     )
 
     # --- optimisation
@@ -133,11 +136,13 @@ class Config:
     lr: float = _option(
         0.1, "Learning rate for 256 samples in a step; the peak is LR * samples / 256.", least=0
     )
-    warmup: int = _option(5, "Epochs in which the learning rate rises from 0.", least=0)
+    warmup: int = _option(
+        5, "Epochs in which the learning rate rises from 0; at most all of them.", least=0
+    )
     momentum: float = _option(0.9, "Nesterov momentum of SGD.", least=0, below=1)
-    weight_decay: float = _option(1e-4, "Of weights, not of norms and biases.", least=0)
+    weight_decay: float = _option(1e-4, "Of weights, not of norms and biases.", least=0, most=1)
     lr_of: dict[str, float] = _option(  # noqa: RUF009
-        {}, "Factors of the learning rate of parts: fc=10.", metavar="PART=X"
+        {}, "Factors of the learning rate of parts: fc=10.", metavar="PART=X", least=0
     )
     clip: float = _option(0.0, "Largest norm of the gradient; 0 for any.", least=0)
     ema: float = _option(
@@ -154,11 +159,13 @@ class Config:
     channels_last: bool = _option(False, "Memory format of pictures and weights.")
     fsdp: bool = _option(False, "Shard weights, gradients and momenta over the processes (FSDP2).")
     compile: bool = _option(False, "Run the network through torch.compile.")
-    timeout: int = _option(60, "Seconds after which a process that hangs ends the others.", least=5)
+    timeout: int = _option(
+        60, "Seconds after which a process that hangs ends the others.", least=5, most=86_400
+    )
 
     # --- run
     out: str = _option("runs/last", "The run's folder. A run that is there goes on.", metavar="DIR")
-    seed: int = _option(0, "Of all random numbers.", least=0)
+    seed: int = _option(0, "Of all random numbers.", least=0, below=2**32)
     save_every: int = _option(
         0, "Steps between checkpoints; there is one after each epoch too.", least=0
     )
@@ -169,12 +176,28 @@ class Config:
         hints = typing.get_type_hints(Config)
         for field in dataclasses.fields(self):
             _check(field, hints[field.name], getattr(self, field.name))
+        if self.warmup > self.epochs:
+            raise ConfigError(
+                f"warmup: expected an integer from 0 to the number of epochs, {self.epochs}, got "
+                f"{self.warmup}"
+            )
 
 
-# An option that may change while a run goes on: its numbers are the same with any of them.
-FREE = frozenset(
-    {"workers", "keep", "save_every", "log_every", "timeout", "out", "root", "download"}
+# What says where things are, and how often a run saves and tells. What a run computes is the same
+# with any of them, on another device to rounding.
+_FREE = frozenset(
+    {
+        *("data", "val", "root", "download", "out", "device"),
+        *("keep", "save_every", "log_every", "timeout"),
+    }
 )
+
+
+def may_change(name: str, config: Config) -> bool:
+    """Whether an option may be another one when a run goes on."""
+    # In shards the order of the samples depends on how many processes read them.
+    return name in _FREE or (name == "workers" and not config.data.startswith("webdataset:"))
+
 
 # What differs from the defaults: of the published networks in the scripts that trained them, and of
 # a small one on scikit-learn's handwritten digits, which are not mirrored and not cut much.
@@ -284,6 +307,10 @@ _KINDS: dict[Any, tuple[str, type | tuple[type, ...]]] = {
 }
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _check(field: dataclasses.Field[Any], hint: Any, value: Any) -> None:
     """Compare an option's value with its type and with what its field allows."""
     limits = field.metadata
@@ -292,12 +319,11 @@ def _check(field: dataclasses.Field[Any], hint: Any, value: Any) -> None:
     fits = isinstance(value, kind) and (hint is bool or not isinstance(value, bool))
     if limits["choices"]:
         wanted, fits = f"one of {', '.join(limits['choices'])}", value in limits["choices"]
-    elif hint == dict[str, float]:
-        fits = fits and all(isinstance(each, (int, float)) for each in value.values())
     elif least is not None:
         upper = f"to {most}" if most is not None else f"to below {below}" if below else "on"
         wanted += f" from {least} {upper}"
-        fits = fits and least <= value
+        numbers = value.values() if isinstance(value, dict) else [value]
+        fits = fits and all(_is_number(each) and least <= each for each in numbers)
         fits = fits and (most is None or value <= most) and (below is None or value < below)
     if not fits:
         raise ConfigError(f"{field.name}: expected {wanted}, got {value!r}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -93,6 +95,45 @@ def _folders(root: Path) -> Data:
         odd = sorted(set(train.classes) ^ set(val.classes))
         raise ConfigError(f"data: {root}: train and val have other classes, such as {odd[0]!r}")
     return Data(train, val, train.classes)
+
+
+def describe(data: Data) -> dict[str, Any]:
+    """What a run that goes on must find again: classes, numbers of pictures, names of files."""
+    return {
+        "classes": list(data.classes),
+        "train": _describe_side(data.train),
+        "val": _describe_side(data.val),
+    }
+
+
+def _describe_side(source: Source | Shards) -> dict[str, Any]:
+    names: list[str] = []  # below the folder, which may be moved
+    if isinstance(source, Shards):
+        names = [url.rpartition("/")[2] for url in source.urls]
+        return {"shards": len(names), "names": _hash(names)}
+    if isinstance(source, datasets.ImageFolder):
+        names = [path.removeprefix(str(source.root)) for path, _ in source.samples]
+    return {"pictures": len(source), "names": _hash(names)}
+
+
+def _hash(names: list[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
+
+
+def find_difference(known: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """In what the data of :func:`describe` are not those of a run; empty if they are the same."""
+    if known["classes"] != now["classes"]:
+        odd = sorted(set(known["classes"]) ^ set(now["classes"]))
+        which = f", such as {odd[0]!r}" if odd else " in this order"
+        return f"the run has other classes than these data{which}"
+    for side in ("train", "val"):
+        for name, value in now[side].items():
+            before = known[side].get(name)
+            if before != value:
+                if name == "names":
+                    return f"in {side} the files have other names than those of the run"
+                return f"the run has {before} {name} in {side}, these data {value}"
+    return ""
 
 
 class _Converted:

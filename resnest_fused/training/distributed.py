@@ -6,10 +6,8 @@ import contextlib
 import datetime
 import gc
 import os
-import signal
 import sys
 from collections.abc import Iterator
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from resnest_fused.training.config import ConfigError
-
-STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class World(NamedTuple):
@@ -135,39 +131,3 @@ def tell(message: str) -> None:
             if store.add("resnest_fused/told", 1) > 1:
                 return
     print(f"resnest-fused: {message}", file=sys.stderr, flush=True)
-
-
-class StopRequest:
-    """Whether a signal asked this process to stop: SIGTERM, SIGUSR1 or SIGINT.
-
-    While the block runs these signals only set :attr:`made`. A second SIGINT interrupts.
-
-    Example::
-
-        with StopRequest() as stop:
-            while not stop.made:
-                step()
-    """
-
-    def __init__(self) -> None:
-        self.made = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._note) for number in STOPPING}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.made = True
-        if number == signal.SIGINT:
-            signal.signal(number, signal.default_int_handler)
-
-
-def ignore_stopping() -> None:
-    """Let a process that loads data outlive a signal to the whole group; its parent ends it."""
-    for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)

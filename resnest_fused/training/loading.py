@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 from collections.abc import Iterable, Iterator
+from multiprocessing import forkserver, resource_tracker
 from typing import Any, Protocol
 
 import torch
@@ -15,9 +16,10 @@ from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from resnest_fused.training.augmentation import Transform, apply_seeded
 from resnest_fused.training.config import Config, ConfigError
 from resnest_fused.training.datasets import Source
-from resnest_fused.training.distributed import World, ignore_stopping
+from resnest_fused.training.distributed import World
 from resnest_fused.training.errors import BadPicture
 from resnest_fused.training.shards import ShardPictures, Shards
+from resnest_fused.training.stopping import held_back
 
 Key = tuple[int, int]
 
@@ -170,18 +172,22 @@ def _loader(
         # A fork of a process with torch's threads may hang; this one forks before it has any.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
+        _start_server()
     return DataLoader(
         pictures,
         batch_size=config.batch,
         num_workers=config.workers,
         pin_memory=world.device.type == "cuda",
         multiprocessing_context=context,
-        worker_init_fn=_begin_worker,
         # Of its own, as a loader draws a seed for its workers when it begins.
         generator=torch.Generator().manual_seed(0),
         **options,
     )
 
 
-def _begin_worker(number: int) -> None:
-    ignore_stopping()
+def _start_server() -> None:
+    """Start what forks loading processes, so that a signal to the whole group ends none of them."""
+    # One by one: at the end the tracker's start lets SIGTERM and SIGINT through again.
+    for each in (resource_tracker, forkserver):
+        with held_back():
+            each.ensure_running()

@@ -24,8 +24,8 @@ from resnest_fused.training.augmentation import (
     training_transform,
 )
 from resnest_fused.training.config import Config, ConfigError
-from resnest_fused.training.datasets import Data
-from resnest_fused.training.distributed import StopRequest, World
+from resnest_fused.training.datasets import Data, describe, find_difference
+from resnest_fused.training.distributed import World
 from resnest_fused.training.errors import NotFinite
 from resnest_fused.training.evaluation import evaluate
 from resnest_fused.training.groups import parameter_groups
@@ -33,6 +33,7 @@ from resnest_fused.training.loading import evaluation_batches, training_batches
 from resnest_fused.training.network import build_network, evaluation_size
 from resnest_fused.training.reporting import Reporter
 from resnest_fused.training.schedule import lr_factor, make_scheduler, peak_lr
+from resnest_fused.training.stopping import StopRequest
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -47,6 +48,7 @@ class Trainer:
 
     Attributes:
         step, epoch: optimiser's steps that are done, and epochs with their evaluation.
+        best: the best top1 of these epochs, in percent; -1 before the first.
         total: steps of the whole run.
 
     Raises:
@@ -56,7 +58,7 @@ class Trainer:
     def __init__(self, config: Config, data: Data, world: World) -> None:
         self.config = config
         self.world = world
-        self.classes = data.classes
+        self.data = describe(data)
         self.count = config.classes or len(data.classes)
         if self.count < len(data.classes):
             raise ConfigError(f"classes: the data have {len(data.classes)}, got {self.count}")
@@ -65,7 +67,7 @@ class Trainer:
 
         parallel.check(config, world)
         self._make_batches(data)
-        self.network = build_network(config, self.count).to(world.device)
+        self.network = build_network(config, self.count, world.device)
         self.ema: AveragedModel | None = None
         if config.ema:
             average = parallel.averaging(config.ema)
@@ -85,6 +87,7 @@ class Trainer:
         self.loss = make_loss(config.smoothing)
 
         self.step = self.epoch = 0
+        self.best = -1.0
         self._new_losses: list[Tensor] = []
         self._row_losses: list[float] = []
         self._epoch_losses: list[float] = []
@@ -126,6 +129,7 @@ class Trainer:
         return {
             "step": self.step,
             "epoch": self.epoch,
+            "best": self.best,
             "model": parallel.whole(self.network.state_dict()),
             "ema": None if self.ema is None else parallel.whole(self.ema.state_dict()),
             "optimizer": parallel.whole(self.optimizer.state_dict()),
@@ -134,21 +138,23 @@ class Trainer:
             "losses": {"row": list(self._row_losses), "epoch": list(self._epoch_losses)},
             "ranks": self.world.gather(own),
             "config": dataclasses.asdict(self.config),
-            "classes": list(self.classes),
+            "data": self.data,
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Become what the run was when :meth:`state` was called.
 
         Raises:
-            ConfigError: the run had another number of processes.
+            ConfigError: the run had another number of processes, or other data.
         """
         if len(state["ranks"]) != self.world.size:
             raise ConfigError(
                 f"out: the run has {len(state['ranks'])} processes, and cannot go on with "
                 f"{self.world.size}"
             )
-        self.step, self.epoch = state["step"], state["epoch"]
+        if difference := find_difference(state["data"], self.data):
+            raise ConfigError(f"data: {difference}")
+        self.step, self.epoch, self.best = state["step"], state["epoch"], state["best"]
         for module, saved in ((self.network, state["model"]), (self.ema, state["ema"])):
             if module is not None:
                 module.load_state_dict(parallel.shares(saved, module.state_dict()))
@@ -194,7 +200,9 @@ class Trainer:
         for epoch in range(self.epoch, self.config.epochs):
             began = time.perf_counter()
             done = self.step - epoch * self.steps_per_epoch
-            batches = self.batches.begin(epoch, done * self.config.accumulate)
+            batches: Iterator[Any] = iter(())
+            if done < self.steps_per_epoch:
+                batches = self.batches.begin(epoch, done * self.config.accumulate)
             for number in range(done, self.steps_per_epoch):
                 if self.world.any(stop.made):
                     self.save()
@@ -298,7 +306,18 @@ class Trainer:
         reporter.add(row)
 
     def _finish_epoch(self, reporter: Reporter, epoch: int, began: float) -> None:
-        """Evaluate, report, and keep the checkpoint if it is the best."""
+        """Evaluate, unless that was done and told before the run went on from this place."""
+        top1 = self.world.of_first(reporter.top1_of(epoch + 1))
+        if top1 is None:
+            top1 = self._evaluate(reporter, epoch, began)
+        self.best = max(self.best, top1)
+        self.epoch = epoch + 1
+        self._epoch_losses = []
+        self._clock = _Clock()
+
+    def _evaluate(self, reporter: Reporter, epoch: int, began: float) -> float:
+        """Evaluate, keep the checkpoint if it is the best, report; the top1 in percent."""
+        reporter.begin_evaluation()
         network = self.network if self.ema is None else self.ema.module
         self.world.share_buffers(network)
         trained = time.perf_counter() - began
@@ -325,13 +344,11 @@ class Trainer:
             "images_per_s": self._clock.epoch_images / max(trained, 1e-9),
             "data_wait": self._clock.epoch_waited / max(trained, 1e-9),
         }
-        if self.world.first and scores.top1 > reporter.best_before():
+        if self.world.first and scores.top1 > self.best:
             checkpoints.keep_best(checkpoints.path_of(self.folder, self.step))
         reporter.note_bad_files(complaints)
-        reporter.add(row)
-        self.epoch = epoch + 1
-        self._epoch_losses = []
-        self._clock = _Clock()
+        reporter.add(row)  # after all else, as a row says that the epoch is finished
+        return scores.top1
 
 
 class _Clock:

@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-_NAMED = 40  # the most classes whose names fit beside a matrix
+_NAMED = 40  # the most classes whose names stand beside a matrix
+_LETTERS = 24  # of a name
+_DPI = 110
 
 
 def draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
@@ -37,7 +40,7 @@ def draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
         axes.legend(fontsize="small")
     loss.set_ylim(bottom=0)
     for suffix in (".png", ".svg"):
-        figure.savefig(path.with_suffix(suffix), dpi=110)
+        figure.savefig(path.with_suffix(suffix), dpi=_DPI)
 
 
 def _line(axes: Any, rows: Sequence[Any], name: str, colour: str, label: str, **style: Any) -> None:
@@ -54,13 +57,19 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> Non
         path: where to, as PNG or SVG by its suffix.
     """
     shares = 100 * confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
-    figure = Figure(figsize=(7, 6), layout="constrained")
-    axes = figure.subplots()
-    shown = axes.imshow(shares.numpy(), cmap="viridis", vmin=0, vmax=100)
-    figure.colorbar(shown, label="% of the true class")
+    # Room for a name, or a dot, for each class; not more than a picture of 3300 dots has.
+    count = len(confusion)
+    side = max(5.0, 0.2 * count) if count <= _NAMED else min(max(8.0, 1.25 * count / _DPI), 30.0)
+    figure = Figure(figsize=(side, side))
+    axes = figure.add_axes((0, 0, 1, 1))
+    # Colours by the root of the share, as mistakes are rare.
+    scale = PowerNorm(0.5, vmin=0, vmax=100)
+    shown = axes.imshow(shares.numpy(), cmap="viridis", norm=scale, interpolation="nearest")
+    figure.colorbar(shown, label="% of the true class", fraction=0.04, pad=0.03)
     axes.set_xlabel("likeliest class")
     axes.set_ylabel("true class")
-    if len(classes) <= _NAMED:
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
-        axes.set_yticks(range(len(classes)), classes)
-    figure.savefig(path, dpi=110)
+    if count <= _NAMED:
+        names = [n if len(n) <= _LETTERS else f"{n[: _LETTERS - 1]}\u2026" for n in classes]
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize="small")
+        axes.set_yticks(range(len(names)), names, fontsize="small")
+    figure.savefig(path, dpi=_DPI, bbox_inches="tight")  # with names, however far they reach

@@ -14,21 +14,24 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from resnest_fused.training.files import replacing
+
 METRICS = "metrics.jsonl"
 BAD_FILES = "bad_files.txt"
-# Of the table that has a line for each epoch: name in a row of metrics.jsonl, header, format.
+# The table with a line for each epoch: name in a row of metrics.jsonl, header, format, width.
+# Together they fit 80 columns.
 COLUMNS = (
-    ("epoch", "epoch", "{:d}"),
-    ("step", "step", "{:d}"),
-    ("train_loss", "train loss", "{:.4f}"),
-    ("val_loss", "val loss", "{:.4f}"),
-    ("top1", "top-1 %", "{:.2f}"),
-    ("top5", "top-5 %", "{:.2f}"),
-    ("lr", "LR", "{:.5f}"),
-    ("images_per_s", "images/s", "{:.0f}"),
-    ("data_wait", "data wait", "{:.0%}"),
-    ("bad_pictures", "bad", "{:d}"),
-    ("seconds", "seconds", "{:.1f}"),
+    ("epoch", "epoch", "{:d}", 5),
+    ("step", "step", "{:d}", 7),
+    ("train_loss", "loss", "{:.4f}", 6),
+    ("val_loss", "val loss", "{:.4f}", 8),
+    ("top1", "top-1 %", "{:.2f}", 7),
+    ("top5", "top-5 %", "{:.2f}", 7),
+    ("lr", "LR", "{:.5f}", 7),
+    ("images_per_s", "images/s", "{:.0f}", 8),
+    ("data_wait", "wait", "{:.0%}", 4),
+    ("bad_pictures", "bad", "{:d}", 4),
+    ("seconds", "seconds", "{:.1f}", 7),
 )
 
 
@@ -52,26 +55,20 @@ class Reporter:
     Args:
         folder: the run's.
         start: steps that are done; what files have of later ones is removed.
-        epochs: epochs that are done and evaluated.
         total: steps of the whole run.
         silent: tell nothing, as all processes but the first.
     """
 
-    def __init__(self, folder: Path, start: int, epochs: int, total: int, silent: bool) -> None:
+    def __init__(self, folder: Path, start: int, total: int, silent: bool) -> None:
         self.folder = folder
         self.total = total
         self.silent = silent
         self.rows: list[dict[str, Any]] = []
         if silent:
             return
-        self.rows = [
-            row
-            for row in read_metrics(folder)
-            if row["step"] <= start and (row["kind"] == "train" or row["epoch"] <= epochs)
-        ]
-        kept = folder / f"{METRICS}.tmp"
-        kept.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
-        os.replace(kept, folder / METRICS)
+        self.rows = [row for row in read_metrics(folder) if row["step"] <= start]
+        with replacing(folder / METRICS) as file:
+            file.write("".join(json.dumps(row) + "\n" for row in self.rows).encode())
         # From the last checkpoint's step on, of which a row may have been told too early.
         self._board = SummaryWriter(folder / "tensorboard", purge_step=start)
         for row in self.rows:
@@ -80,7 +77,7 @@ class Reporter:
         console = Console(stderr=True)
         self._progress = Progress(
             BarColumn(30),
-            TextColumn("{task.completed}/{task.total} steps"),
+            TextColumn("{task.completed}/{task.total}"),  # steps
             TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}"),
             console=console,
@@ -116,12 +113,19 @@ class Reporter:
         if not self.silent:
             self._progress.update(self._task, completed=step)
 
+    def begin_evaluation(self) -> None:
+        """Show why no steps are taken for a while."""
+        if not self.silent:
+            self._progress.update(self._task, numbers="evaluating")
+
     def add(self, row: dict[str, Any]) -> None:
         """Keep a row of numbers, whose kind is "train" or "epoch"."""
         if self.silent:
             return
         with open(self.folder / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         first = not any(known["kind"] == "epoch" for known in self.rows)
         self.rows.append(row)
         self._chart(row)
@@ -131,7 +135,7 @@ class Reporter:
             self.say(_table_line(row))
         else:
             numbers = (
-                f"loss {row['loss']:.4f}  LR {row['lr']:.5f}  {row['images_per_s']:.0f} images/s  "
+                f"loss {row['loss']:.4f} LR {row['lr']:.5f} {row['images_per_s']:.0f} images/s "
                 f"data wait {row['data_wait']:.0%}"
             )
             self._progress.update(self._task, numbers=numbers)
@@ -148,14 +152,15 @@ class Reporter:
             text = "".join(f"{complaint}\n" for complaint in complaints)
             (self.folder / BAD_FILES).write_text(text, encoding="utf-8")
 
-    def best_before(self) -> float:
-        """The best top1 so far, in percent; -1 before the first."""
-        return max((row["top1"] for row in self.rows if row["kind"] == "epoch"), default=-1.0)
+    def top1_of(self, epoch: int) -> float | None:
+        """The top1 that was told of an epoch, in percent; None if none was."""
+        rows = (row for row in self.rows if row["kind"] == "epoch")
+        return next((row["top1"] for row in rows if row["epoch"] == epoch), None)
 
 
 def _table_line(row: dict[str, Any] | None) -> str:
     """A line of the table by epoch; its header for None."""
-    cells = (header if row is None else form.format(row[name]) for name, header, form in COLUMNS)
-    return "  ".join(
-        cell.rjust(max(len(header), 7)) for cell, (_, header, _) in zip(cells, COLUMNS, strict=True)
+    return " ".join(
+        (header if row is None else form.format(row[name])).rjust(width)
+        for name, header, form, width in COLUMNS
     )

@@ -15,20 +15,28 @@ import torch.distributed as dist
 
 from resnest_fused.models import CheckpointError
 from resnest_fused.training import checkpoints
-from resnest_fused.training.config import FREE, Config, ConfigError, as_yaml, read_config
+from resnest_fused.training.config import (
+    Config,
+    ConfigError,
+    as_yaml,
+    may_change,
+    read_config,
+)
 from resnest_fused.training.datasets import Data, find_data
-from resnest_fused.training.distributed import StopRequest, World, join, tell
+from resnest_fused.training.distributed import World, join, tell
 from resnest_fused.training.errors import BadPicture, NotFinite
+from resnest_fused.training.files import replacing
 from resnest_fused.training.loop import Trainer
 from resnest_fused.training.plots import draw_curves
 from resnest_fused.training.reporting import METRICS, Reporter, read_metrics
+from resnest_fused.training.stopping import StopRequest
 
 # Exit codes. The last is EX_TEMPFAIL of sysexits.h, "try again later".
 DONE, FAILED, WRONG, STOPPED = 0, 1, 2, 75
 CONFIG = "config.yaml"
 
 
-def train(config: Config, beside: tuple[Path, ...] = ()) -> int:
+def train(config: Config, beside: tuple[Path, ...] = (), stop: StopRequest | None = None) -> int:
     """Train a network, or go on with a run whose folder is there; tell of errors on stderr.
 
     Started by torchrun, each of its processes calls this.
@@ -40,17 +48,19 @@ def train(config: Config, beside: tuple[Path, ...] = ()) -> int:
     Args:
         config: the options.
         beside: other runs' folders, whose curves are drawn into the same plot.
+        stop: one whose block runs already, by default one of its own.
 
     Returns:
-        0 the end was reached; 75 a signal asked to stop, a checkpoint is written, and the same
-        call goes on from there; 1 the run failed, and the last good checkpoint is there; 2 wrong
-        options, nothing was done.
+        0 the end was reached; 75 a signal asked to stop, a checkpoint has all steps that were done,
+        and the same call goes on from there; 1 the run failed, and the last good checkpoint is
+        there; 2 wrong options, nothing was done.
     """
     try:
-        with join(config.device, config.timeout) as world:
-            finished = _train(config, beside, world)
-        if finished and world.first:
-            _draw(Path(config.out), beside)
+        with contextlib.nullcontext(stop) if stop else StopRequest() as stop:
+            with join(config.device, config.timeout) as world:
+                finished = _train(config, beside, world, stop)
+            if finished and world.first:
+                _draw(Path(config.out), beside)
     except ConfigError as error:
         return _end(WRONG, str(error))
     except BadPicture as error:
@@ -75,28 +85,31 @@ def train(config: Config, beside: tuple[Path, ...] = ()) -> int:
     return DONE
 
 
-def _train(config: Config, beside: tuple[Path, ...], world: World) -> bool:
+def _train(config: Config, beside: tuple[Path, ...], world: World, stop: StopRequest) -> bool:
     _agree(world, _no_run(beside) or _conflict(config) if world.first else "")
     trainer = Trainer(config, _find_data(config, world), world)
+    if world.any(stop.made):
+        return False
     # Nothing is written until all options are known to fit.
     with contextlib.ExitStack() as stack:
-        _agree(world, _take_folder(config, stack) if world.first else "")
-        return _go_on(config, trainer, world)
+        _agree(world, _take_folder(Path(config.out), stack) if world.first else "")
+        return _go_on(config, trainer, world, stop)
 
 
-def _go_on(config: Config, trainer: Trainer, world: World) -> bool:
+def _go_on(config: Config, trainer: Trainer, world: World, stop: StopRequest) -> bool:
     newest = None
     if world.first:
         newest = checkpoints.find_newest(trainer.folder, _warn)
     newest = world.of_first(newest)
     if newest is not None:
         trainer.load(checkpoints.read(newest))
-    reporter = Reporter(
-        Path(config.out), trainer.step, trainer.epoch, trainer.total, not world.first
-    )
+    if world.first:
+        with replacing(Path(config.out) / CONFIG) as file:
+            file.write(as_yaml(config).encode())
+    reporter = Reporter(Path(config.out), trainer.step, trainer.total, not world.first)
     if newest is not None:
         reporter.say(f"going on after step {trainer.step} of {trainer.total}, from {newest}")
-    with StopRequest() as stop, reporter.running():
+    with reporter.running():
         return trainer.run(reporter, stop)
 
 
@@ -107,19 +120,15 @@ def _agree(world: World, problem: str) -> None:
         raise ConfigError(problem)
 
 
-def _take_folder(config: Config, stack: contextlib.ExitStack) -> str:
+def _take_folder(folder: Path, stack: contextlib.ExitStack) -> str:
     """Make the run's folder, and keep it locked; what hinders that, if anything does.
 
     The system gives the lock back when the process ends, however that comes.
     """
-    folder = Path(config.out)
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         lock = stack.enter_context((folder / ".lock").open("w"))
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Never half a file: a run whose options are lost cannot go on.
-        (folder / f"{CONFIG}.tmp").write_text(as_yaml(config), encoding="utf-8")
-        os.replace(folder / f"{CONFIG}.tmp", folder / CONFIG)
     except BlockingIOError:
         return f"out: another process is training in {folder}; end it first"
     except OSError as error:
@@ -150,7 +159,7 @@ def _conflict(config: Config) -> str:
         return f"out: {folder} has a run whose options are lost ({error})"
     for field in dataclasses.fields(Config):
         before, now = (getattr(each, field.name) for each in (known, config))
-        if before != now and field.name not in FREE:
+        if before != now and not may_change(field.name, config):
             return (
                 f"out: {folder} has a run with {field.name} {before!r}, not {now!r}; name another "
                 "folder, or remove it"

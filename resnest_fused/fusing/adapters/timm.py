@@ -15,9 +15,17 @@ from resnest_fused.fusing.adapters.base import (
     import_peer,
 )
 
+# Of MobileNets and EfficientNets.
+_DEPTHWISE = (("conv_dw", "bn1"), ("conv_pw", "bn2"))
+_INVERTED = (("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3"))
+
 _FOLDS = {
     "timm.models.resnest.ResNestBottleneck": BLOCK,
     "timm.models.resnet.ResNet": STEM,
+    "timm.layers.conv_bn_act.ConvNormAct": (("conv", "bn"),),
+    "timm.models._efficientnet_blocks.DepthwiseSeparableConv": _DEPTHWISE,
+    "timm.models._efficientnet_blocks.InvertedResidual": _INVERTED,
+    "timm.models.efficientnet.EfficientNet": (("conv_stem", "bn1"), ("conv_head", "bn2")),
 }
 
 

@@ -41,7 +41,7 @@ def read_tensors(source: Source, sha256: str | None = None, entry: str | None = 
     """
     path = fetch(source, sha256)
     content = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
-    return _checked(_find_state(content, entry, source), source)
+    return _checked(_find_state(content, entry, source), source, content)
 
 
 def fetch(source: Source, sha256: str | None = None) -> Path:
@@ -180,7 +180,7 @@ def _find_state(content: Any, entry: str | None, source: Source) -> Any:
     return content
 
 
-def _checked(state: Any, source: Source) -> dict[str, Tensor]:
+def _checked(state: Any, source: Source, content: Any) -> dict[str, Tensor]:
     name = os.fspath(source)
     if not isinstance(state, Mapping) or not state:
         raise CheckpointError(
@@ -198,8 +198,17 @@ def _checked(state: Any, source: Source) -> dict[str, Tensor]:
         ):
             raise CheckpointError(
                 f"{name}: expected dense real tensors by name, got {_describe(value)} under {key!r}"
+                + _entries_of(content if state is content else None)
             )
     return dict(state)
+
+
+def _entries_of(content: Mapping[Any, Any] | None) -> str:
+    """What to do where a file has its weights in entries of its own names."""
+    held = [k for k, v in (content or {}).items() if isinstance(v, Mapping)]
+    if not held:
+        return ""
+    return "; entry= takes one of " + ", ".join(map(repr, held))
 
 
 def _why_unreadable(path: str | os.PathLike[str]) -> str:

@@ -15,7 +15,9 @@ from torch import Tensor
 _BLOCK = re.compile(r"layer([1-4])\.(\d+)\.(.+)")
 _KEY = re.compile(
     r"(conv1|conv1\.\d|bn1|fc|layer[1-4]\.\d+\.(conv[123]|bn[123]|downsample\.[012]|"
-    r"conv2\.(conv|bn0|fc1|bn1|fc2)))\.(weight|bias|running_mean|running_var|num_batches_tracked)"
+    r"conv2\.(conv|bn0|fc1|bn1|fc2)))\.(weight|bias|running_mean|running_var|num_batches_tracked)|"
+    # Of what a conv_layer made: any names.
+    r"(conv1(\.[036])?|layer[1-4]\.\d+\.conv2(\.conv)?)\..+"
 )
 
 
@@ -75,17 +77,24 @@ class Layout:
             if module == self.head:
                 module = "fc"
             elif match:
-                inner = block.get(match[3], match[3])
+                inner = _rename(match[3], block)
                 if module.removesuffix(match[3]) in shifted:
                     inner = _renumber(inner, 1)
                 module = f"layer{int(match[1]) - offset}.{match[2]}.{inner}"
             else:
-                module = stem.get(module, module)
+                module = _rename(module, stem)
             found[f"{module}.{tensors.get(tensor, tensor)}"] = value
         return found
 
-    def from_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The state_dict with this layout's names; without the classifier if it has none."""
+    def from_official(
+        self, state: Mapping[str, Tensor], output_stride: int = 32
+    ) -> dict[str, Tensor]:
+        """The state_dict with this layout's names; without the classifier if it has none.
+
+        Args:
+            state: names of the official layout.
+            output_stride: the network's, on which the names of shortcuts may depend.
+        """
         norms = {key.removesuffix(".running_mean") for key in state if key.endswith("running_mean")}
         name, offset = self.stage
         found = {}
@@ -102,11 +111,12 @@ class Layout:
                 continue
             if match:
                 stage, number, inner = match.groups()
-                if self.shifts_shortcuts and (stage, number) == ("1", "0"):
+                keeps_size = stage == "1" or 2 << int(stage) > output_stride
+                if self.shifts_shortcuts and number == "0" and keeps_size:
                     inner = _renumber(inner, -1)
-                module = f"{name}{int(stage) + offset}.{number}.{self.block.get(inner, inner)}"
+                module = f"{name}{int(stage) + offset}.{number}.{_rename(inner, self.block)}"
             else:
-                module = self.stem.get(module, module)
+                module = _rename(module, self.stem)
             found[f"{self.prefix}{module}.{tensor}"] = value
         return found
 
@@ -114,6 +124,15 @@ class Layout:
 def unknown_keys(state: Mapping[str, Tensor]) -> list[str]:
     """The names that no ResNeSt of the official layout has."""
     return [key for key in state if not _KEY.fullmatch(key)]
+
+
+def _rename(module: str, names: Mapping[str, str]) -> str:
+    """Another name of the module, as of itself or of the module that it is inside of."""
+    outer, inner = module, ""
+    while outer and outer not in names:
+        outer, _, last = outer.rpartition(".")
+        inner = f".{last}{inner}"
+    return f"{names[outer]}{inner}" if outer else module
 
 
 def _invert(names: Mapping[str, str]) -> dict[str, str]:

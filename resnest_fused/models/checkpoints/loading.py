@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from resnest_fused.models.checkpoints import detectron2, files, gluon, mmdet, mmpretrain, official
 from resnest_fused.models.checkpoints.files import CheckpointError, Source
 from resnest_fused.models.checkpoints.layout import Layout, unknown_keys
+from resnest_fused.models.dilation import OUTPUT_STRIDES
 
 _NAMED = 3  # how many keys an error names
 _COUNTER = "num_batches_tracked"
@@ -75,16 +77,21 @@ def read_checkpoint(
         state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         if not state:
             raise CheckpointError(f"{name}: nothing in it begins with {prefix!r}")
-    # torch.compile wraps a part of a network, too.
-    state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
     state.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel
-    # DataParallel and others put this in front of every name of any network.
-    while state and all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    return _recognised(name, state)
+    return _recognised(name, {bare: state[key] for bare, key in _bare_names(state).items()})
 
 
 read_checkpoint.__doc__ = (read_checkpoint.__doc__ or "").format(entries=", ".join(files.ENTRIES))
+
+
+def _bare_names(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """The names in ``state`` by those of the network that training's wrappers are around."""
+    # torch.compile wraps a part of a network, too.
+    names = {key.replace("_orig_mod.", ""): key for key in state}
+    # DataParallel and others put this in front of every name of any network.
+    while names and all(name.startswith("module.") for name in names):
+        names = {name.removeprefix("module."): key for name, key in names.items()}
+    return names
 
 
 def _recognised(name: str, state: dict[str, Tensor]) -> Checkpoint:
@@ -131,7 +138,8 @@ def load_checkpoint(
         load_checkpoint(model, "resnest50.pth", leave_out=("fc",))  # another number of classes
 
     Args:
-        model: a network with the official layout's names, or any other with names of its own.
+        model: a network with the official layout's names, or any other with names of its own; it
+            may be compiled, or in ``DistributedDataParallel``.
         source, sha256: as of :func:`read_checkpoint`, or what it returned.
         leave_out: modules of the model that keep their weights, whatever the file has for them.
 
@@ -141,10 +149,14 @@ def load_checkpoint(
             was.
         RuntimeError: the model's norms are folded; see :func:`resnest_fused.fuse`.
     """
+    if isinstance(leave_out, str):
+        raise CheckpointError(f"leave_out: expected several names, got {leave_out!r}")
     checkpoint = source
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = read_checkpoint(checkpoint, sha256=sha256)
-    expected = model.state_dict()
+    own = model.state_dict()
+    names = _bare_names(own)
+    expected = {name: own[key] for name, key in names.items()}
     parts = tuple(f"{name}." for name in leave_out)
     for part in parts:
         if not any(key.startswith(part) for key in expected):
@@ -183,7 +195,7 @@ def load_checkpoint(
             + "; ".join(filter(None, complaints))
             + _advice(checkpoint, expected, state)
         )
-    model.load_state_dict(state, strict=False)
+    model.load_state_dict({names[name]: value for name, value in state.items()}, strict=False)
 
 
 def save_checkpoint(model: nn.Module, path: Source, layout: str = "official") -> list[str]:
@@ -194,7 +206,8 @@ def save_checkpoint(model: nn.Module, path: Source, layout: str = "official") ->
         save_checkpoint(model, "resnest50_mm.pth", "mm")
 
     Args:
-        model: a network with the official layout's names: this package's, the official, timm's.
+        model: a network with the official layout's names: this package's, the official, timm's. It
+            may be compiled, or in ``DistributedDataParallel``.
         path: is written as safetensors if it ends so, else by ``torch.save``.
         layout: "official", "timm", "mm" (MMPretrain), "mmdet", "d2" (detectron2) or "gluon".
 
@@ -206,10 +219,24 @@ def save_checkpoint(model: nn.Module, path: Source, layout: str = "official") ->
             one without a deep stem in "mm"), or the file cannot be written. What was there before
             is then still there.
     """
-    return _write(model.state_dict(), type(model).__name__, path, layout)
+    own = model.state_dict()
+    state = {name: own[key] for name, key in _bare_names(own).items()}
+    return _write(state, type(model).__name__, path, layout, _output_stride(model))
 
 
-def convert_checkpoint(source: Source | Checkpoint, path: Source, layout: str) -> list[str]:
+def _output_stride(model: nn.Module) -> int:
+    """The stride of a network's last map: the stem's and those of the poolings in shortcuts."""
+    stride = 4
+    for name, module in model.named_modules():
+        if re.search(r"(^|\.)layer[234]\.0\.downsample\.0$", name):
+            given = getattr(module, "stride", 1)
+            stride *= given if isinstance(given, int) else given[0]
+    return stride
+
+
+def convert_checkpoint(
+    source: Source | Checkpoint, path: Source, layout: str, *, output_stride: int = 32
+) -> list[str]:
     """Write a file's weights to another file, in another layout, with the same numbers.
 
     Example::
@@ -219,6 +246,7 @@ def convert_checkpoint(source: Source | Checkpoint, path: Source, layout: str) -
     Args:
         source: as of :func:`read_checkpoint`, or what it returned.
         path, layout: as of :func:`save_checkpoint`.
+        output_stride: the network's, 8, 16 or 32. MMPretrain's names of shortcuts depend on it.
 
     Returns:
         As :func:`save_checkpoint`.
@@ -227,16 +255,20 @@ def convert_checkpoint(source: Source | Checkpoint, path: Source, layout: str) -
         CheckpointError: as :func:`read_checkpoint` and :func:`save_checkpoint`.
     """
     checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
-    return _write(checkpoint.state, checkpoint.source, path, layout)
+    if output_stride not in OUTPUT_STRIDES:
+        raise CheckpointError(f"output_stride: expected 8, 16 or 32, got {output_stride!r}")
+    return _write(checkpoint.state, checkpoint.source, path, layout, output_stride)
 
 
-def _write(state: Mapping[str, Tensor], whose: str, path: Source, layout: str) -> list[str]:
+def _write(
+    state: Mapping[str, Tensor], whose: str, path: Source, layout: str, output_stride: int
+) -> list[str]:
     if layout not in LAYOUTS:
         raise CheckpointError(f"expected one of {', '.join(LAYOUTS)} as a layout, got {layout!r}")
     strangers = _listing("unknown", unknown_keys(state))
     if strangers or not any(key.startswith("layer1.0.conv2.") for key in state):
         raise CheckpointError(f"{whose}: not the weights of a ResNeSt: {strangers or 'no blocks'}")
-    written = LAYOUTS[layout].from_official(state)
+    written = LAYOUTS[layout].from_official(state, output_stride)
     kept = _recognised(whose, dict(written)).state
     lost = sorted(key for key in state if key not in kept)
     nameless = [key for key in lost if not (key.startswith("fc.") or _is_counter(key))]
@@ -261,7 +293,16 @@ def _advice(
         return "; leave_out=('fc',) keeps the model's own classifier"
     if not wrong and checkpoint.prefix:
         return f"; prefix={checkpoint.prefix!r} takes what stands under it alone"
+    in_file, in_model = _blocks(state), _blocks(expected)
+    if in_file != in_model and any(in_file) and any(in_model):
+        return f"; its stages have {in_file} blocks, the model's {in_model}"
     return ""
+
+
+def _blocks(state: Iterable[str]) -> tuple[int, ...]:
+    """How many blocks each stage of a ResNeSt has."""
+    blocks = {match[1] for match in map(re.compile(r"(layer\d\.\d+)\.").match, state) if match}
+    return tuple(sum(block.startswith(f"layer{stage}.") for block in blocks) for stage in "1234")
 
 
 def _listing(what: str, keys: Iterable[str]) -> str:
