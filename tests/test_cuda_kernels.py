@@ -151,6 +151,7 @@ def evaluate_on_chip(kernels: Kernels, call: Call, cluster: dict[str, int]) -> T
         (3, 16, 14, 14, 2, 4, 8),
         (2, 320, 5, 4, 2, 1, 40),  # several blocks along the channels
         (2, 32, 28, 28, 2, 1, 16),  # several chunks
+        (2, 8, 45, 45, 2, 1, 3),  # parts that begin between vectors
         (1, 8, 1, 1, 2, 1, 3),  # fewer channels than blocks
     ],
     ids=str,

@@ -7,6 +7,7 @@ to ``FOLDER/NUMBER.txt``, with its exit status in the last line. Number 0 makes 
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -56,7 +57,10 @@ MISTAKES = [
     *_no_barriers("running.cu", "running.cuh", 2),
     *_no_barriers("pool.cu", "prologue.cuh", 2),
     *_no_barriers("attention.cu", "stages.cuh", 4),
-    *_no_barriers("on_chip.cu", "on_chip.cuh", 4),
+    *(
+        Mistake("thread", "on_chip.cu", "on_chip.cuh", "__syncthreads();", "", place)
+        for place in (0, 2, 3)
+    ),
     *(Mistake("thread", "on_chip.cu", "on_chip.cuh", "cluster.sync();", "", i) for i in range(3)),
     Mistake("thread", "attention.cu", "stages.cuh", "::cuda::memory_order_acquire", RELAXED),
     Mistake("thread", "attention.cu", "stages.cuh", "::cuda::memory_order_release", RELAXED),
@@ -88,6 +92,15 @@ MISTAKES = [
         "map.cuh",
         "end = head + vectors * kVector;",
         "end = head + (vectors - 1) * kVector;",
+    ),
+    Mistake(
+        "plain",
+        "on_chip.cu",
+        "on_chip.cuh",
+        "__syncthreads();",
+        "",
+        place=1,
+        finding="copies that were never announced",
     ),
     Mistake("plain", "on_chip.cu", "on_chip.cuh", "arrivals[index - begin].wait();", ""),
     Mistake("plain", "on_chip.cu", "on_chip.cuh", "m * args.input_stride", "0"),
@@ -196,8 +209,10 @@ def main() -> None:
 
     def check_evaluation() -> None:
         options = {"norm": "running", "prologue": "running"}
-        for layout in ("nchw", "channels_last"):
-            call = draw(Case(5, 24, 12, 11, 2, 2, 10, layout=layout, **options))
+        # Of the second, parts of x begin between vectors.
+        sizes = ((5, 24, 11, 9, 2, 2, 10), (1, 4, 45, 45, 2, 1, 3))
+        for layout, size in itertools.product(("nchw", "channels_last"), sizes):
+            call = draw(Case(*size, layout=layout, **options))
             truth = call.evaluate().values["out"]
             error = np.abs(oracle.wide(call.forward()) - truth).max()
             assert error <= 2e-6 * np.abs(truth).max()

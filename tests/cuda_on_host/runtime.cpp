@@ -144,6 +144,7 @@ enum class State {
   kAtClusterSync,
   kAtShuffle,
   kInPartOfWarp,
+  kAtUnknownArrivals,
   kEnded,
 };
 constexpr const char* kStateNames[] = {"ready",
@@ -153,6 +154,7 @@ constexpr const char* kStateNames[] = {"ready",
                                        "at a cluster's barrier",
                                        "at a shuffle",
                                        "at an operation of part of a warp",
+                                       "at copies that were never announced",
                                        "ended"};
 
 struct Block;
@@ -421,6 +423,9 @@ void Scheduler::take_turn(size_t place) {
     case State::kInPartOfWarp:
       failure_ = "a warp operation that does not name the whole warp";
       break;
+    case State::kAtUnknownArrivals:
+      failure_ = "a thread makes or waits for copies that were never announced";
+      break;
     case State::kEnded:
       leave(warp().meeting);
       leave(block.meeting);
@@ -585,9 +590,20 @@ void* cuda_on_host::begin_arrivals(ptrdiff_t expected) {
   return arrivals.back().get();
 }
 
+// Those at an address of the running block; who finds none there does not go on.
+static Arrivals& known_arrivals(void* arrivals) {
+  for (const auto& one : scheduler().current->block->arrivals) {
+    if (one.get() == arrivals) {
+      return *one;
+    }
+  }
+  scheduler().wait_as(State::kAtUnknownArrivals);
+  std::abort();
+}
+
 void cuda_on_host::arrive(void* arrivals, ptrdiff_t threads, ptrdiff_t bytes) {
   const Unseen unseen;
-  Arrivals& one = *static_cast<Arrivals*>(arrivals);
+  Arrivals& one = known_arrivals(arrivals);
   one.threads -= threads;
   one.bytes += bytes;
 }
@@ -599,13 +615,13 @@ void cuda_on_host::copy_later(void* arrivals, void* to, const void* from, size_t
     std::fprintf(stderr, "cuda_on_host: a copy of bytes that are no multiple of 16\n");
     std::abort();
   }
-  Arrivals& one = *static_cast<Arrivals*>(arrivals);
+  Arrivals& one = known_arrivals(arrivals);
   one.bytes -= static_cast<ptrdiff_t>(bytes);
   one.copies.push_back({to, from, bytes});
 }
 
 void cuda_on_host::wait_for_arrivals(void* arrivals, bool) {
-  Arrivals& one = *static_cast<Arrivals*>(arrivals);
+  Arrivals& one = known_arrivals(arrivals);
   const auto have_come = [&] {
     const Unseen unseen;
     return one.done || (one.threads == 0 && one.bytes == 0);
