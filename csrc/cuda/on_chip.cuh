@@ -232,6 +232,7 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
     on_chip_kernel(OnChipArgs<T> args) {
 #if RF_HAS_CLUSTERS
   using A = Acc<T>;
+  static_assert(sizeof(Arrival) == kArrivalBytes && sizeof(NormAt<A>) == kNormValues * sizeof(A));
   const Cluster cluster = cooperative_groups::this_cluster();
   const OnChip& plan = args.plan;
   const MapSizes& sizes = args.sizes;

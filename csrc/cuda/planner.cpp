@@ -269,11 +269,11 @@ int64_t lay_out(OnChip& plan, const Workload& w, const Tiling& t, int64_t sample
   const int64_t size = w.acc_size();
   Workspace space;
   space.take(share_sums_bytes(t, w.channels_last, 1, size), 1);
-  const int64_t barriers = space.take(held, sizeof(uint64_t));
+  const int64_t barriers = space.take(held, kArrivalBytes);
   const int64_t scale = space.take(w.relu ? w.features() : 0, size);
   const int64_t shift = space.take(w.relu ? w.features() : 0, size);
   const int64_t hidden = ceil_div(w.inter, plan.cluster);
-  const int64_t bn1 = space.take(5 * hidden, size), fc1_bias = space.take(hidden, size);
+  const int64_t bn1 = space.take(kNormValues * hidden, size), fc1_bias = space.take(hidden, size);
   const int64_t fc2_bias = space.take(w.radix * ceil_div(w.channels, plan.cluster), size);
   const int64_t partial = space.take(t.chunks > 1 ? samples * t.chunks * w.channels : 0, size);
   const int64_t gap = space.take(samples * w.channels, size);

@@ -54,6 +54,9 @@ constexpr int64_t kHeldFeatures = 512;
 // samples of a cluster of blocks, at most.
 constexpr int kOnChipRadix = 2;
 constexpr int kHeldSamples = 4;
+// Sizes that the planner does not see: bytes of cluster.cuh's Arrival, and values of NormAt.
+constexpr int kArrivalBytes = 8;
+constexpr int kNormValues = 5;
 
 // How an evaluation keeps x on chip: a cluster of blocks holds `samples`, in parts. A part is what
 // a block of the pool takes. It has rows of elements that lie together in x. In bytes, where each

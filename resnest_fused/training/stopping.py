@@ -49,9 +49,10 @@ def ignore() -> None:
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Let these signals wait until the block ends; in processes that it starts, for ever.
+    """Let these signals to this thread wait until the block ends; in processes it starts, for ever.
 
-    They inherit that from their first moment on, before they could set handlers.
+    They inherit that from their first moment on, before they could set handlers. Other threads,
+    which PyTorch may have, note a signal meanwhile.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
