@@ -1,6 +1,6 @@
 """Runs that are killed, starved of disk space or abandoned: what is left, and what comes of it.
 
-They need the extra ``train``. ``-m training`` runs some on short runs, ``-m kills`` the rest, for a
+They need the extra ``train``. ``-m long`` makes some short ones, ``-m kills`` the rest, for a
 quarter of an hour.
 """
 
@@ -118,7 +118,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     kill_often(seed, 5, processes, OPTIONS, expected, tmp_path)
 
 
-@pytest.mark.training
+@pytest.mark.long
 @pytest.mark.parametrize(("processes", "kills"), [(1, 3), (2, 2)])
 def test_a_short_run_goes_on_to_the_same_bits(
     processes: int, kills: int, short: Callable[[int], dict[str, Any]], tmp_path: Path
@@ -129,7 +129,7 @@ def test_a_short_run_goes_on_to_the_same_bits(
 @pytest.mark.parametrize(
     ("number", "rank"),
     [
-        pytest.param(signal.SIGKILL, 1, marks=pytest.mark.training),
+        pytest.param(signal.SIGKILL, 1, marks=pytest.mark.long),
         pytest.param(signal.SIGKILL, 0, marks=pytest.mark.kills),
         pytest.param(signal.SIGSTOP, 1, marks=pytest.mark.kills),
         pytest.param(signal.SIGSTOP, 0, marks=pytest.mark.kills),
@@ -192,7 +192,7 @@ def test_a_signal_stops_all(
 
 @pytest.mark.parametrize(
     "processes",
-    [pytest.param(1, marks=pytest.mark.training), pytest.param(2, marks=pytest.mark.kills)],
+    [pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.kills)],
 )
 def test_a_full_disk_leaves_the_last_checkpoint(
     processes: int, short: Callable[[int], dict[str, Any]], tmp_path: Path

@@ -87,7 +87,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return result(out)
 
 
-@pytest.mark.training
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_before_torch_is_imported_stops_a_run(number: int, tmp_path: Path) -> None:
     log = tmp_path / "log"
@@ -100,7 +100,7 @@ def test_a_signal_before_torch_is_imported_stops_a_run(number: int, tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.training
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("moment", "number"),
     [

@@ -1,6 +1,6 @@
 """Training with the extra ``train``: what becomes of pictures, steps, and runs that stop and go on.
 
-Modules that need the extra's packages are imported in the tests, which ``-m training`` runs.
+Modules that need the extra's packages are imported in the tests, which ``-m long`` runs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import nn
 from resnest_fused import models
 from resnest_fused.models import images
 
-pytestmark = pytest.mark.training
+pytestmark = pytest.mark.long
 PHOTO = Path(sklearn.datasets.__file__).parent / "images/china.jpg"
 
 

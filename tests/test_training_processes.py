@@ -1,6 +1,6 @@
 """Training over two processes under torchrun: in shards or copies, on data that do not divide.
 
-``-m training`` runs them, with the extra ``train``.
+``-m long`` runs them, with the extra ``train``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from runs import assert_same, command, config, result, start
 
 from resnest_fused import models
 
-pytestmark = pytest.mark.training
+pytestmark = pytest.mark.long
 OPTIONS: dict[str, Any] = {"epochs": 2, "batch": 100, "accumulate": 2, "clip": 0.5, "timeout": 20}
 
 
