@@ -10,7 +10,6 @@ import functools
 import importlib
 import json
 import math
-import os
 import resource
 import signal
 from pathlib import Path
@@ -455,7 +454,7 @@ def signal_at(monkeypatch: pytest.MonkeyPatch, number: int, *steps: int) -> None
         advance(self, step)
         if step in left:
             left.remove(step)
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
 
     monkeypatch.setattr(reporter, "advance", and_signal)
 
@@ -845,7 +844,7 @@ def test_a_damaged_run_is_not_evaluated(tmp_path: Path) -> None:
 
 def test_a_dry_run_can_be_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(config: Any) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(module("dryrun"), "measure", interrupt)
     assert run_command("train", "--synthetic", "cifar", "--device", "cpu").exit_code == 130
