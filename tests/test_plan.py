@@ -406,6 +406,14 @@ def test_evaluation_is_one_launch_where_there_are_clusters(
     assert largest > 1.5 * MB
 
 
+def test_evaluation_on_devices_that_nobody_has() -> None:
+    """With shared memory beyond all bounds, and a batch whose clusters cannot be counted."""
+    call = Call(shape(2, 1, 64, 224 * 224), Mode("eval"), 1, 2, False)
+    check({**H200, "shared_per_block_optin": 2**31 - 1}, call)
+    tiny = call._replace(shape=Shape(2, 1, 8, 1, 32), batch=2**30 + 8)
+    assert "on_chip" not in check(H200, tiny)
+
+
 @pytest.mark.parametrize(
     "change",
     [

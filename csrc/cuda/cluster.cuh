@@ -56,7 +56,12 @@ struct Arrival {
         to, from, ::cuda::aligned_size_t<16>(static_cast<size_t>(bytes)), barrier);
   }
   // and behind a barrier of the block every thread may wait.
-  __device__ __forceinline__ void wait() { barrier.wait_parity(false); }
+  __device__ __forceinline__ void wait() {
+    barrier.wait_parity(false);
+#if defined(__CUDACC__)
+    asm volatile("" ::: "memory");  // the wait does not tell the compiler that memory changes
+#endif
+  }
 };
 
 #endif

@@ -2,7 +2,6 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include <algorithm>
 #include <mutex>
 #include <unordered_map>
 
@@ -24,18 +23,38 @@ int64_t attribute(cudaDeviceAttr which, int index) {
   return value;
 }
 
-__global__ void probe_kernel() {}
+__global__ void __launch_bounds__(kMapThreads) probe_kernel() {}
 
-// Blocks: what every device with clusters can launch, unless it is a smaller part of one. The code
-// that runs on a GPU may be PTX for an older one, without clusters.
-int64_t largest_cluster(int index, int64_t multiprocessors) {
+// Blocks of the clusters that kernels are launched in; 1: none. The code that runs on a GPU may be
+// PTX for an older one, without clusters. A part of a GPU may have no room for one, whose blocks
+// may take all of a multiprocessor's shared memory.
+int64_t largest_cluster(int index, int64_t shared_bytes) {
+  constexpr unsigned kBlocks = 8;  // as many as every whole device with clusters can launch
   cudaFuncAttributes attributes{};
   const cudaError_t error = cudaFuncGetAttributes(&attributes, probe_kernel);
   STD_TORCH_CHECK(error == cudaSuccess, "resnest_fused: its CUDA kernels do not run on device ",
                   index, ": ", cudaGetErrorString(error));
-  const bool usable = RF_KNOWS_CLUSTERS && attributes.ptxVersion >= 90 &&
-                      attribute(cudaDevAttrClusterLaunch, index) != 0;
-  return usable ? std::min<int64_t>(8, multiprocessors) : 1;
+  if (!RF_KNOWS_CLUSTERS || attributes.ptxVersion < 90 ||
+      attribute(cudaDevAttrClusterLaunch, index) == 0) {
+    return 1;
+  }
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = kBlocks;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(kBlocks);
+  config.blockDim = dim3(static_cast<unsigned>(kMapThreads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  int clusters = 0;
+  const bool asked =
+      cudaFuncSetAttribute(probe_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(shared_bytes)) == cudaSuccess &&
+      cudaOccupancyMaxActiveClusters(&clusters, probe_kernel, &config) == cudaSuccess;
+  cudaGetLastError();  // so that the next call does not find it
+  return asked && clusters > 0 ? kBlocks : 1;
 }
 
 Device read_device(int index) {
@@ -48,7 +67,7 @@ Device read_device(int index) {
   device.shared_per_block_optin = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   device.shared_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
   device.grid_blocks = attribute(cudaDevAttrMaxGridDimX, index);
-  device.cluster_blocks = largest_cluster(index, device.multiprocessors);
+  device.cluster_blocks = largest_cluster(index, device.shared_per_block_optin);
   return device;
 }
 

@@ -23,9 +23,6 @@ inline void check_launch(cudaError_t error, const Launch& planned) {
   }
 }
 
-// Shared memory that a kernel may have without opting in to more.
-constexpr int64_t kSharedWithoutOptIn = 48 * 1024;
-
 // Launch the kernel as planned; nothing without a grid.
 template <typename Args>
 void launch(cudaStream_t stream, void (*kernel)(Args), const Launch& planned, const Args& args) {
@@ -45,11 +42,12 @@ void launch(cudaStream_t stream, void (*kernel)(Args), const Launch& planned, co
     config.attrs = &cluster;
     config.numAttrs = 1;
   }
-  if (planned.shared_bytes > kSharedWithoutOptIn) {
+  // Always the same values: they are the kernel's, and other threads launch it, too.
+  if (planned.shared_limit > 0) {
     const auto set = [&](cudaFuncAttribute attribute, int value) {
       check_launch(cudaFuncSetAttribute(kernel, attribute, value), planned);
     };
-    set(cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(planned.shared_bytes));
+    set(cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(planned.shared_limit));
     set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   }
   check_launch(cudaLaunchKernelEx(&config, kernel, args), planned);

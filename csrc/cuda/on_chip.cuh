@@ -150,7 +150,7 @@ struct Portion {
 // A part of x, as rows of elements that lie together: in NCHW one of each split, in NHWC one of
 // each pixel and split, but for a single one where the part has all channels. Rows come in whole
 // vectors, so in NCHW those at the ends may hold other channels' elements, too.
-template <bool kNhwc>
+template <bool kNhwc, int kVector>
 struct Part {
   int64_t base;          // of the first row in the sample
   int first, last;       // in NCHW: elements of a row that are the part's
@@ -160,7 +160,7 @@ struct Part {
   __device__ __forceinline__ Part(const MapSizes& sizes, const Tiling& tiling, int index) {
     if constexpr (kNhwc) {
       const int chunk = index / tiling.channel_blocks;
-      const int width = tiling.lanes * tiling.vector;
+      const int width = tiling.lanes * kVector;
       const int channel = index % tiling.channel_blocks * width;
       const int pixels = min(tiling.chunk_pixels, sizes.pixels - chunk * tiling.chunk_pixels);
       const bool whole = tiling.channel_blocks == 1;
@@ -173,11 +173,11 @@ struct Part {
       const int width = tiling.threads / tiling.lanes, channel = index * width;
       const int64_t begin = int64_t{channel} * sizes.pixels;
       const int64_t end = int64_t{min(channel + width, sizes.channels)} * sizes.pixels;
-      base = begin / tiling.vector * tiling.vector;
+      base = begin / kVector * kVector;
       first = static_cast<int>(begin - base);
       last = static_cast<int>(end - base);
       rows = kOnChipRadix;
-      elements = (last + tiling.vector - 1) / tiling.vector * tiling.vector;
+      elements = (last + kVector - 1) / kVector * kVector;
       split = int64_t{sizes.channels} * sizes.pixels;
       pixel = 0;
     }
@@ -202,7 +202,8 @@ __device__ __forceinline__ Share<kVector, kNhwc> share_of(const OnChipArgs<T>& a
               int64_t{share.chunk} * tiling.chunk_pixels * share.x_step;
   } else {
     share.split = args.plan.row;
-    share.x = int64_t{share.channel} * sizes.pixels - Part<kNhwc>(sizes, tiling, index).base;
+    share.x =
+        int64_t{share.channel} * sizes.pixels - Part<kNhwc, kVector>(sizes, tiling, index).base;
   }
   return share;
 }
@@ -211,7 +212,7 @@ __device__ __forceinline__ Share<kVector, kNhwc> share_of(const OnChipArgs<T>& a
 template <int kVector, typename T>
 __device__ __forceinline__ void store_part(const OnChipArgs<T>& args, const T* from, int64_t sample,
                                            int index) {
-  const Part<false> part(args.sizes, args.tiling, index);
+  const Part<false, kVector> part(args.sizes, args.tiling, index);
   T* const out = args.out + sample * args.sizes.channels * args.sizes.pixels + part.base;
   const int step = static_cast<int>(blockDim.x) * kVector;
   for (int i = static_cast<int>(threadIdx.x) * kVector; i < part.last; i += step) {
@@ -262,13 +263,13 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
     return reinterpret_cast<T*>(shared_memory() + plan.x + (index - begin) * plan.part_bytes);
   };
   for (int index = begin + thread; index < end; index += threads) {
-    const Part<kNhwc> part(sizes, args.tiling, index % plan.parts);
+    const Part<kNhwc, kVector> part(sizes, args.tiling, index % plan.parts);
     arrivals[index - begin].expect(part.rows * part.elements * static_cast<int>(sizeof(T)));
   }
   __syncthreads();
   for (int i = thread; i < (end - begin) * plan.rows; i += threads) {
     const int index = begin + i / plan.rows, row = i % plan.rows;
-    const Part<kNhwc> part(sizes, args.tiling, index % plan.parts);
+    const Part<kNhwc, kVector> part(sizes, args.tiling, index % plan.parts);
     if (row < part.rows) {
       const int64_t sample = first_sample + index / plan.parts;
       arrivals[index - begin].copy(place(index) + row * plan.row,

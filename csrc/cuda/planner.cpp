@@ -324,10 +324,11 @@ OnChip on_chip_plan(const Device& device, const Workload& w) {
   const int64_t wanted = std::clamp<int64_t>(ceil_div(w.batch, at_a_time), 1, kHeldSamples);
   const int64_t half =
       device.shared_per_multiprocessor / kBlocksPerMultiprocessor - kReservedShared;
-  for (const int64_t room :
-       {std::min(half, device.shared_per_block_optin), device.shared_per_block_optin}) {
+  const int64_t most = std::min(device.shared_per_block_optin, kMostShared);
+  for (const int64_t room : {std::min(half, most), most}) {
     for (int64_t samples = wanted; samples > 0; --samples) {
-      if (lay_out(plan, w, t, samples) <= room) {
+      const bool counted = ceil_div(w.batch, samples) <= kMostBlocks / cluster;
+      if (counted && lay_out(plan, w, t, samples) <= room) {
         return plan;
       }
     }
@@ -398,8 +399,9 @@ Launch launch_of(const Device& device, const Workload& w, const Plan& plan, Kern
       return launch("update_running_statistics", 1, 0);
     case Kernel::kOnChip: {
       const OnChip& kept = plan.on_chip;
-      const int64_t blocks = counted(ceil_div(w.batch, kept.samples) * kept.cluster, kMostBlocks);
-      return {kernel, "on_chip", blocks, blocks, threads, kept.bytes, kept.cluster};
+      const int64_t blocks = ceil_div(w.batch, kept.samples) * kept.cluster;
+      return {kernel,  "on_chip",  blocks,       blocks,
+              threads, kept.bytes, kept.cluster, device.shared_per_block_optin};
     }
   }
   throw std::logic_error("resnest_fused: no such kernel");

@@ -127,7 +127,8 @@ struct Launch {
   int64_t grid;  // kernels walk over the blocks where these are more
   int64_t threads;
   int64_t shared_bytes;
-  int64_t cluster = 1;  // blocks that run together and reach each other's shared memory
+  int64_t cluster = 1;       // blocks that run together and reach each other's shared memory
+  int64_t shared_limit = 0;  // bytes of it that the kernel asks to be allowed; 0: as all kernels
 };
 
 }  // namespace resnest_fused::cuda
