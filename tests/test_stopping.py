@@ -142,3 +142,26 @@ def test_a_signal_to_the_whole_group_ends_no_loading_process(
     if moment == "a checkpoint is there":
         assert start(arguments, log).wait(timeout=120) == 0, log.read_text()
         assert_same(result(out), unbroken)
+
+
+@pytest.mark.long
+def test_no_process_that_loads_outlives_the_one_that_trains(tmp_path: Path) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    process = start(command(out, 1, **RUN), log)
+    wait_for(process, log, lambda: list((out / "checkpoints").glob("step-*")))
+    loading = [*children(process.pid), *below(process.pid)]
+    assert len(loading) >= 4  # the server, the tracker, and those that load
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(is_of_multiprocessing(pid) for pid in loading):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.long
+def test_a_run_that_fails_ends_with_its_loading_processes(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    process = start(command(tmp_path / "run", 1, **{**RUN, "lr": 1e30, "warmup": 0}), log)
+    assert process.wait(timeout=100) == 1, log.read_text()
+    assert "the loss is nan" in log.read_text()

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import functools
 import itertools
 import multiprocessing
+import os
+import threading
 from collections.abc import Iterable, Iterator
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 import torch
@@ -173,6 +179,7 @@ def _loader(
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
         _start_server()
+        options["worker_init_fn"] = functools.partial(_end_with, _lifeline()[0])
     return DataLoader(
         pictures,
         batch_size=config.batch,
@@ -191,3 +198,27 @@ def _start_server() -> None:
     for each in (resource_tracker, forkserver):
         with held_back():
             each.ensure_running()
+
+
+@functools.cache
+def _lifeline() -> tuple[Connection, Connection]:
+    """A pipe whose writing end is this process's alone: the other one tells when it has ended."""
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    # Before multiprocessing waits for processes that do not hear its SIGTERM.
+    atexit.register(writer.close)
+    return reader, writer
+
+
+def _end_with(reader: Connection, worker: int) -> None:
+    """In a loading process: end when the one that trains does, however that comes.
+
+    torch's loading processes watch their parent, which here is the server that forks them. It stays
+    as long as they do.
+    """
+
+    def watch() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            reader.recv()
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
