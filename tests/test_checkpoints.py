@@ -474,3 +474,12 @@ def test_a_network_that_a_layout_has_no_names_for_is_not_written(
     with pytest.raises(CheckpointError, match=f"the layout '{layout}' is not for this network"):
         models.save_checkpoint(network, tmp_path / "file.pth", layout)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_the_same_weights_are_the_same_bytes(suffix: str, tmp_path: Path) -> None:
+    """So that their hash tells them."""
+    model = models.create("resnest14", num_classes=3)
+    for name in ("a", "b"):
+        models.save_checkpoint(model, tmp_path / f"{name}{suffix}", "official")
+    assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()

@@ -77,6 +77,7 @@ def run(
         raise bad("--output-stride", f"expected 8, 16 or 32, got {output_stride}")
     with blame("IN", CheckpointError):
         found = read_checkpoint(source, sha256=sha256, entry=entry, prefix=prefix)
+    with blame("OUT", CheckpointError):
         left_out = convert_checkpoint(found, target, to.value, output_stride=output_stride)
     facts = screen.make_facts()
     origin = found.layout.title if found.layout is not None else "an unknown"

@@ -109,7 +109,7 @@ def write_tensors(state: Mapping[str, Tensor], path: Source) -> None:
     if os.path.exists(target) and not os.path.isfile(target):  # as in reading
         raise CheckpointError(f"{path}: not a file, but a folder, a device or a pipe")
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    save: Callable[[Any, str], None] = torch.save
+    save: Callable[[Any, str], None] = _save_torch
     if target.suffix == ".safetensors":
         save = _safetensors(target).save_file
     try:
@@ -128,6 +128,12 @@ def write_tensors(state: Mapping[str, Tensor], path: Source) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def _save_torch(tensors: Any, path: str) -> None:
+    # To an open file: a path's name would be in it, so that the same weights had other bytes.
+    with open(path, "wb") as file:
+        torch.save(tensors, file)
 
 
 def _safetensors(path: Path) -> Any:
