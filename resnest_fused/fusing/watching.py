@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Whose Python code may ask: torch's own modules check their input, einops the shapes that it takes.
+# Whose Python code may ask: torch's own modules check their input, einops the shapes that it takes,
+# and DropBlock's size is that of a map at most. That one is called as it is.
 _LIBRARIES = ("torch", "einops", "resnest_fused")
+_DROP_BLOCK = "timm.layers.drop"
 _SHAPE: Any = Tensor.shape
 _ASKS_FOR_SIZES = (_SHAPE.__get__, Tensor.size, Tensor.numel, Tensor.nelement, torch.numel)
 _ASKS_FOR_VALUES = (
@@ -31,7 +33,7 @@ _asked: dict[str, None] = {}
 def _is_by_library() -> bool:
     """Whether the code that asks, two frames above, is none of the module's."""
     asking = sys._getframe(2).f_globals.get("__name__", "")
-    return asking.partition(".")[0] in _LIBRARIES
+    return asking.partition(".")[0] in _LIBRARIES or asking == _DROP_BLOCK
 
 
 class _Size(int):
