@@ -327,8 +327,8 @@ OnChip on_chip_plan(const Device& device, const Workload& w) {
   const int64_t most = std::min(device.shared_per_block_optin, kMostShared);
   for (const int64_t room : {std::min(half, most), most}) {
     for (int64_t samples = wanted; samples > 0; --samples) {
-      const bool counted = ceil_div(w.batch, samples) <= kMostBlocks / cluster;
-      if (counted && lay_out(plan, w, t, samples) <= room) {
+      const bool countable = ceil_div(w.batch, samples) <= kMostBlocks / cluster;
+      if (countable && lay_out(plan, w, t, samples) <= room) {
         return plan;
       }
     }

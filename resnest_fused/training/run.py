@@ -195,7 +195,9 @@ def _of_others(error: Exception) -> bool:
 
 def _with_last(message: str, config: Config) -> str:
     files = checkpoints.list_files(Path(config.out) / "checkpoints")
-    return f"{message}; the last checkpoint is {files[0] if files else 'not written yet'}"
+    return f"{message}; " + (
+        f"the last checkpoint is {files[0]}" if files else "no checkpoint was written"
+    )
 
 
 def _end(code: int, message: str) -> int:
