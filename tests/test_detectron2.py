@@ -1,4 +1,4 @@
-"""fuse on detectron2's ResNeSt, from sources; run with ``-m sources --sources FOLDER``.
+"""fuse on detectron2's ResNeSt, from sources; run with ``-m sources --sources=FOLDER``.
 
 detectron2 is on no package index, and its ResNeSt is in the official repository. Nothing of either
 is compiled for it.

@@ -1,4 +1,4 @@
-"""Other packages' own tests over fused models; run with ``-m sources --sources FOLDER``.
+"""Other packages' own tests over fused models; run with ``-m sources --sources=FOLDER``.
 
 The folder has the packages' sources, which hold the tests; CONTRIBUTING.md says how to get them.
 Each suite runs twice, in processes of its own. What passes unfused must pass fused, but for
