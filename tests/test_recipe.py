@@ -133,9 +133,9 @@ def test_presets_are_the_published_recipe() -> None:
         ({"batch": True}, "batch: expected an integer from 1 on, got True"),
         ({"amp": "int8"}, "amp: expected one of none, bf16, fp16, got 'int8'"),
         ({"fuse": "yes"}, "fuse: expected true or false, got 'yes'"),
-        ({"lr_of": {"fc": "x"}}, "lr_of: expected numbers by name from 0 on, got {'fc': 'x'}"),
-        ({"lr_of": {"fc": -1}}, "lr_of: expected numbers by name from 0 on, got {'fc': -1}"),
-        ({"lr_of": {"fc": True}}, "lr_of: expected numbers by name from 0 on, got {'fc': True}"),
+        ({"lr_of": {"conv1": 0.5, "fc": "x"}}, "lr_of: fc: expected a number from 0 on, got 'x'"),
+        ({"lr_of": {"conv1": 0.5, "fc": -1}}, "lr_of: fc: expected a number from 0 on, got -1"),
+        ({"lr_of": {"conv1": 0.5, "fc": True}}, "lr_of: fc: expected a number from 0 on, got True"),
         ({"lr_of": 3}, "lr_of: expected numbers by name from 0 on, got 3"),
         (
             {"warmup": 6, "epochs": 5},

@@ -313,7 +313,14 @@ def _is_number(value: Any) -> bool:
 
 def _check(field: dataclasses.Field[Any], hint: Any, value: Any) -> None:
     """Compare an option's value with its type and with what its field allows."""
-    limits = field.metadata
+    if hint == dict[str, float] and isinstance(value, dict):
+        for name, each in value.items():
+            _check_value(f"{field.name}: {name}", float, field.metadata, each)
+    else:
+        _check_value(field.name, hint, field.metadata, value)
+
+
+def _check_value(name: str, hint: Any, limits: Mapping[str, Any], value: Any) -> None:
     least, below, most = (limits[name] for name in ("least", "below", "most"))
     wanted, kind = _KINDS[hint]
     fits = isinstance(value, kind) and (hint is bool or not isinstance(value, bool))
@@ -322,8 +329,7 @@ def _check(field: dataclasses.Field[Any], hint: Any, value: Any) -> None:
     elif least is not None:
         upper = f"to {most}" if most is not None else f"to below {below}" if below else "on"
         wanted += f" from {least} {upper}"
-        numbers = value.values() if isinstance(value, dict) else [value]
-        fits = fits and all(_is_number(each) and least <= each for each in numbers)
+        fits = fits and _is_number(value) and least <= value
         fits = fits and (most is None or value <= most) and (below is None or value < below)
     if not fits:
-        raise ConfigError(f"{field.name}: expected {wanted}, got {value!r}")
+        raise ConfigError(f"{name}: expected {wanted}, got {value!r}")

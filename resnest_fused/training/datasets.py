@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision import datasets
 
 from resnest_fused.models import images
@@ -73,24 +75,32 @@ def find_evaluation_data(config: Config) -> tuple[Source | Shards, list[str]]:
     """
     root = Path(config.data)
     if config.data and root.is_dir() and not (root / "val").is_dir():
-        found = _folder(root)
+        found = _folder(root, root)
         return found, found.classes
     data = find_data(config)
     return data.val, data.classes
 
 
-def _folder(root: Path) -> datasets.ImageFolder:
+def _folder(folder: Path, root: Path) -> datasets.ImageFolder:
     try:
-        return datasets.ImageFolder(str(root), loader=images.read_image)
+        return datasets.ImageFolder(str(folder), loader=partial(_read_below, root))
     except FileNotFoundError as error:
         raise ConfigError(f"data: {error}".splitlines()[0]) from error
+
+
+def _read_below(root: Path, path: str) -> Image.Image:
+    """The picture in a file; an error names it as below a folder, which may be moved."""
+    try:
+        return images.read_image(path)
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix(f"{root}{os.sep}")) from error
 
 
 def _folders(root: Path) -> Data:
     for name in ("train", "val"):
         if not (root / name).is_dir():
             raise ConfigError(f"data: {root}: expected the folders train and val in it")
-    train, val = _folder(root / "train"), _folder(root / "val")
+    train, val = _folder(root / "train", root), _folder(root / "val", root)
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
         raise ConfigError(f"data: {root}: train and val have other classes, such as {odd[0]!r}")
@@ -150,6 +160,8 @@ class _Converted:
         try:
             image, label = self.dataset[index]
             return image.convert("RGB"), int(label)
+        except UnidentifiedImageError as error:  # whose own message has a path or an address
+            raise ValueError(f"{self.name}[{index}]: not an image that Pillow can read") from error
         except (OSError, SyntaxError) as error:
             raise ValueError(f"{self.name}[{index}]: cannot be decoded ({error})") from error
 

@@ -39,5 +39,13 @@ def peak_lr(lr: float, samples: int) -> float:
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, warmup: int, total: int) -> LRScheduler:
-    """The schedule for an optimizer whose learning rates are the peaks; stepped once a step."""
-    return LambdaLR(optimizer, lambda step: lr_factor(step, warmup, total))
+    """The schedule for an optimizer whose learning rates are the peaks; stepped once a step.
+
+    It is stepped where the optimizer leaves a step out, too, as fp16 does when scaled gradients are
+    infinite: a learning rate belongs to a place in the run. There must be no gradients yet.
+    """
+    scheduler = LambdaLR(optimizer, lambda step: lr_factor(step, warmup, total))
+    # Changes nothing without gradients. LambdaLR warns if the optimizer did not step before it,
+    # and the first step may be left out.
+    optimizer.step()
+    return scheduler

@@ -114,7 +114,8 @@ def _decode(sample: dict[str, Any]) -> tuple[Image.Image, int]:
     Raises:
         ValueError: one is not there, or cannot be decoded; the message names shard and sample.
     """
-    name = f"{sample['__url__']}: {sample['__key__']}"
+    # Without the folder, which may be moved.
+    name = f"{sample['__url__'].rpartition('/')[2]}: {sample['__key__']}"
     picture = next((sample[suffix] for suffix in _SUFFIXES if suffix in sample), None)
     if picture is None or "cls" not in sample:
         raise ValueError(f"{name}: expected a picture (.jpg, .png, ...) and a label (.cls)")
