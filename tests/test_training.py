@@ -27,6 +27,7 @@ from torch import nn
 
 from resnest_fused import models
 from resnest_fused.models import images
+from resnest_fused.training import stopping
 
 pytestmark = pytest.mark.long
 PHOTO = Path(sklearn.datasets.__file__).parent / "images/china.jpg"
@@ -420,19 +421,41 @@ def test_drop_block_grows_from_0_to_its_rate(tmp_path: Path) -> None:
         {"checkpointing": True, "accumulate": 2, "batch": 100},
         {"fuse": False, "cutmix": 1.0},
         {"backend": "reference", "frozen_stages": 1, "lr_of": {"fc": 10}},
-        {"compile": True, "epochs": 1},
     ],
     ids=lambda options: "-".join(options),
 )
-def test_each_option_trains(
-    tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Everything of torch.compile but its code generator, which takes a minute.
-    compiled = functools.partialmethod(nn.Module.compile, backend="aot_eager")
-    monkeypatch.setattr(nn.Module, "compile", compiled)
+def test_each_option_trains(tmp_path: Path, options: dict[str, Any]) -> None:
     assert train(tmp_path / "run", **{"epochs": 2, **options}) == 0
     rows = result(tmp_path / "run")["rows"]
     assert all(math.isfinite(row["val_loss"]) for row in rows if row["kind"] == "epoch")
+
+
+def test_a_signal_ends_nothing_that_a_compiled_run_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As signals wait while the compiler works, in the processes that it starts for ever.
+
+    Everything of torch.compile runs but its code generator, which takes minutes.
+    """
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    blocked = []
+
+    def generate(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        blocked.append(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+        return make_boxed_func(graph.forward)
+
+    compiled = functools.partialmethod(
+        nn.Module.compile, backend=aot_autograd(fw_compiler=generate)
+    )
+    monkeypatch.setattr(nn.Module, "compile", compiled)
+    assert train(tmp_path / "run", compile=True, epochs=1, ema=0.0) == 0
+    assert math.isfinite(result(tmp_path / "run")["rows"][-1]["val_loss"])
+    signals = set(stopping.SIGNALS)
+    assert len(blocked) >= 3  # forward, backward and evaluation
+    assert all(signals <= each for each in blocked)
+    assert not signals & signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_another_head_on_trained_weights(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from resnest_fused.training.loading import evaluation_batches, training_batches
 from resnest_fused.training.network import build_network, evaluation_size
 from resnest_fused.training.reporting import Reporter
 from resnest_fused.training.schedule import lr_factor, make_scheduler, peak_lr
-from resnest_fused.training.stopping import StopRequest
+from resnest_fused.training.stopping import StopRequest, held_back
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -72,6 +72,8 @@ class Trainer:
         if config.ema:
             average = parallel.averaging(config.ema)
             self.ema = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
+        # Keeps signals from what torch.compile starts, whenever it meets a new shape or mode.
+        self._compiling = held_back if config.compile else contextlib.nullcontext
         self.wrapped = self._wrap()  # which may exchange the parameters for shares of them
         samples = config.batch * config.accumulate * world.size
         self.peak = peak_lr(config.lr, samples)
@@ -223,7 +225,7 @@ class Trainer:
         losses = []
         for number in range(count):
             pictures, labels = self._next_batch(batches)
-            with parallel.exchanging(self.wrapped, number + 1 == count):
+            with self._compiling(), parallel.exchanging(self.wrapped, number + 1 == count):
                 with torch.autocast(self.world.device.type, self.amp, enabled=self.amp is not None):
                     loss = self.loss(self.wrapped(pictures), labels)
                 self.scaler.scale(loss / count).backward()
@@ -322,7 +324,7 @@ class Trainer:
         self.world.share_buffers(network)
         trained = time.perf_counter() - began
         self._clock.close_row()
-        with parallel.gathered(network):
+        with self._compiling(), parallel.gathered(network):
             scores = evaluate(
                 network, self.val_batches, self.count, self.world.device, self.format, self.amp
             )
