@@ -303,6 +303,26 @@ def test_a_run_on_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "classes: expected labels below 9, got 9" in capsys.readouterr().err
 
 
+def test_a_torn_shard_is_counted_and_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    urls, val = write_shards(tmp_path, "train", 2, 20), write_shards(tmp_path, "val", 1, 20)
+    options = {"data": f"webdataset:{urls}", "val": val, "classes": 10, "batch": 20}
+    options |= {"samples": 40, "epochs": 2}
+    torn = tmp_path / "train-1.tar"
+    torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2 + 100])
+    assert train(tmp_path / "run", **options) == 0
+    (named,) = (tmp_path / "run/bad_files.txt").read_text().splitlines()
+    assert named.startswith("train-1.tar: cannot be read (")
+    assert capfd.readouterr().err.count(f"resnest-fused: {named}") == 1
+    assert train(tmp_path / "strict", **options, strict_data=True) == 1
+    assert f"resnest-fused: {named}; no checkpoint" in capfd.readouterr().err
+    for path in (torn, tmp_path / "train-0.tar"):
+        path.write_bytes(b"garbage" * 1000)
+    assert train(tmp_path / "none", **options) == 1
+    assert "no picture can be decoded; the first: train-" in capfd.readouterr().err
+
+
 # --- steps
 
 
@@ -762,7 +782,7 @@ def test_options_of_the_command_count_over_the_file_and_the_file_over_the_preset
         f"epochs: 2\nwarmup: 1\nbatch: 400\nout: {out}\noptions: {{planes: [8, 8, 8, 8]}}\n"
     )
     options = ["--epochs", "1", "--options", "stem_width=4", "--options", "planes=[8,8,8,16]"]
-    options += ["--lr-of", "fc=2.5", "--no-fuse", "--device", "cpu"]
+    options += ["--lr-of", "fc=25e-1", "--no-fuse", "--device", "cpu"]
     done = run_command("train", "--preset", "digits", "--config", str(file), *options)
     assert done.exit_code == 0, done.stderr
     kept = module("config").read_config(tmp_path / "run/config.yaml")
@@ -776,6 +796,18 @@ def test_options_of_the_command_count_over_the_file_and_the_file_over_the_preset
     }
     assert "top-1 %" in done.stderr
     assert Image.open(tmp_path / "run/curves.png").size[0] > 1000
+
+
+def test_numbers_with_exponents_are_numbers_in_files(tmp_path: Path) -> None:
+    """As in YAML 1.2, and text that looks like one stays text."""
+    chosen = module("config")
+    file = tmp_path / "options.yaml"
+    file.write_text("lr: 1e-1\nweight_decay: 5E-5\nclip: 2e+0\n")
+    found = chosen.read_config(file)
+    assert (found.lr, found.weight_decay, found.clip) == (0.1, 5e-5, 2.0)
+    whole = chosen.make_config(options={"lr": 1e-7, "out": "1e5", "val": "-2", "root": "0x1"})
+    file.write_text(chosen.as_yaml(whole))
+    assert chosen.read_config(file) == whole
 
 
 @pytest.mark.parametrize(
@@ -802,13 +834,29 @@ def test_options_of_the_command_count_over_the_file_and_the_file_over_the_preset
         (["--preset", "digits", "--options", "fused=false"], "fused is set by the option fuse"),
         (["--preset", "digits", "--options", "planes=[1"], "expected a value in YAML's form"),
         (["--preset", "digits", "--jitter", "inf"], "jitter: expected a number from 0 to 1, got"),
-        (["--preset", "digits", "--lr-of", "fc=-1"], "lr_of: expected numbers by name from 0 on"),
+        (["--preset", "digits", "--lr-of", "fc=-1"], "lr_of: fc: expected a number from 0 on"),
         (["--preset", "digits", "--epochs", "2"], "warmup: expected an integer from 0 to the num"),
         (["--preset", "digits", "--weights", "none.pth"], "none.pth: not a file that exists"),
         (["--smoothing", "2"], "smoothing: expected a number from 0 to below 1, got 2.0"),
         (["--config", "none.yaml"], "config: none.yaml cannot be read"),
         (["--preset", "digits", "--fsdp"], "fsdp: expected several processes"),
         (["--synthetic", "cifar", "--fsdp"], "fsdp: a step cannot be timed apart"),
+        (["--preset", "digits", "--batch", "1"], "batch: batch normalisation needs 2 samples"),
+        (["--data", "synthetic", "--classes", "1"], "classes: expected 2 or more, got 1"),
+        (["--data", "torchvision:Kinetics"], "data: Kinetics.__init__() missing 1 required"),
+        (
+            [
+                "--data",
+                "webdataset:none-{0..1}.tar",
+                "--val",
+                "v.tar",
+                "--classes",
+                "3",
+                "--samples",
+                "9",
+            ],
+            "data: none-0.tar: not a file that exists",
+        ),
         (["--preset", "digits", "--plot-with", "none"], "plot_with: none: expected a run's folder"),
     ],
 )
@@ -873,6 +921,11 @@ def test_evaluate_counts_by_hand(tmp_path: Path) -> None:
     by_hand = (0.3 + 2 * 0.1 + 0.2 + 0.5) / 5
     assert scores.calibration_error == pytest.approx(100 * by_hand, rel=1e-4)
     assert network.training
+
+
+def test_a_missing_checkpoint_is_named_before_the_data() -> None:
+    done = run_command("evaluate", "none.pt")
+    assert done.exit_code == 2 and "none.pt: not a file that exists" in done.stderr
 
 
 def test_a_damaged_run_is_not_evaluated(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import typer
 
 from resnest_fused.cli import screen
 from resnest_fused.cli.errors import bad, blame
-from resnest_fused.training.config import PRESETS, Config, ConfigError, make_config
+from resnest_fused.training.config import PRESETS, Config, ConfigError, make_config, parse_yaml
 
 _Preset = Enum("_Preset", {name: name for name in PRESETS}, type=str)  # type: ignore[misc]
 
@@ -116,7 +116,7 @@ def _by_name(pairs: list[str]) -> dict[str, Any]:
         if not equals or not name:
             raise bad("NAME=X", f"expected a name, = and a value, got {pair!r}")
         try:
-            found[name] = yaml.safe_load(value)
+            found[name] = parse_yaml(value)
         except yaml.YAMLError as error:
             raise bad(name, f"expected a value in YAML's form, got {value!r}") from error
     return found

@@ -69,8 +69,8 @@ def assess(
     if entry is None and config.ema and known:
         entry = "ema"
     place = device or torch.device("cpu")
-    source, classes = find_evaluation_data(config)
     checkpoint = models.read_checkpoint(weights, entry=entry)
+    source, classes = find_evaluation_data(config)
     try:
         network = models.create(config.model, checkpoint, **config.options)
     except models.CheckpointError:
@@ -87,6 +87,8 @@ def assess(
     count = models.checkpoints.num_classes(checkpoint.state) or len(classes)
     if count < len(classes):
         raise ConfigError(f"data: {len(classes)} classes, and the network has {count}")
+    if count < 2:
+        raise ConfigError("data: expected 2 classes or more, got 1")
     network.to(place, memory_format=memory)  # type: ignore[call-overload]
     scores = evaluate(network, loader, count, place, memory, AMP[config.amp])
     return Assessment(config, entry, classes, scores)

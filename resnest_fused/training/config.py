@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -268,14 +269,34 @@ def as_yaml(config: Config) -> str:
     """All options, in the form that :func:`read_config` reads."""
     import yaml
 
-    return str(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    dumper = _with_numbers(yaml.SafeDumper)
+    return str(yaml.dump(dataclasses.asdict(config), Dumper=dumper, sort_keys=False))
+
+
+def parse_yaml(text: str) -> Any:
+    """What a text in YAML says.
+
+    Raises:
+        yaml.YAMLError: it is none.
+    """
+    import yaml
+
+    return yaml.load(text, Loader=_with_numbers(yaml.SafeLoader))
+
+
+def _with_numbers(kind: Any) -> Any:
+    """A loader or dumper of yaml's to which 1e-4 is a number, too, as in YAML 1.2."""
+    made = type(kind.__name__, (kind,), {})
+    number = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+")
+    made.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    return made
 
 
 def _read(file: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = parse_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"config: {file} cannot be read ({error})") from error
     if values is None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -200,6 +201,8 @@ def _first(kind: Any, root: str, choices: list[dict[str, Any]], options: dict[st
             raise ConfigError(
                 f"data: {str(error).splitlines()[0]}; --download fetches it"
             ) from error
+        except TypeError as error:  # it needs more than the options that the others have
+            raise ConfigError(f"data: {error}") from error
     raise ConfigError(f"data: {problem}")
 
 
@@ -208,7 +211,12 @@ def _shards(urls: str, config: Config) -> Data:
         if not getattr(config, name):
             raise ConfigError(f"{name}: shards do not tell it, and it was not given")
     classes = [str(label) for label in range(config.classes)]
-    return Data(find_shards(urls, config.samples), find_shards(config.val), classes)
+    train, val = find_shards(urls, config.samples), find_shards(config.val)
+    for option, shards in (("data", train), ("val", val)):
+        for url in shards.urls:
+            if not urlsplit(url).scheme and not os.path.isfile(url):
+                raise ConfigError(f"{option}: {url}: not a file that exists")
+    return Data(train, val, classes)
 
 
 class _Arrays:

@@ -62,6 +62,8 @@ class Trainer:
         self.count = config.classes or len(data.classes)
         if self.count < len(data.classes):
             raise ConfigError(f"classes: the data have {len(data.classes)}, got {self.count}")
+        if self.count < 2:
+            raise ConfigError("classes: expected 2 or more, got 1")
         self.folder = Path(config.out) / "checkpoints"
         self.format = torch.channels_last if config.channels_last else torch.contiguous_format
 

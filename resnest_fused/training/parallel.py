@@ -21,7 +21,7 @@ Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 def check(config: Config, world: World) -> None:
-    """Find out whether the options fit the processes.
+    """Find out whether the options fit the number of processes.
 
     Raises:
         ConfigError: one does not.
@@ -30,6 +30,9 @@ def check(config: Config, world: World) -> None:
         raise ConfigError("fsdp: expected several processes, started by torchrun; there is one")
     if config.fsdp and config.channels_last:
         raise ConfigError("channels_last: FSDP2 shards contiguous parameters only; leave one out")
+    normed = config.batch * (world.size if config.sync_bn else 1)
+    if normed < 2 and config.frozen_stages < 4:
+        raise ConfigError("batch: batch normalisation needs 2 samples at a time, got 1")
     if config.sync_bn and world.size > 1 and world.device.type == "cpu":
         raise ConfigError("sync_bn: PyTorch has it for GPUs only; these processes are on the CPU")
 

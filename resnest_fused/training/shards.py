@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Iterator
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,8 +43,9 @@ class ShardPictures(IterableDataset[tuple[Tensor, int, str]]):
 
     Training goes over the shards in an order that is new each time, endlessly, and draws each
     picture from a buffer of 1000; evaluation takes all once. A picture that cannot be decoded is
-    left out, and the one before or after it brings the complaint, one in a line. All depends on
-    the seed, the epoch, and the numbers of processes that train and load.
+    left out, and the one before or after it brings the complaint, one in a line; so does one of a
+    shard that cannot be read to its end. All depends on the seed, the epoch, and the numbers of
+    processes that train and load.
 
     Args:
         shards: which files.
@@ -73,39 +75,60 @@ class ShardPictures(IterableDataset[tuple[Tensor, int, str]]):
         share = self.rank * count + number
         held: tuple[Tensor, int] | None = None  # until it is known what follows
         complaints: list[str] = []
+
+        def complain(error: ValueError) -> None:
+            if self.strict:
+                raise BadPicture(str(error)) from error
+            complaints.append(str(error))
+
         place = 0
-        for sample in self._samples(share, self.size * count):
-            try:
-                image, label = _decode(sample)
-            except ValueError as error:
-                if self.strict:
-                    raise BadPicture(str(error)) from error
-                complaints.append(str(error))
-                continue
-            if held is not None:
-                yield *held, "\n".join(complaints)
-                complaints = []
-            numbers = (self.seed, self.epoch, share, place)
-            held = apply_seeded(self.transform, image, *numbers), label
-            place += 1
+        for turn in itertools.count() if self.shards.samples else (0,):
+            before = place
+            for sample in self._samples(turn, share, self.size * count, complain):
+                try:
+                    image, label = _decode(sample)
+                except ValueError as error:
+                    complain(error)
+                    continue
+                if held is not None:
+                    yield *held, "\n".join(complaints)
+                    complaints.clear()
+                numbers = (self.seed, self.epoch, share, place)
+                held = apply_seeded(self.transform, image, *numbers), label
+                place += 1
+            if self.shards.samples and place == before:  # for ever
+                first = complaints[0] if complaints else "the shards are empty"
+                raise BadPicture(f"no picture can be decoded; the first: {first}")
         if held is not None:
             yield *held, "\n".join(complaints)
 
-    def _samples(self, share: int, shares: int) -> Iterator[dict[str, Any]]:
-        """A share's samples, not decoded."""
+    def _samples(
+        self, turn: int, share: int, shares: int, complain: Callable[[ValueError], None]
+    ) -> Iterator[dict[str, Any]]:
+        """A share's samples in a turn over all shards, not decoded."""
         urls, endless = self.shards
-        for turn in itertools.count() if endless else (0,):
-            seed = mix_seeds(self.seed, self.epoch, turn)
-            order = (
-                np.random.default_rng(seed).permutation(len(urls)) if endless else range(len(urls))
-            )
-            mine = [urls[index] for index in order[share::shares]]
-            if not mine:
-                return
-            stages = [webdataset.SimpleShardList(mine), webdataset.tarfile_to_samples()]
-            if endless:
-                stages.append(webdataset.shuffle(_BUFFER, seed=mix_seeds(seed, share)))
+        seed = mix_seeds(self.seed, self.epoch, turn)
+        order = np.random.default_rng(seed).permutation(len(urls)) if endless else range(len(urls))
+        samples = _read((urls[index] for index in order[share::shares]), complain)
+        if endless:
+            samples = webdataset.shuffle(_BUFFER, seed=mix_seeds(seed, share))(samples)
+        return samples
+
+
+def _read(urls: Iterable[str], complain: Callable[[ValueError], None]) -> Iterator[dict[str, Any]]:
+    """The samples of shards; of one that is truncated or damaged those in front."""
+    for url in urls:
+        stages = webdataset.SimpleShardList([url]), webdataset.tarfile_to_samples()
+        try:
             yield from webdataset.DataPipeline(*stages)
+        except (OSError, tarfile.TarError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error.args[0]
+            complain(ValueError(f"{_name(url)}: cannot be read ({reason})"))
+
+
+def _name(url: str) -> str:
+    """A shard's name without its folder, which may be moved."""
+    return url.rpartition("/")[2]
 
 
 def _decode(sample: dict[str, Any]) -> tuple[Image.Image, int]:
@@ -114,8 +137,7 @@ def _decode(sample: dict[str, Any]) -> tuple[Image.Image, int]:
     Raises:
         ValueError: one is not there, or cannot be decoded; the message names shard and sample.
     """
-    # Without the folder, which may be moved.
-    name = f"{sample['__url__'].rpartition('/')[2]}: {sample['__key__']}"
+    name = f"{_name(sample['__url__'])}: {sample['__key__']}"
     picture = next((sample[suffix] for suffix in _SUFFIXES if suffix in sample), None)
     if picture is None or "cls" not in sample:
         raise ValueError(f"{name}: expected a picture (.jpg, .png, ...) and a label (.cls)")
