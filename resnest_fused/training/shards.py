@@ -96,7 +96,7 @@ class ShardPictures(IterableDataset[tuple[Tensor, int, str]]):
                 numbers = (self.seed, self.epoch, share, place)
                 held = apply_seeded(self.transform, image, *numbers), label
                 place += 1
-            if self.shards.samples and place == before:  # for ever
+            if self.shards.samples and place == before:  # as in every other turn
                 first = complaints[0] if complaints else "the shards are empty"
                 raise BadPicture(f"no picture can be decoded; the first: {first}")
         if held is not None:
