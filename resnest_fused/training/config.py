@@ -286,7 +286,7 @@ def parse_yaml(text: str) -> Any:
 
 def _with_numbers(kind: Any) -> Any:
     """A loader or dumper of yaml's to which 1e-4 is a number, too, as in YAML 1.2."""
-    made = type(kind.__name__, (kind,), {})
+    made: Any = type(kind.__name__, (kind,), {})
     number = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+")
     made.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     return made
