@@ -99,8 +99,9 @@ def _time(config: Config, shape: str) -> None:
         table.add_row("all-reduce, beyond the step", "", f"{1e3 * found.exchange_seconds:.1f}")
         table.add_row("all-reduce alone", "", f"{1e3 * found.reduce_seconds:.1f}")
     table.add_row("all together", f"{found.training:.1f}", f"{1e3 * of_all / found.training:.1f}")
+    processes = "1 process" if found.processes == 1 else f"{found.processes} processes"
     title = (
-        f"{config.model}, {shape}-shaped: {found.processes} processes of {found.batch} samples, "
+        f"{config.model}, {shape}-shaped: {processes} of {found.batch} samples, "
         f"{found.gradient_bytes / 1e6:.1f} MB of gradients"
     )
     screen.print_table(screen.make_console(), title, table)
