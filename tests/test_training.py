@@ -12,7 +12,9 @@ import json
 import math
 import resource
 import signal
+import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -937,7 +939,7 @@ def test_a_damaged_run_is_not_evaluated(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_can_be_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(config: Any) -> None:
+    def interrupt(config: Any, shape: str) -> None:
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(module("dryrun"), "measure", interrupt)
@@ -947,6 +949,21 @@ def test_a_dry_run_can_be_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
         assert run_command("train", "--synthetic", "cifar", "--device", "cpu").exit_code == 130
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_bursts_of_a_loader_count_in_the_mean() -> None:
+    """Three batches are ahead; the others come by fours, after 40 ms."""
+
+    def batches() -> Iterator[None]:
+        yield from (None,) * 3
+        for _ in range(3):
+            time.sleep(0.04)
+            yield from (None,) * 4
+
+    dryrun, loaded = module("dryrun"), batches()
+    world = module("distributed").World(0, 1, torch.device("cpu"), False)
+    dryrun._drain(loaded, 3)
+    assert dryrun._pace(world, lambda: next(loaded), 12) >= 0.01
 
 
 def test_a_dry_run_times_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

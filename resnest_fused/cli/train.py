@@ -82,11 +82,8 @@ def _run(
 def _time(config: Config, shape: str) -> None:
     """Measure the parts of a run, and print them in the first process."""
     with blame("train", ImportError):
-        from resnest_fused.training.dryrun import SHAPES, measure
-    samples = 16 * config.batch * config.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
-    found = measure(
-        dataclasses.replace(config, **{"data": "synthetic", "samples": samples, **SHAPES[shape]})
-    )
+        from resnest_fused.training.dryrun import measure
+    found = measure(config, shape)
     if os.environ.get("RANK", "0") != "0":
         return
     table: Any = screen.make_table("part", "images/s", "ms a step")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -49,8 +50,12 @@ class Throughput(NamedTuple):
     reduce_seconds: float
 
 
-def measure(config: Config) -> Throughput:
+def measure(config: Config, shape: str) -> Throughput:
     """Time the parts of a run, which writes nothing; each process that torchrun started calls this.
+
+    Args:
+        config: the options, but for the data.
+        shape: a name in SHAPES.
 
     Raises:
         ConfigError: an option has a wrong value.
@@ -58,16 +63,21 @@ def measure(config: Config) -> Throughput:
     if config.fsdp:
         raise ConfigError("fsdp: a step cannot be timed apart from what it exchanges; leave it out")
     with join(config.device, config.timeout) as world:
-        return _measure(config, world)
+        # Batches that are loaded ahead, by torch's default, and those that are timed.
+        ahead, count = 2 * config.workers, _STEPS + 4 * config.workers
+        batches = 1 + ahead + count * config.accumulate
+        samples = batches * config.batch * world.size
+        changes = {"data": "synthetic", "samples": samples, **SHAPES[shape]}
+        return _measure(dataclasses.replace(config, **changes), world, ahead, count)
 
 
-def _measure(config: Config, world: World) -> Throughput:
+def _measure(config: Config, world: World, ahead: int, count: int) -> Throughput:
     trainer = Trainer(config, find_data(config), world)
     samples = config.batch * config.accumulate
     loaded = trainer.batches.begin(0)
-    count = min(_WARM + _STEPS, len(trainer.batches) - 1)
     batch = next(loaded)
-    loading = _median(world, lambda: next(loaded), count) / config.batch
+    _drain(loaded, ahead)
+    loading = _pace(world, lambda: next(loaded), count) / config.batch
 
     forever = itertools.repeat(batch)
     wrapped, trainer.wrapped = trainer.wrapped, trainer.network
@@ -80,8 +90,8 @@ def _measure(config: Config, world: World) -> Throughput:
     reduce = _median(world, lambda: dist.all_reduce(flat)) if world.size > 1 else 0.0
 
     loaded = trainer.batches.begin(1)
-    steps = min(_WARM + _STEPS, trainer.steps_per_epoch)
-    whole = _median(world, lambda: trainer._take_step(loaded), steps)
+    _drain(loaded, ahead)
+    whole = _pace(world, lambda: trainer._take_step(loaded), count)
     return Throughput(
         processes=world.size,
         batch=samples,
@@ -95,11 +105,33 @@ def _measure(config: Config, world: World) -> Throughput:
     )
 
 
-def _median(world: World, call: Callable[[], Any], most: int = _WARM + _STEPS) -> float:
+def _drain(loaded: Iterator[Any], ahead: int) -> None:
+    """Take what was loaded while nobody waited for it."""
+    for _ in range(ahead):
+        next(loaded)
+
+
+def _pace(world: World, call: Callable[[], Any], most: int) -> float:
+    """Seconds from call to call, in the mean over many and over the processes.
+
+    Several loading processes deliver in bursts, of which a median would see the inside only.
+    """
+    began = time.perf_counter()
+    count = 0
+    while count < most and not world.any(time.perf_counter() - began > _SECONDS):
+        call()
+        count += 1
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
+    value = torch.tensor((time.perf_counter() - began) / count, device=world.device)
+    return float(world.mean(value))
+
+
+def _median(world: World, call: Callable[[], Any]) -> float:
     """Seconds of a call, in the mean over the processes, after some calls that do not count."""
     seconds: list[float] = []
     began = time.perf_counter()
-    for number in range(most):
+    for number in range(_WARM + _STEPS):
         # The slowest process decides whether all go on: they reduce in every step.
         if world.any(number > _WARM and time.perf_counter() - began > _SECONDS):
             break
