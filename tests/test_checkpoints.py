@@ -161,6 +161,21 @@ def test_wrappers_and_prefixes(layout: str, state: State, tmp_path: Path) -> Non
     assert_same(models.read_checkpoint(path).state, expected)
 
 
+@pytest.mark.parametrize("outer", ["", "module.", "model."])
+@pytest.mark.parametrize("inner", ["body.", "timm_model."])
+def test_mmpretrain_s_classifiers_around_other_backbones(
+    outer: str, inner: str, state: State, tmp_path: Path
+) -> None:
+    """Ours by its registration file, and timm's."""
+    content = {
+        f"{outer}head.{key}" if key[:3] == "fc." else f"{outer}backbone.{inner}{key}": value
+        for key, value in state.items()
+    }
+    torch.save({"meta": {}, "state_dict": content}, tmp_path / "trained.pth")
+    found = models.create("resnest14", tmp_path / "trained.pth", planes=SMALL["planes"])
+    assert_same(found.state_dict(), state)
+
+
 def test_one_of_several_state_dicts_is_asked_for(state: State, tmp_path: Path) -> None:
     path = tmp_path / "both.pth"
     torch.save({"state_dict": state, "ema": {k: v + 1 for k, v in state.items()}}, path)
@@ -424,7 +439,7 @@ def test_shortcuts_without_a_pooling_are_numbered_from_0_in_mm(
     models.save_checkpoint(model, tmp_path / "official.pth")
     models.convert_checkpoint(tmp_path / "official.pth", converted, "mm", output_stride=stride)
     assert_same(torch.load(converted), written)
-    with pytest.raises(CheckpointError, match=r"^output_stride: expected 8, 16 or 32, got 4$"):
+    with pytest.raises(ValueError, match=r"^output_stride: expected one of 8, 16, 32, got 4$"):
         models.convert_checkpoint(path, converted, "mm", output_stride=4)
 
 
