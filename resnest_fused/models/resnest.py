@@ -10,8 +10,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from resnest_fused.fusing import fuse
-from resnest_fused.models.checkpointing import run_saving_memory
 from resnest_fused.models import options
+from resnest_fused.models.checkpointing import run_saving_memory
 from resnest_fused.models.dilation import StagePlan, plan_stages
 from resnest_fused.models.drop import DropBlock2d, DropPath
 from resnest_fused.models.options import OutIndices
