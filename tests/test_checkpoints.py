@@ -6,6 +6,7 @@ import functools
 import hashlib
 import http.server
 import os
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -187,6 +188,9 @@ def test_one_of_several_state_dicts_is_asked_for(state: State, tmp_path: Path) -
     with pytest.raises(CheckpointError, match=r"; entry= takes one of 'student', 'params_ema'$"):
         models.read_checkpoint(path)
     assert_same(models.read_checkpoint(path, entry="params_ema").state, state)
+    torch.save({"model": {"name": "resnest"}, "ema_weights": state}, path)
+    with pytest.raises(CheckpointError, match=r"under 'name'; entry= takes one of 'ema_weights'$"):
+        models.read_checkpoint(path)
     torch.save({"model": {"body": state, "head": state}}, path)
     with pytest.raises(CheckpointError, match=r"got (dict|OrderedDict) under 'body'$"):
         models.read_checkpoint(path)
@@ -262,8 +266,8 @@ def test_urls(server: str, state: State, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"expected the sha256 {'0' * 64}, got {digest}$"):
         models.read_checkpoint(url, sha256="0" * 64)
     assert not list((tmp_path / "hub/checkpoints").iterdir())
-    for given in (digest, digest[:8].upper()):
-        found = models.create("resnest14", url, sha256=given, **SMALL)
+    for name, given in ((url, digest), (url.replace("http", "HTTP"), digest[:8].upper())):
+        found = models.create("resnest14", name, sha256=given, **SMALL)
         assert_same(found.state_dict(), state)
     path.unlink()  # what was downloaded once is not downloaded again, and is verified again
     assert_same(models.read_checkpoint(url, sha256=digest).state, state)
@@ -362,6 +366,55 @@ def test_a_wrong_file_is_one_clear_sentence(name: str, state: State, tmp_path: P
         models.load_checkpoint(model, path)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
     assert_same(model.state_dict(), before)
+
+
+def test_a_flipped_bit_is_noticed(state: State, tmp_path: Path) -> None:
+    """By the checksums in the file, which ``torch.load`` ignores; a file may be without."""
+    path = tmp_path / "file.pth"
+    torch.save(state, path)
+    content = bytearray(path.read_bytes())
+    place = content.index(state["layer1.0.conv2.conv.weight"].numpy().tobytes())
+    content[place + 5] ^= 16
+    path.write_bytes(content)
+    torch.load(path)
+    with pytest.raises(CheckpointError, match=r"file.pth: damaged \(Bad CRC-32 for file '.*/data/"):
+        models.read_checkpoint(path)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert_same(models.read_checkpoint(path).state, state)
+
+
+def test_pickled_networks_and_arrays_are_named_in_short_and_what_helps_works(
+    tmp_path: Path,
+) -> None:
+    network, path, kept = small(), tmp_path / "file.pth", tmp_path / "kept.pth"
+    state = network.state_dict()
+    arrays = {key: value.numpy() for key, value in state.items()}
+    for content in (network, {"model": network}, arrays, {"state_dict": arrays, "epoch": 1}):
+        torch.save(content, path)
+        with pytest.raises(
+            CheckpointError, match=r"holds .*, which torch\.load.* refuses"
+        ) as caught:
+            models.read_checkpoint(path)
+        message = str(caught.value)
+        assert len(message) < 400 + 3 * len(str(path)) and "safe_globals" not in message
+        (advice,) = re.findall(r"keep its weights alone with (torch\.save\(.*\))$", message)
+        exec(advice, {"torch": torch, "NEW_FILE": kept})
+        assert_same(models.read_checkpoint(kept).state, state)
+
+
+def test_of_a_storage_only_the_tensor_is_written(tmp_path: Path) -> None:
+    rows = torch.randn(1000, 64)
+    network = small()
+    network.bn1.weight.data = rows[7]
+    for name in ("file.pth", "file.safetensors"):
+        models.save_checkpoint(network, tmp_path / name)
+        assert torch.equal(models.read_checkpoint(tmp_path / name).state["bn1.weight"], rows[7])
+    stored = torch.load(tmp_path / "file.pth")["bn1.weight"].untyped_storage()
+    assert stored.nbytes() == 64 * 4
 
 
 def test_files_that_the_system_does_not_open(

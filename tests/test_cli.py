@@ -395,7 +395,7 @@ def test_predict_refuses_weights_that_give_no_numbers(
     assert result.stdout == ""
     torch.save({"student": {}, "params_ema": state}, tmp_path / "two.pth")
     weights = ("--weights", str(tmp_path / "two.pth"), "--format", form)
-    assert_refused(run("predict", CHINA, *weights), "--weights", "entry= takes one of 'student', ")
+    assert_refused(run("predict", CHINA, *weights), "--weights", "entry= takes one of 'params_ema'")
     assert run("predict", CHINA, *weights, "--entry", "params_ema").exit_code == 0
     models.convert_checkpoint(narrow, tmp_path / "body.pth", "d2")
     result = run("predict", CHINA, "--weights", str(tmp_path / "body.pth"), "--format", form)
