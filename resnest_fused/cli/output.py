@@ -8,6 +8,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 
 class OutputError(OSError):
@@ -44,10 +45,10 @@ def _named() -> Iterator[None]:
 
 def prepare() -> None:
     """Make standard output raise :class:`OutputError`, and print names of files with any bytes."""
-    if sys.stdout is not None:  # it was closed before the program began
-        lines = sys.stdout.line_buffering
-        encoding, buffer = sys.stdout.encoding, sys.stdout.detach()
-        sys.stdout = _Output(buffer, encoding, "surrogateescape", line_buffering=lines)
+    given: Any = sys.stdout
+    if given is not None:  # it was closed before the program began
+        encoding, lines = given.encoding, given.line_buffering
+        sys.stdout = _Output(given.detach(), encoding, "surrogateescape", line_buffering=lines)
 
 
 def finish() -> None:
