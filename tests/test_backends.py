@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import resnest_fused as rf
 from resnest_fused.backends import NAMES, choose, native
 from resnest_fused.backends.triton import backend as triton
+from resnest_fused.backends.triton import compat
 from resnest_fused.backends.triton.compat import INTERPRETED
 from resnest_fused.modules import FusedModule
 
@@ -155,7 +156,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tensor]:
         x = torch.empty(1, device="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 9))
-    monkeypatch.setattr(triton._compat, "INTERPRETED", False)
+    monkeypatch.setattr(compat, "INTERPRETED", False)
     for backend in (native, triton):
         backend._gpu_unavailable.cache_clear()
     yield x
