@@ -228,6 +228,12 @@ def test_a_head_of_another_size_is_left_out_by_name(model: nn.Module, tmp_path: 
         models.create("resnest14", path, leave_out="fc", **narrow)
 
 
+def test_a_network_without_memory_takes_no_weights(model: nn.Module, tmp_path: Path) -> None:
+    models.save_checkpoint(model, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=r"^the model is on the device meta, where it has no"):
+        models.load_checkpoint(small().to("meta"), tmp_path / "file.pth")
+
+
 def test_frozen_norms_have_no_counters(state: State, model: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "frozen.pth"
     bare = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
@@ -409,10 +415,11 @@ def test_pickled_networks_and_arrays_are_named_in_short_and_what_helps_works(
 def test_of_a_storage_only_the_tensor_is_written(tmp_path: Path) -> None:
     rows = torch.randn(1000, 64)
     network = small()
-    network.bn1.weight.data = rows[7]
+    network.bn1.weight.data = network.bn1.bias.data = rows[7]
     for name in ("file.pth", "file.safetensors"):
         models.save_checkpoint(network, tmp_path / name)
-        assert torch.equal(models.read_checkpoint(tmp_path / name).state["bn1.weight"], rows[7])
+        found = models.read_checkpoint(tmp_path / name).state
+        assert torch.equal(found["bn1.weight"], rows[7]) and torch.equal(found["bn1.bias"], rows[7])
     stored = torch.load(tmp_path / "file.pth")["bn1.weight"].untyped_storage()
     assert stored.nbytes() == 64 * 4
 
@@ -424,6 +431,9 @@ def test_files_that_the_system_does_not_open(
         (tmp_path / "folder").mkdir(exist_ok=True)
         with pytest.raises(CheckpointError, match="not a file that exists"):
             models.read_checkpoint(tmp_path / name)
+    for source in ({}, b"file.pth", None):
+        with pytest.raises(CheckpointError, match=r"^expected a file or a URL, got (dict|bytes|No"):
+            models.read_checkpoint(source)
     (tmp_path / "others.pth").touch()
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may read everything
     with pytest.raises(CheckpointError, match=r"others\.pth: may not be read"):

@@ -244,8 +244,11 @@ def test_maps_are_those_of_the_classifier(tmp_path) -> None:
             state[f"layer1.0.conv2.{name}"] = torch.ones(1)
         torch.save(state, tmp_path / "other.pth")
         models.backbone("resnest14", tmp_path / "other.pth", **narrow)
-    features = small(num_classes=0)
-    assert features(x.float()).shape == (2, 256)
+    features = models.create("resnest14", path, **narrow, num_classes=0)
+    assert torch.equal(features.double().eval()(x), whole.forward_head(last, pre_logits=True))
+    for name, leave_out in (("features", ("fc",)), ("backbone", ("fc", "layer4"))):
+        options = {"num_classes": 0} if name == "features" else {"out_indices": (1,)}
+        models.create("resnest14", path, leave_out=leave_out, **narrow, **options)
     for model, classes, message in (
         (body, 3, "reset_classifier: a backbone has no classifier"),
         (features, -1, "num_classes: expected an integer from 0 on, got -1"),
@@ -253,7 +256,9 @@ def test_maps_are_those_of_the_classifier(tmp_path) -> None:
         with pytest.raises(ValueError, match=message):
             model.reset_classifier(classes)
     features.reset_classifier(3)
-    assert features(x.float()).shape == (2, 3)
+    assert features(x).shape == (2, 3)
+    with pytest.raises(models.CheckpointError, match=r"2 of another shape \(fc.weight"):
+        models.load_checkpoint(features, path)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4, 7])

@@ -200,7 +200,6 @@ class ResNeSt(nn.Module):
             stride) and ``module`` (its name).
         num_features: channels of the last map.
         head_hidden_size: channels of what goes into the FC, by timm's name: the same.
-        absent_modules: what a backbone lacks of the whole network, which its checkpoints may hold.
 
     Raises:
         ValueError: an option has a wrong value; the message names it.
@@ -311,7 +310,6 @@ class ResNeSt(nn.Module):
             info = {"num_chs": channels, "reduction": reduction, "module": STAGES[index]}
             self.feature_info.append(info)
         self.num_features = self.head_hidden_size = channels
-        self.absent_modules = () if self.out_names is None else (*STAGES[last:], "fc")
         if self.out_names is None:
             self.global_pool = GlobalPool(global_pool)
             self.drop = nn.Dropout(drop_rate) if drop_rate else None
@@ -336,6 +334,12 @@ class ResNeSt(nn.Module):
             for block in self.blocks():
                 if getattr(block.bn3, "weight", None) is not None:
                     nn.init.zeros_(block.bn3.weight)
+
+    @property
+    def absent_modules(self) -> tuple[str, ...]:
+        """What a backbone or features lack of the whole network, which its checkpoints may hold."""
+        stages = STAGES[len(self.feature_info) - 1 :]
+        return stages if self.num_classes else (*stages, "fc")
 
     def stages(self) -> list[nn.Sequential]:
         """The stages, first to last; a backbone has those that its maps need."""

@@ -57,6 +57,8 @@ def fetch(source: Source, sha256: str | None = None) -> Path:
     Raises:
         CheckpointError: no file, no hash for a URL, no connection, or another hash.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise CheckpointError(f"expected a file or a URL, got {type(source).__name__}")
     name = os.fspath(source)
     if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{8,64}", sha256):
         raise CheckpointError(f"sha256: expected 8 to 64 hexadecimal digits, got {sha256!r}")
@@ -111,7 +113,9 @@ def write_tensors(state: Mapping[str, Tensor], path: Source) -> None:
     target = Path(os.path.realpath(path))
     if os.path.exists(target) and not os.path.isfile(target):  # as in reading
         raise CheckpointError(f"{path}: not a file, but a folder, a device or a pipe")
-    tensors = {key: _alone(value.detach().cpu().contiguous()) for key, value in state.items()}
+    # Copies: of a view all of its storage would be written, and safetensors takes none that is shared.
+    own: dict[str, Any] = {"copy": True, "memory_format": torch.contiguous_format}
+    tensors = {key: value.detach().to("cpu", **own) for key, value in state.items()}
     save: Callable[[Any, str], None] = _save_torch
     if target.suffix == ".safetensors":
         save = _safetensors(target).save_file
@@ -131,11 +135,6 @@ def write_tensors(state: Mapping[str, Tensor], path: Source) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
-
-
-def _alone(value: Tensor) -> Tensor:
-    """The tensor without the rest of the storage that it is a view of, which would be saved too."""
-    return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
 
 
 def _save_torch(tensors: Any, path: str) -> None:

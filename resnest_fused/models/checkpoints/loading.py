@@ -150,13 +150,15 @@ def load_checkpoint(
         adapted = official.adapt_input(checkpoint.state, in_chans)
         checkpoint = checkpoint._replace(state=adapted)
     own = model.state_dict()
+    if any(value.is_meta for value in own.values()):
+        raise CheckpointError("the model is on the device meta, where it has no weights")
     names = _bare_names(own)
     expected = {name: own[key] for name, key in names.items()}
     parts = tuple(f"{name}." for name in leave_out)
-    for part in parts:
-        if not any(key.startswith(part) for key in expected):
-            raise CheckpointError(f"leave_out: the model has no {part.removesuffix('.')!r}")
     absent = tuple(f"{name}." for name in getattr(model, "absent_modules", ()))
+    for part in parts:
+        if not any(key.startswith(part) for key in expected) and part not in absent:
+            raise CheckpointError(f"leave_out: the model has no {part.removesuffix('.')!r}")
     state = {k: v for k, v in checkpoint.state.items() if not k.startswith(parts + absent)}
     expected = {key: value for key, value in expected.items() if not key.startswith(parts)}
     # Frozen norms have no counters, nor has Gluon.
