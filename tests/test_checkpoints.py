@@ -432,7 +432,9 @@ def test_files_that_the_system_does_not_open(
         with pytest.raises(CheckpointError, match="not a file that exists"):
             models.read_checkpoint(tmp_path / name)
     for source in ({}, b"file.pth", None):
-        with pytest.raises(CheckpointError, match=r"^expected a file or a URL, got (dict|bytes|No"):
+        with pytest.raises(
+            CheckpointError, match=r"^expected a file or a URL, got (dict|bytes|None)"
+        ):
             models.read_checkpoint(source)
     (tmp_path / "others.pth").touch()
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may read everything

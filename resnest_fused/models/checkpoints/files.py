@@ -113,7 +113,7 @@ def write_tensors(state: Mapping[str, Tensor], path: Source) -> None:
     target = Path(os.path.realpath(path))
     if os.path.exists(target) and not os.path.isfile(target):  # as in reading
         raise CheckpointError(f"{path}: not a file, but a folder, a device or a pipe")
-    # Copies: of a view all of its storage would be written, and safetensors takes none that is shared.
+    # Copies: of a view all of its storage would be written, and safetensors takes no shared one.
     own: dict[str, Any] = {"copy": True, "memory_format": torch.contiguous_format}
     tensors = {key: value.detach().to("cpu", **own) for key, value in state.items()}
     save: Callable[[Any, str], None] = _save_torch
