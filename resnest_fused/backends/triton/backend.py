@@ -84,8 +84,10 @@ def _wrong_environment() -> str | None:
 
 
 # As in native.py: constants for the compiler.
-for _function in (_missing, interpreted, gpu_unavailable, _wrong_environment):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+interpreted._dynamo_marked_constant = True  # type: ignore[attr-defined]
+gpu_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_wrong_environment._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
