@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import resnest_fused as rf
 from resnest_fused.backends import NAMES, choose, native
 from resnest_fused.backends.triton import backend as triton
+from resnest_fused.backends.triton import compat
 from resnest_fused.backends.triton.compat import INTERPRETED
 from resnest_fused.modules import FusedModule
 
@@ -139,10 +140,21 @@ def test_a_missing_extension_is_reported(monkeypatch: pytest.MonkeyPatch) -> Non
         choose("native", torch.empty(1))
 
 
-def test_importing_the_package_does_not_import_the_compiler(tmp_path: Path) -> None:
-    """The compiler takes longer to import than all else."""
-    code = "import sys, resnest_fused._C; assert 'torch._dynamo' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+def test_importing_the_package_does_not_import_the_compiler_and_triton(tmp_path: Path) -> None:
+    """The compiler takes longer to import than all else, and Triton than all of the package."""
+    code = (
+        "import sys, torch, resnest_fused, resnest_fused._C; "
+        "assert not {'torch._dynamo', 'triton'} & set(sys.modules); "
+        "from torch.utils.flop_counter import flop_registry; "
+        "assert torch.ops.resnest_fused_triton.split_attention in flop_registry; "
+        "op, x = torch.ops.resnest_fused_triton.batch_statistics, torch.ones(2, 4, 3, 3); "
+        "assert op(x.to('meta'))[0].shape == (4,); op(x)"
+    )
+    found = _python(code, tmp_path, TRITON_INTERPRET="0")
+    assert found.returncode == 1
+    last = found.stderr.splitlines()[-1]
+    reason = "its kernels are for GPUs, x is on cpu"
+    assert last == f"RuntimeError: resnest_fused_triton::batch_statistics cannot run: {reason}"
 
 
 # CUDA
@@ -155,7 +167,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tensor]:
         x = torch.empty(1, device="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 9))
-    monkeypatch.setattr(triton._compat, "INTERPRETED", False)
+    monkeypatch.setattr(compat, "INTERPRETED", False)
     for backend in (native, triton):
         backend._gpu_unavailable.cache_clear()
     yield x

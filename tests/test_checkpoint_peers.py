@@ -65,6 +65,25 @@ def test_mmpretrain(name: str, stride: int, tmp_path: Path) -> None:
     assert all(torch.equal(value, again[key]) for key, value in ours.float().state_dict().items())
 
 
+def test_a_classifier_trained_in_mmpretrain_over_our_backbone(tmp_path: Path) -> None:
+    importlib.import_module("resnest_fused.models.frameworks.openmmlab")
+    package = importlib.import_module("mmpretrain.models")
+    whole = models.create("resnest14", num_classes=3)
+    models.save_checkpoint(whole, tmp_path / "ours.pth")
+    weights = {"type": "Pretrained", "checkpoint": f"{tmp_path}/ours.pth"}
+    classifier = package.ImageClassifier(
+        backbone={"type": "FusedResNeSt", "name": "resnest14", "init_cfg": weights},
+        neck={"type": "GlobalAveragePooling"},
+        head={"type": "LinearClsHead", "num_classes": 3, "in_channels": 2048},
+    )
+    classifier.init_weights()
+    assert torch.equal(classifier.backbone.body.conv1[0].weight, whole.conv1[0].weight)
+    torch.save({"state_dict": classifier.state_dict()}, tmp_path / "trained.pth")
+    again = models.create("resnest14", tmp_path / "trained.pth")
+    assert torch.equal(again.fc.weight, classifier.head.fc.weight)
+    assert torch.equal(again.layer4[0].bn3.weight, whole.layer4[0].bn3.weight)
+
+
 @pytest.mark.parametrize("stride", [16, 8])
 def test_dilated_networks_of_others_are_written_for_mmpretrain(stride: int, tmp_path: Path) -> None:
     option = {16: {"dilation": 2}, 8: {"dilated": True}}[stride]

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import http.server
 import os
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -161,6 +162,21 @@ def test_wrappers_and_prefixes(layout: str, state: State, tmp_path: Path) -> Non
     assert_same(models.read_checkpoint(path).state, expected)
 
 
+@pytest.mark.parametrize("outer", ["", "module.", "model."])
+@pytest.mark.parametrize("inner", ["body.", "timm_model."])
+def test_mmpretrain_s_classifiers_around_other_backbones(
+    outer: str, inner: str, state: State, tmp_path: Path
+) -> None:
+    """Ours by its registration file, and timm's."""
+    content = {
+        f"{outer}head.{key}" if key[:3] == "fc." else f"{outer}backbone.{inner}{key}": value
+        for key, value in state.items()
+    }
+    torch.save({"meta": {}, "state_dict": content}, tmp_path / "trained.pth")
+    found = models.create("resnest14", tmp_path / "trained.pth", planes=SMALL["planes"])
+    assert_same(found.state_dict(), state)
+
+
 def test_one_of_several_state_dicts_is_asked_for(state: State, tmp_path: Path) -> None:
     path = tmp_path / "both.pth"
     torch.save({"state_dict": state, "ema": {k: v + 1 for k, v in state.items()}}, path)
@@ -172,6 +188,9 @@ def test_one_of_several_state_dicts_is_asked_for(state: State, tmp_path: Path) -
     with pytest.raises(CheckpointError, match=r"; entry= takes one of 'student', 'params_ema'$"):
         models.read_checkpoint(path)
     assert_same(models.read_checkpoint(path, entry="params_ema").state, state)
+    torch.save({"model": {"name": "resnest"}, "ema_weights": state}, path)
+    with pytest.raises(CheckpointError, match=r"under 'name'; entry= takes one of 'ema_weights'$"):
+        models.read_checkpoint(path)
     torch.save({"model": {"body": state, "head": state}}, path)
     with pytest.raises(CheckpointError, match=r"got (dict|OrderedDict) under 'body'$"):
         models.read_checkpoint(path)
@@ -207,6 +226,12 @@ def test_a_head_of_another_size_is_left_out_by_name(model: nn.Module, tmp_path: 
         models.load_checkpoint(model, path, leave_out=("head",))
     with pytest.raises(CheckpointError, match=r"^leave_out: expected several names, got 'fc'$"):
         models.create("resnest14", path, leave_out="fc", **narrow)
+
+
+def test_a_network_without_memory_takes_no_weights(model: nn.Module, tmp_path: Path) -> None:
+    models.save_checkpoint(model, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=r"^the model is on the device meta, where it has no"):
+        models.load_checkpoint(small().to("meta"), tmp_path / "file.pth")
 
 
 def test_frozen_norms_have_no_counters(state: State, model: nn.Module, tmp_path: Path) -> None:
@@ -247,8 +272,8 @@ def test_urls(server: str, state: State, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"expected the sha256 {'0' * 64}, got {digest}$"):
         models.read_checkpoint(url, sha256="0" * 64)
     assert not list((tmp_path / "hub/checkpoints").iterdir())
-    for given in (digest, digest[:8].upper()):
-        found = models.create("resnest14", url, sha256=given, **SMALL)
+    for name, given in ((url, digest), (url.replace("http", "HTTP"), digest[:8].upper())):
+        found = models.create("resnest14", name, sha256=given, **SMALL)
         assert_same(found.state_dict(), state)
     path.unlink()  # what was downloaded once is not downloaded again, and is verified again
     assert_same(models.read_checkpoint(url, sha256=digest).state, state)
@@ -349,6 +374,56 @@ def test_a_wrong_file_is_one_clear_sentence(name: str, state: State, tmp_path: P
     assert_same(model.state_dict(), before)
 
 
+def test_a_flipped_bit_is_noticed(state: State, tmp_path: Path) -> None:
+    """By the checksums in the file, which ``torch.load`` ignores; a file may be without."""
+    path = tmp_path / "file.pth"
+    torch.save(state, path)
+    content = bytearray(path.read_bytes())
+    place = content.index(state["layer1.0.conv2.conv.weight"].numpy().tobytes())
+    content[place + 5] ^= 16
+    path.write_bytes(content)
+    torch.load(path)
+    with pytest.raises(CheckpointError, match=r"file.pth: damaged \(Bad CRC-32 for file '.*/data/"):
+        models.read_checkpoint(path)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert_same(models.read_checkpoint(path).state, state)
+
+
+def test_pickled_networks_and_arrays_are_named_in_short_and_what_helps_works(
+    tmp_path: Path,
+) -> None:
+    network, path, kept = small(), tmp_path / "file.pth", tmp_path / "kept.pth"
+    state = network.state_dict()
+    arrays = {key: value.numpy() for key, value in state.items()}
+    for content in (network, {"model": network}, arrays, {"state_dict": arrays, "epoch": 1}):
+        torch.save(content, path)
+        with pytest.raises(
+            CheckpointError, match=r"holds .*, which torch\.load.* refuses"
+        ) as caught:
+            models.read_checkpoint(path)
+        message = str(caught.value)
+        assert len(message) < 400 + 3 * len(str(path)) and "safe_globals" not in message
+        (advice,) = re.findall(r"keep its weights alone with (torch\.save\(.*\))$", message)
+        exec(advice, {"torch": torch, "NEW_FILE": kept})
+        assert_same(models.read_checkpoint(kept).state, state)
+
+
+def test_of_a_storage_only_the_tensor_is_written(tmp_path: Path) -> None:
+    rows = torch.randn(1000, 64)
+    network = small()
+    network.bn1.weight.data = network.bn1.bias.data = rows[7]
+    for name in ("file.pth", "file.safetensors"):
+        models.save_checkpoint(network, tmp_path / name)
+        found = models.read_checkpoint(tmp_path / name).state
+        assert torch.equal(found["bn1.weight"], rows[7]) and torch.equal(found["bn1.bias"], rows[7])
+    stored = torch.load(tmp_path / "file.pth")["bn1.weight"].untyped_storage()
+    assert stored.nbytes() == 64 * 4
+
+
 def test_files_that_the_system_does_not_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,6 +431,11 @@ def test_files_that_the_system_does_not_open(
         (tmp_path / "folder").mkdir(exist_ok=True)
         with pytest.raises(CheckpointError, match="not a file that exists"):
             models.read_checkpoint(tmp_path / name)
+    for source in ({}, b"file.pth", None):
+        with pytest.raises(
+            CheckpointError, match=r"^expected a file or a URL, got (dict|bytes|None)"
+        ):
+            models.read_checkpoint(source)
     (tmp_path / "others.pth").touch()
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may read everything
     with pytest.raises(CheckpointError, match=r"others\.pth: may not be read"):
@@ -424,7 +504,7 @@ def test_shortcuts_without_a_pooling_are_numbered_from_0_in_mm(
     models.save_checkpoint(model, tmp_path / "official.pth")
     models.convert_checkpoint(tmp_path / "official.pth", converted, "mm", output_stride=stride)
     assert_same(torch.load(converted), written)
-    with pytest.raises(CheckpointError, match=r"^output_stride: expected 8, 16 or 32, got 4$"):
+    with pytest.raises(ValueError, match=r"^output_stride: expected one of 8, 16, 32, got 4$"):
         models.convert_checkpoint(path, converted, "mm", output_stride=4)
 
 

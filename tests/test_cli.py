@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import sklearn.datasets
@@ -36,6 +37,9 @@ from resnest_fused.models.imagenet import class_names
 
 _PHOTOS = Path(sklearn.datasets.__file__).parent / "images"
 CHINA, FLOWER = str(_PHOTOS / "china.jpg"), str(_PHOTOS / "flower.jpg")
+
+
+RANDOM_WEIGHTS = "random weights: the classes mean nothing; give --weights\n"
 
 
 def run(*arguments: str) -> Result:
@@ -395,7 +399,7 @@ def test_predict_refuses_weights_that_give_no_numbers(
     assert result.stdout == ""
     torch.save({"student": {}, "params_ema": state}, tmp_path / "two.pth")
     weights = ("--weights", str(tmp_path / "two.pth"), "--format", form)
-    assert_refused(run("predict", CHINA, *weights), "--weights", "entry= takes one of 'student', ")
+    assert_refused(run("predict", CHINA, *weights), "--weights", "entry= takes one of 'params_ema'")
     assert run("predict", CHINA, *weights, "--entry", "params_ema").exit_code == 0
     models.convert_checkpoint(narrow, tmp_path / "body.pth", "d2")
     result = run("predict", CHINA, "--weights", str(tmp_path / "body.pth"), "--format", form)
@@ -424,8 +428,50 @@ def test_predict_with_random_weights_says_so(tmp_path: Path) -> None:
         # Before the photos, none of which can be read.
         ("--classes", (__file__, "--classes", str(tmp_path / "no.txt")), "cannot be read"),
         ("--device", (CHINA, "--device", "tpu"), "expected cpu, cuda or cuda:N"),
+        ("--sha256", (CHINA, "--sha256", "0" * 8), "expected --weights beside it"),
+        ("--entry", (CHINA, "--entry", "ema"), "expected --weights beside it"),
     ):
         assert_refused(run("predict", *arguments), option, reason)
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--help",),
+        ("models",),
+        ("models", "--json"),
+        ("info",),
+        ("predict", CHINA, "--format", "csv"),
+        ("predict", CHINA, "--format", "json", "--top", "900"),
+        ("compare", "--repeats", "1"),
+    ],
+    ids=" ".join,
+)
+def test_output_that_cannot_be_written(
+    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A full disk is one sentence, and a pipe whose reader has seen enough is none."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    for file, told in (("/dev/full", True), (writer, False)):
+        with open(file, "wb") as buffer:
+            monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer))
+            monkeypatch.setattr(sys, "argv", ["resnest-fused", *arguments])
+            with pytest.raises(SystemExit, match=r"^2$"):
+                main()
+        sentence = "resnest-fused: what it prints cannot be written (No space left on device)\n"
+        said = capsys.readouterr().err.replace(RANDOM_WEIGHTS, "")
+        assert said == (sentence if told else "")
+
+
+def test_output_that_cannot_be_written_at_the_end_of_a_process(tmp_path: Path) -> None:
+    """Python writes what is left at its own end, after the command's."""
+    program = tmp_path / "resnest-fused"
+    program.write_text("from resnest_fused.cli import main\nmain()\n")
+    with open("/dev/full", "w") as full:
+        result = in_a_new_process("--version", module=(str(program),), stdout=full)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("columns", ["80", "40"])
@@ -544,7 +590,10 @@ def test_info_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def in_a_new_process(
-    *arguments: str, module: tuple[str, ...] = ("-m", "resnest_fused"), **variables: str
+    *arguments: str,
+    module: tuple[str, ...] = ("-m", "resnest_fused"),
+    stdout: Any = subprocess.PIPE,
+    **variables: str,
 ) -> subprocess.CompletedProcess[str]:
     """The command line; the package reads its variables when it is imported."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("RESNEST_FUSED_")}
@@ -552,7 +601,8 @@ def in_a_new_process(
     return subprocess.run(
         [sys.executable, *module, *arguments],
         env={**inherited, "PYTHONPATH": path, "COLUMNS": "200", **variables},
-        capture_output=True,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
         text=True,
     )
 

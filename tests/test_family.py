@@ -170,16 +170,16 @@ def test_dilation_keeps_weights_and_size(style: str, stride: int) -> None:
 
 
 WRONG = {
-    "output_stride": (4, "expected 8, 16 or 32, got 4"),
+    "output_stride": (8.0, r"expected one of 8, 16, 32, got 8\.0"),
     "dilation_style": ("mmdet", "expected one of 'official', 'timm', 'mm', got 'mmdet'"),
-    "global_pool": ("sum", "expected 'avg', 'max', 'avgmax' or '', got 'sum'"),
+    "global_pool": ("catavgmax", "expected one of 'avg', 'max', 'avgmax', '', got 'catavgmax'"),
     "drop_rate": (1, "expected a number from 0 to below 1, got 1"),
     "drop_path_rate": (-0.1, "expected a number from 0 to below 1, got -0.1"),
     "drop_block_rate": (2.0, "expected a number from 0 to below 1, got 2.0"),
     "drop_block_style": ("all", "expected one of 'official', 'gluon', 'timm', got 'all'"),
     "radix": (-1, "expected an integer from 0 on, got -1"),
     "num_classes": (-1, "expected an integer from 0 on, got -1"),
-    "frozen_stages": (5, "expected -1 to 4, got 5"),
+    "frozen_stages": (1.0, r"expected one of -1, 0, 1, 2, 3, 4, got 1\.0"),
     "conv_layer": ([nn.Conv2d] * 4, "expected one or five, got 4"),
     "norm_layer": ("bn", "expected a class or a function that makes it, got 'bn'"),
     "act_layer": ("relu", "expected a class or a function that makes it, got 'relu'"),
@@ -205,7 +205,16 @@ def test_a_wrong_option_is_named(name: str) -> None:
     for layers in (3, "conv", [nn.Conv2d] * 4 + [None]):
         with pytest.raises(ValueError, match=r"^conv_layer: expected a class or a function"):
             small(conv_layer=layers)
-    for indices in (3, (), (1, 1), {1: "a", 2: "a"}, {1: ""}):
+    for stages, radix in (((8, 16, 32, 64), 3), ((6, 12, 24, 48), 4)):
+        with pytest.raises(ValueError, match=f"^radix: .* {stages[0]} channels, got {radix} times"):
+            small(planes=stages, radix=radix)
+    assert small(planes=(6, 12, 24, 48), radix=3).layer1[0].conv2.radix == 3
+    with pytest.raises(ValueError, match=r"^drop_path: no such option; did you mean drop_path_ra"):
+        small(drop_path=0.1)
+    for given in ({"sha256": "0" * 8}, {"leave_out": ("fc",)}):
+        with pytest.raises(ValueError, match=r"^weights: expected a checkpoint for sha256 and "):
+            models.create("resnest14", **given)
+    for indices in (3, (), (1, 1), (1.0,), (True,), {1: "a", 2: "a"}, {1: ""}):
         with pytest.raises(ValueError, match="out_indices"):
             small(out_indices=indices)
 
@@ -235,8 +244,11 @@ def test_maps_are_those_of_the_classifier(tmp_path) -> None:
             state[f"layer1.0.conv2.{name}"] = torch.ones(1)
         torch.save(state, tmp_path / "other.pth")
         models.backbone("resnest14", tmp_path / "other.pth", **narrow)
-    features = small(num_classes=0)
-    assert features(x.float()).shape == (2, 256)
+    features = models.create("resnest14", path, **narrow, num_classes=0)
+    assert torch.equal(features.double().eval()(x), whole.forward_head(last, pre_logits=True))
+    for name, leave_out in (("features", ("fc",)), ("backbone", ("fc", "layer4"))):
+        options = {"num_classes": 0} if name == "features" else {"out_indices": (1,)}
+        models.create("resnest14", path, leave_out=leave_out, **narrow, **options)
     for model, classes, message in (
         (body, 3, "reset_classifier: a backbone has no classifier"),
         (features, -1, "num_classes: expected an integer from 0 on, got -1"),
@@ -244,7 +256,9 @@ def test_maps_are_those_of_the_classifier(tmp_path) -> None:
         with pytest.raises(ValueError, match=message):
             model.reset_classifier(classes)
     features.reset_classifier(3)
-    assert features(x.float()).shape == (2, 3)
+    assert features(x).shape == (2, 3)
+    with pytest.raises(models.CheckpointError, match=r"2 of another shape \(fc.weight"):
+        models.load_checkpoint(features, path)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4, 7])

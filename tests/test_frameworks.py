@@ -5,6 +5,7 @@ Stand-ins take the frameworks' place: they have what the files use of them.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import sys
 from collections.abc import Callable
@@ -83,6 +84,46 @@ def test_openmmlab(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert not body.body.conv1[0].weight.requires_grad and body.body.layer2[0].training
     dilated = build("resnest50", output_stride=8).body
     assert dilated.layer4[0].conv2.conv.dilation == (4, 4)  # by OpenMMLab's rule
+
+
+def test_openmmlab_s_configs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a backbone's own arguments are, and what the framework's configs give every backbone."""
+    entries = Registry()
+    stand_in(monkeypatch, "mmengine.registry", MODELS=entries)
+    importlib.import_module("resnest_fused.models.frameworks.openmmlab")
+    build = entries["FusedResNeSt"]
+    whole, path = small(seed=4), tmp_path / "whole.pth"
+    models.save_checkpoint(whole, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    body = build("resnest50", path, sha256=digest, leave_out=("layer4",), in_chans=1)
+    body.init_weights()
+    stem = whole.conv1[0].weight.sum(dim=1, keepdim=True)
+    assert torch.equal(body.body.conv1[0].weight, stem)
+    assert not torch.equal(body.body.layer4[0].conv1.weight, whole.layer4[0].conv1.weight)
+    wrong = build("resnest50", path, sha256="0" * 8)
+    with pytest.raises(models.CheckpointError, match="expected the sha256 00000000"):
+        wrong.init_weights()
+    # As a whole classifier is saved, and a detector.
+    state = {f"backbone.body.{k}": v for k, v in body.body.state_dict().items()}
+    torch.save({"state_dict": state | {"neck.bias": torch.ones(1)}}, tmp_path / "detector.pth")
+    for prefix in ("backbone", "backbone.body."):
+        config = {"type": "Pretrained", "checkpoint": f"{tmp_path}/detector.pth", "prefix": prefix}
+        again = build("resnest50", init_cfg=config, in_chans=1)
+        again.init_weights()
+        found = again.body.state_dict()
+        assert all(torch.equal(value, found[key]) for key, value in body.body.state_dict().items())
+    assert build("resnest50", init_cfg=None).weights is None
+    kaiming = {"type": "Kaiming", "layer": "Conv2d"}
+    for wrong_config in (kaiming, [kaiming], {"type": "Pretrained"}):
+        with pytest.raises(
+            ValueError, match=r"^init_cfg: expected None or dict\(type='Pretrained'"
+        ):
+            build("resnest50", init_cfg=wrong_config)
+    with pytest.raises(ValueError, match=r"^init_cfg: expected None beside weights$"):
+        build("resnest50", path, init_cfg={"type": "Pretrained", "checkpoint": str(path)})
+    for indices in (3, (4,), (-1,), (1.0,), {3: "out"}):
+        with pytest.raises(ValueError, match=r"^out_indices: expected .*, got "):
+            build("resnest50", out_indices=indices)
 
 
 def test_detectron2(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ LAYERS = (
     ("backends",),
     ("reference", "checks"),
     ("ops",),
-    ("sync", "tracing", "measure"),
+    ("sync", "tracing", "importing", "measure"),
 )
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

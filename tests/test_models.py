@@ -263,7 +263,7 @@ class Opaque:
         (None, "expected a state_dict, got NoneType"),
         (
             nn.Linear(2, 2),
-            r"holds torch.nn.modules.linear.Linear, which .* trust the file, load it",
+            r"holds torch.nn.modules.linear.Linear, which .* keep its weights alone with ",
         ),
     ],
 )

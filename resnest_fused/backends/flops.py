@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from resnest_fused.importing import when_imported
 from resnest_fused.ops import GradientResults
 
 Shape = Sequence[int]
@@ -76,10 +77,10 @@ FORMULAS = (split_attention, split_attention_train, split_attention_backward)
 
 
 def register(op: Any, formula: Callable[..., int]) -> None:
-    """Give an op its formula, if PyTorch can count FLOPs."""
-    try:
-        from torch.utils.flop_counter import flop_registry, register_flop_formula
-    except Exception:  # it imports Triton, which may be broken
-        return
-    if op not in flop_registry:
-        register_flop_formula(op)(formula)
+    """Give an op its formula when PyTorch's counter is imported, which imports Triton, too."""
+
+    def enter(counter: Any) -> None:
+        if op not in counter.flop_registry:
+            counter.register_flop_formula(op)(formula)
+
+    when_imported("torch.utils.flop_counter", enter)

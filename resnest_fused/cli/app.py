@@ -1,4 +1,7 @@
-"""Joins the commands to one command line, whose errors are one line and exit code 2."""
+"""Joins the commands to one command line, whose errors are one line and exit code 2.
+
+Where standard output cannot be written, that is one line too; a pipe that is closed is none.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import resnest_fused
-from resnest_fused.cli import compare, convert, evaluate, info, models, predict, train
+from resnest_fused.cli import compare, convert, evaluate, info, models, output, predict, train
 from resnest_fused.training import stopping
 
 # What typer raises for wrong arguments; click's, which newer releases carry inside.
@@ -34,14 +37,21 @@ class _Commands(_PlainFlags, TyperGroup):
     def main(self, *args: Any, **options: Any) -> Any:
         # In this mode errors are raised and exit codes returned.
         options["standalone_mode"] = False
+        code = 0
         try:
             code = super().main(*args, **options)
+            output.finish()
         except _UsageError as error:
             message = error.format_message().replace("Value error, ", "")  # pydantic's words
             print("resnest-fused:", *message.split(), file=sys.stderr)
             code = 2
         except typer.Abort:
             code = 130
+        except output.OutputError as error:
+            output.give_up()
+            if error.reason is not None:
+                print("resnest-fused:", error.reason, file=sys.stderr)
+            code = code or 2
         sys.exit(code or 0)
 
 
@@ -81,11 +91,10 @@ app.command("train", cls=_Stoppable)(train.run)
 app.command("evaluate", cls=_Command)(evaluate.run)
 
 
-def main() -> None:
-    """The entry point ``resnest-fused``."""
-    # Files' names may hold any bytes, and are printed as they are.
-    sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
-    app(prog_name="resnest-fused")
+def main(*command: str) -> None:
+    """The entry point ``resnest-fused``; with ``command`` that of one command alone."""
+    output.prepare()
+    app([*command, *sys.argv[1:]], prog_name="resnest-fused")
 
 
 def _print_version(wanted: bool) -> None:

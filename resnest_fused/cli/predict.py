@@ -103,6 +103,10 @@ def run(
     from resnest_fused import models
     from resnest_fused.models import registry
 
+    if weights is None:
+        for option, given in (("--sha256", sha256), ("--entry", entry)):
+            if given is not None:
+                raise bad(option, "expected --weights beside it")
     place = find_device(device)
     paths = _find_photos(photo)
     names = None if classes is None else _read_names(classes)

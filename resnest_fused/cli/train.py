@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-import sys
 import typing
 from collections.abc import Callable
 from enum import Enum
@@ -157,6 +156,6 @@ run = _with_options(_run)
 
 def main() -> None:
     """The entry point ``python -m resnest_fused.training``."""
-    from resnest_fused.cli.app import app
+    from resnest_fused.cli import app
 
-    app(["train", *sys.argv[1:]], prog_name="resnest-fused")
+    app.main("train")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from resnest_fused.models.options import check_choice
+
 STYLES = ("official", "timm", "mm")
 OUTPUT_STRIDES = (8, 16, 32)
 
@@ -44,11 +46,8 @@ def plan_stages(output_stride: int, style: str) -> list[StagePlan]:
     Raises:
         ValueError: there is no such stride or style.
     """
-    if output_stride not in OUTPUT_STRIDES:
-        raise ValueError(f"output_stride: expected 8, 16 or 32, got {output_stride!r}")
-    if style not in STYLES:
-        known = ", ".join(map(repr, STYLES))
-        raise ValueError(f"dilation_style: expected one of {known}, got {style!r}")
+    check_choice(OUTPUT_STRIDES, output_stride=output_stride)
+    check_choice(STYLES, dilation_style=style)
     plans = [StagePlan(1, 1, 1, avd=False, same_pool=False)]
     reached, dilation = 4, 1
     for _ in range(3):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
-from resnest_fused.models.resnest import OutIndices, ResNeSt
+from resnest_fused.models.options import OutIndices, check_known
+from resnest_fused.models.resnest import ResNeSt
 from resnest_fused.models.variants import VARIANTS, Variant
 
 _EVERY_MAP = (0, 1, 2, 3, 4)
+_KNOWN = tuple(inspect.signature(ResNeSt).parameters)
 
 
 def _builder(variant: Variant) -> Callable[..., ResNeSt]:
@@ -20,6 +23,7 @@ def _builder(variant: Variant) -> Callable[..., ResNeSt]:
         fused: bool = True,
         **options: Any,
     ) -> ResNeSt:
+        check_known(options, _KNOWN)
         if features_only and out_indices is None:
             out_indices = _EVERY_MAP
         options = variant.options | options
@@ -49,6 +53,9 @@ def _builder(variant: Variant) -> Callable[..., ResNeSt]:
 
     Returns:
         The model, freshly initialised, in training mode.
+
+    Raises:
+        ValueError: there is no such option, or it has a wrong value; the message names it.
     """
     return build
 

@@ -15,7 +15,8 @@ from resnest_fused.fusing.registry import NETWORKS
 from resnest_fused.models import checkpoints
 from resnest_fused.models.checkpoints import Checkpoint
 from resnest_fused.models.family import BUILDERS
-from resnest_fused.models.resnest import OutIndices, ResNeSt
+from resnest_fused.models.options import OutIndices
+from resnest_fused.models.resnest import ResNeSt
 from resnest_fused.models.variants import VARIANTS
 
 Weights = str | os.PathLike[str] | Checkpoint
@@ -91,11 +92,14 @@ def create(
             another number of input channels.
 
     Raises:
-        ValueError: there is no such model, or its package cannot be imported.
+        ValueError: there is no such model, or its package cannot be imported, or an option is
+            wrong; the message names it.
         CheckpointError: the file cannot be read or does not fit the model.
     """
     networks, short = _find(name)
     if weights is None:
+        if sha256 is not None or leave_out:
+            raise ValueError("weights: expected a checkpoint for sha256 and leave_out, got None")
         return networks.build(short, options)
     checkpoint = weights
     if not isinstance(checkpoint, Checkpoint):
@@ -104,10 +108,8 @@ def create(
     if classes is not None and "fc" not in leave_out:
         options = {"num_classes": classes} | options
     model = networks.build(short, options)
-    if "in_chans" in options:
-        state = checkpoints.adapt_input(checkpoint.state, options["in_chans"])
-        checkpoint = checkpoint._replace(state=state)
-    checkpoints.load_checkpoint(model, checkpoint, leave_out=leave_out)
+    in_chans = options.get("in_chans")
+    checkpoints.load_checkpoint(model, checkpoint, leave_out=leave_out, in_chans=in_chans)
     return model
 
 

@@ -4,20 +4,21 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from resnest_fused.fusing import fuse
+from resnest_fused.models import options
 from resnest_fused.models.checkpointing import run_saving_memory
 from resnest_fused.models.dilation import StagePlan, plan_stages
 from resnest_fused.models.drop import DropBlock2d, DropPath
-from resnest_fused.models.pooling import Avd, GlobalPool, SameAvgPool2d
+from resnest_fused.models.options import OutIndices
+from resnest_fused.models.pooling import GLOBAL_POOLS, Avd, GlobalPool, SameAvgPool2d
 from resnest_fused.reference import ConvLayer, NormLayer, SplitAttentionConv2d
 
 ActLayer = Callable[[], nn.Module]
-OutIndices = Sequence[int] | Mapping[int, str]
 
 _EXPANSION = 4
 STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -74,14 +75,14 @@ class Bottleneck(nn.Module):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        width = int(planes * (bottleneck_width / 64)) * cardinality
+        width = _width(planes, bottleneck_width, cardinality)
         pools = stride > 1 if avd is None else avd
         everywhere = drop_block if drop_block_style != "timm" else None
         inside = drop_block if drop_block_style != "gluon" else None
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.bn1 = norm_layer(width)
         self.drop_block1 = None if everywhere is None else everywhere()
-        options: dict[str, Any] = {
+        geometry: dict[str, Any] = {
             "stride": 1 if pools else stride,
             "padding": dilation,
             "dilation": dilation,
@@ -94,7 +95,7 @@ class Bottleneck(nn.Module):
                 width,
                 width,
                 3,
-                **options,
+                **geometry,
                 cardinality=cardinality,
                 radix=radix,
                 norm_layer=norm_layer,
@@ -105,7 +106,7 @@ class Bottleneck(nn.Module):
             if drop_block is not None and inside is None:
                 self.drop_block2 = drop_block()
         else:
-            self.conv2 = conv_layer(width, width, 3, **options, groups=cardinality, bias=False)
+            self.conv2 = conv_layer(width, width, 3, **geometry, groups=cardinality, bias=False)
             self.bn2 = norm_layer(width)
             self.drop_block2 = None if drop_block is None else drop_block()
             self.act2 = _activation(act_layer)
@@ -199,7 +200,6 @@ class ResNeSt(nn.Module):
             stride) and ``module`` (its name).
         num_features: channels of the last map.
         head_hidden_size: channels of what goes into the FC, by timm's name: the same.
-        absent_modules: what a backbone lacks of the whole network, which its checkpoints may hold.
 
     Raises:
         ValueError: an option has a wrong value; the message names it.
@@ -237,18 +237,24 @@ class ResNeSt(nn.Module):
     ) -> None:
         super().__init__()
         plans = plan_stages(output_stride, dilation_style)
-        _check_integers(num_classes=num_classes, radix=radix, least=0)
-        _check_integers(cardinality=cardinality, bottleneck_width=bottleneck_width, least=1)
-        _check_integers(stem_width=stem_width, in_chans=in_chans, least=1)
-        _check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
-        _check_rates(drop_block_rate=drop_block_rate)
-        _check_head(num_classes, global_pool)
-        _check_options(layers, planes, drop_block_style, frozen_stages)
+        options.check_integers(num_classes=num_classes, radix=radix, least=0)
+        options.check_integers(cardinality=cardinality, bottleneck_width=bottleneck_width, least=1)
+        options.check_integers(stem_width=stem_width, in_chans=in_chans, least=1)
+        options.check_four_integers(layers=layers, least=0)
+        options.check_four_integers(planes=planes, least=1)
+        options.check_widths(
+            (_width(each, bottleneck_width, cardinality) for each in planes), radix, cardinality
+        )
+        options.check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        options.check_rates(drop_block_rate=drop_block_rate)
+        options.check_choice(DROP_BLOCK_STYLES, drop_block_style=drop_block_style)
+        options.check_choice(range(-1, 5), frozen_stages=frozen_stages)
+        options.check_head(num_classes, global_pool, GLOBAL_POOLS)
         layers_of = _check_conv_layers(conv_layer)
-        _check_makers(norm_layer=norm_layer, act_layer=act_layer or nn.ReLU)
+        options.check_makers(norm_layer=norm_layer, act_layer=act_layer or nn.ReLU)
         made: list[nn.Module] = []
         convs = [functools.partial(_make_conv, made, each) for each in layers_of]
-        self.out_names = None if out_indices is None else _check_out_indices(out_indices)
+        self.out_names = None if out_indices is None else options.check_out_indices(out_indices)
         self.num_classes = 0 if out_indices is not None else num_classes
         self.in_chans = in_chans
         self.grad_checkpointing = False
@@ -304,7 +310,6 @@ class ResNeSt(nn.Module):
             info = {"num_chs": channels, "reduction": reduction, "module": STAGES[index]}
             self.feature_info.append(info)
         self.num_features = self.head_hidden_size = channels
-        self.absent_modules = () if self.out_names is None else (*STAGES[last:], "fc")
         if self.out_names is None:
             self.global_pool = GlobalPool(global_pool)
             self.drop = nn.Dropout(drop_rate) if drop_rate else None
@@ -329,6 +334,12 @@ class ResNeSt(nn.Module):
             for block in self.blocks():
                 if getattr(block.bn3, "weight", None) is not None:
                     nn.init.zeros_(block.bn3.weight)
+
+    @property
+    def absent_modules(self) -> tuple[str, ...]:
+        """What a backbone or features lack of the whole network, which its checkpoints may hold."""
+        stages = STAGES[len(self.feature_info) - 1 :]
+        return stages if self.num_classes else (*stages, "fc")
 
     def stages(self) -> list[nn.Sequential]:
         """The stages, first to last; a backbone has those that its maps need."""
@@ -425,9 +436,9 @@ class ResNeSt(nn.Module):
         """
         if self.out_names is not None:
             raise ValueError("reset_classifier: a backbone has no classifier")
-        _check_integers(num_classes=num_classes, least=0)
+        options.check_integers(num_classes=num_classes, least=0)
         if global_pool is not None:
-            _check_head(num_classes, global_pool)
+            options.check_head(num_classes, global_pool, GLOBAL_POOLS)
             self.global_pool = GlobalPool(global_pool)
         place = next(self.conv1.parameters())
         self.num_classes = num_classes
@@ -435,74 +446,21 @@ class ResNeSt(nn.Module):
         self.fc.to(place.device, place.dtype).train(self.training)
 
 
-def _check_integers(*, least: int, **given: Any) -> None:
-    for name, value in given.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name}: expected an integer from {least} on, got {value!r}")
-
-
-def _check_rates(**given: Any) -> None:
-    for name, rate in given.items():
-        if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
-            raise ValueError(f"{name}: expected a number from 0 to below 1, got {rate!r}")
-
-
-def _check_options(
-    layers: Sequence[int], planes: Sequence[int], drop_block_style: str, frozen_stages: int
-) -> None:
-    for name, counts, least in (("layers", layers, 0), ("planes", planes, 1)):
-        if len(counts) != 4 or not all(isinstance(n, int) and n >= least for n in counts):
-            raise ValueError(f"{name}: expected four integers from {least} on, got {counts!r}")
-    if drop_block_style not in DROP_BLOCK_STYLES:
-        known = ", ".join(map(repr, DROP_BLOCK_STYLES))
-        raise ValueError(f"drop_block_style: expected one of {known}, got {drop_block_style!r}")
-    if frozen_stages not in range(-1, 5):
-        raise ValueError(f"frozen_stages: expected -1 to 4, got {frozen_stages!r}")
-
-
-def _check_makers(**given: Any) -> None:
-    for name, make in given.items():
-        if not callable(make):
-            raise ValueError(f"{name}: expected a class or a function that makes it, got {make!r}")
-
-
 def _check_conv_layers(conv_layer: ConvLayer | Sequence[ConvLayer]) -> Sequence[ConvLayer]:
     """Those of the stem and of each stage."""
     if not isinstance(conv_layer, (list, tuple)):
-        _check_makers(conv_layer=conv_layer)
+        options.check_makers(conv_layer=conv_layer)
         return [cast(ConvLayer, conv_layer)] * 5
     if len(conv_layer) != 5:
         raise ValueError(f"conv_layer: expected one or five, got {len(conv_layer)}")
     for each in conv_layer:
-        _check_makers(conv_layer=each)
+        options.check_makers(conv_layer=each)
     return conv_layer
 
 
-def _check_head(num_classes: int, global_pool: str) -> None:
-    if num_classes and not global_pool:
-        raise ValueError(f"global_pool: '' takes num_classes=0, got {num_classes}")
-
-
-def _check_out_indices(out_indices: OutIndices) -> dict[int, str]:
-    """The names of the maps by index, in the order asked for; names are empty for a list."""
-    named = isinstance(out_indices, Mapping)
-    names: dict[int, str] = {}
-    if isinstance(out_indices, Mapping):
-        names = dict(out_indices)
-    elif isinstance(out_indices, Sequence):
-        names = dict.fromkeys(out_indices, "")
-    distinct = len(set(names.values())) == len(names) and all(names.values())
-    if (
-        not names
-        or len(names) != len(out_indices)
-        or not all(index in range(5) for index in names)
-        or (named and not distinct)
-    ):
-        raise ValueError(
-            "out_indices: expected different numbers from 0 to 4, or different names by them, got "
-            f"{out_indices!r}"
-        )
-    return names
+def _width(planes: int, bottleneck_width: int, cardinality: int) -> int:
+    """The channels of a block's attention."""
+    return int(planes * (bottleneck_width / 64)) * cardinality
 
 
 def _activation(act_layer: ActLayer | None) -> nn.Module:

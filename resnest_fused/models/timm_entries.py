@@ -1,55 +1,30 @@
 """The family in timm's registry, as ``fused_NAME``, as soon as timm is imported.
 
-timm is imported by its users only: it takes seconds and needs a torchvision. So an import hook
-waits for it, and ``import resnest_fused`` is enough for ``timm.create_model("fused_resnest50d")``.
+timm is imported by its users only: it takes seconds and needs a torchvision. ``import
+resnest_fused`` is enough for ``timm.create_model("fused_resnest50d")``, before or after it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-import sys
 from collections import deque
 from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from resnest_fused.importing import when_imported
 from resnest_fused.models.resnest import STAGES, ResNeSt
 from resnest_fused.models.variants import VARIANTS, Variant
 
-_HOME = "timm.models"
 # What timm's own builders of these networks set, or do.
 _DEFAULTS = {"dilation_style": "timm", "drop_block_style": "timm", "zero_init_last": True}
 
 # timm reads these two from the module of an entry.
 __all__: list[str] = []
 default_cfgs: dict[str, Any] = {}
-
-
-class _WaitForTimm(MetaPathFinder):
-    """Finds timm's models as always, but once they are imported adds ours."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if name != _HOME:
-            return None
-        spec = PathFinder.find_spec(name, path, target)
-        if spec is None or spec.loader is None:
-            return None
-        execute = spec.loader.exec_module
-
-        def execute_and_register(module: ModuleType) -> None:
-            execute(module)
-            _register()
-
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
-        return spec
 
 
 class TimmResNeSt(ResNeSt):
@@ -139,14 +114,10 @@ def register_with_timm() -> None:
 
         model = timm.create_model("fused_resnest50d", features_only=True)
     """
-    if _HOME in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _WaitForTimm) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WaitForTimm())
+    when_imported("timm.models", _register)
 
 
-def _register() -> None:
-    timm: Any = sys.modules[_HOME]
+def _register(timm: Any) -> None:
     for variant in VARIANTS.values():
         name = f"fused_{variant.timm}"
         if timm.is_model(name):

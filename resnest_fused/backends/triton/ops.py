@@ -1,25 +1,18 @@
-"""The ops of the table by Triton's kernels, in a namespace of their own.
+"""The ops of the table by Triton's kernels.
 
 Each public function is an op; its body is the sequence of phases.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from resnest_fused import ops
-from resnest_fused.backends.registration import bind, latest
 from resnest_fused.backends.triton import attention as attention_phase
 from resnest_fused.backends.triton import pool as pool_phase
 from resnest_fused.backends.triton import prologue as prologue_phase
 from resnest_fused.backends.triton import recombine as recombine_phase
 from resnest_fused.backends.triton import running
-from resnest_fused.backends.triton.compat import INTERPRETED
 from resnest_fused.backends.triton.problem import (
     check,
     check_no_batch_stats,
@@ -43,8 +36,6 @@ from resnest_fused.ops import (
     StatisticsResults,
     TrainResults,
 )
-
-NAMESPACE = "resnest_fused_triton"
 
 
 def split_attention(
@@ -201,25 +192,3 @@ def update_running_statistics(x: Tensor, bn0: RunningArguments, bn1: RunningArgu
     bn0 = take_running("bn0", bn0, batch * height * width, x)
     bn1 = take_running("bn1", bn1, batch, x)
     running.update_running_statistics(x, bn0, bn1)
-
-
-def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the first tensor's device current, because Triton launches on the current device."""
-
-    def run(first: Tensor, *args: Any) -> Any:
-        guard = torch.accelerator.device_index(first.device.index)
-        with contextlib.nullcontext() if first.is_cpu else guard:
-            return op(first, *args)
-
-    return run
-
-
-for _op in ops.TABLE.values():
-    # PyTorch keeps an op for the whole process, and allows no second definition.
-    if not hasattr(getattr(torch.ops, NAMESPACE), _op.name):
-        _name, _, _signature = _op.schema.partition("(")
-        torch.library.define(f"{NAMESPACE}::{_name}", f"({_signature}")
-        _devices = "cpu" if INTERPRETED else ("cuda", "xpu")
-        _run = _on_its_device(latest(globals()[_op.name]))
-        torch.library.impl(f"{NAMESPACE}::{_name}", _devices, _run)
-BOUND = bind(NAMESPACE)

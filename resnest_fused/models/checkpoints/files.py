@@ -10,7 +10,8 @@ import re
 import sys
 import tempfile
 import urllib.parse
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,8 @@ ENTRIES = (
     *("ema", "model_ema", "state_dict_ema", "ema_state_dict", "teacher", "module"),
 )
 Source = str | os.PathLike[str]
+
+_NAMED = 3  # how many of a kind an error names
 
 
 class CheckpointError(ValueError):
@@ -54,11 +57,13 @@ def fetch(source: Source, sha256: str | None = None) -> Path:
     Raises:
         CheckpointError: no file, no hash for a URL, no connection, or another hash.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise CheckpointError(f"expected a file or a URL, got {type(source).__name__}")
     name = os.fspath(source)
     if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{8,64}", sha256):
         raise CheckpointError(f"sha256: expected 8 to 64 hexadecimal digits, got {sha256!r}")
     path = Path(name)
-    if re.match(r"(https?|file)://", name):
+    if re.match(r"(https?|file)://", name, re.IGNORECASE):
         if sha256 is None:
             raise CheckpointError(f"{name}: a URL is downloaded only with its sha256")
         folder = Path(torch.hub.get_dir()) / "checkpoints"
@@ -108,7 +113,9 @@ def write_tensors(state: Mapping[str, Tensor], path: Source) -> None:
     target = Path(os.path.realpath(path))
     if os.path.exists(target) and not os.path.isfile(target):  # as in reading
         raise CheckpointError(f"{path}: not a file, but a folder, a device or a pipe")
-    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    # Copies: of a view all of its storage would be written, and safetensors takes no shared one.
+    own: dict[str, Any] = {"copy": True, "memory_format": torch.contiguous_format}
+    tensors = {key: value.detach().to("cpu", **own) for key, value in state.items()}
     save: Callable[[Any, str], None] = _save_torch
     if target.suffix == ".safetensors":
         save = _safetensors(target).save_file
@@ -162,10 +169,30 @@ def _read_safetensors(path: Path) -> Any:
 
 def _read_torch(path: Path) -> Any:
     try:
+        _check_sums(path)
         return torch.load(path, map_location="cpu", weights_only=True)
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(f"{path}: damaged ({error})") from error
     # A damaged file can make the unpickler raise almost anything.
     except Exception as error:
         raise CheckpointError(f"{path}: {_why_unreadable(path)}") from error
+
+
+def _check_sums(path: Path) -> None:
+    """Read a file of ``torch.save`` for the checksums in it, which ``torch.load`` ignores.
+
+    A sum of 0 is none: torch writes that if it is told to save the time.
+
+    Raises:
+        zipfile.BadZipFile: a record has another sum than it was written with.
+    """
+    if not zipfile.is_zipfile(path):  # of the older format, or no checkpoint at all
+        return
+    with zipfile.ZipFile(path) as archive:
+        for record in filter(lambda record: record.CRC, archive.infolist()):
+            with archive.open(record) as file:
+                while file.read(1 << 20):
+                    pass
 
 
 def _find_state(content: Any, entry: str | None, source: Source) -> Any:
@@ -204,20 +231,24 @@ def _checked(state: Any, source: Source, content: Any) -> dict[str, Tensor]:
         ):
             raise CheckpointError(
                 f"{name}: expected dense real tensors by name, got {_describe(value)} under {key!r}"
-                + _entries_of(content if state is content else None)
+                + _other_entries(content, state)
             )
     return dict(state)
 
 
-def _entries_of(content: Mapping[Any, Any] | None) -> str:
-    """What to do where a file has its weights in entries of its own names."""
-    held = [k for k, v in (content or {}).items() if isinstance(v, Mapping)]
-    if not held:
-        return ""
-    return "; entry= takes one of " + ", ".join(map(repr, held))
+def _other_entries(content: Any, state: Any) -> str:
+    """What to do where a file has its weights in another entry than the one that was taken."""
+    held = content.items() if isinstance(content, Mapping) else ()
+    others = [repr(k) for k, v in held if v is not state and _holds_tensors(v)]
+    return f"; entry= takes one of {', '.join(others)}" if others else ""
 
 
-def _why_unreadable(path: str | os.PathLike[str]) -> str:
+def _holds_tensors(value: Any) -> bool:
+    inner = value.values() if isinstance(value, Mapping) else ()
+    return any(isinstance(each, Tensor) for each in inner)
+
+
+def _why_unreadable(path: Path) -> str:
     try:
         refused = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # damaged, or of a format without a list of what it holds
@@ -227,19 +258,48 @@ def _why_unreadable(path: str | os.PathLike[str]) -> str:
     content = _outline(path)
     entries = content if isinstance(content, Mapping) else {}
     places = [repr(key) for key, value in entries.items() if _has_placeholder(value)]
-    weights = next((key for key in ENTRIES if isinstance(entries.get(key), Mapping)), None)
     loaded = f"torch.load({os.fspath(path)!r}, weights_only=False)"
-    advice = (
-        f"keep its weights alone with torch.save({loaded}[{weights!r}], NEW_FILE), or "
-        if weights is not None
-        else ""
-    )
+    kept = _weights_of(content, loaded, refused)
+    ways = []
+    if kept is not None:
+        ways.append(f"keep its weights alone with torch.save({kept}, NEW_FILE)")
+    if len(refused) <= _NAMED and not (_has_arrays(refused) or _has_modules(refused)):
+        names = ", ".join(refused)
+        ways.append(f"load it within torch.serialization.safe_globals([{names}])")
     return (
-        f"holds {', '.join(refused)}"
-        + (f" under {', '.join(places)}" if places else "")
+        f"holds {_few(refused)}"
+        + (f" under {_few(places)}" if places else "")
         + ", which torch.load(weights_only=True) refuses, as loading could run code. If you trust "
-        f"the file, {advice}load it within torch.serialization.safe_globals([{', '.join(refused)}])"
+        + f"the file, {', or '.join(ways) or f'save the weights in {loaded} alone'}"
     )
+
+
+def _few(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _weights_of(content: Any, loaded: str, refused: Sequence[str]) -> str | None:
+    """The expression that gives the weights in what ``loaded`` gives; None if it is not known."""
+    if isinstance(content, _Placeholder):
+        return f"{loaded}.state_dict()" if _has_modules(refused) else None
+    if not isinstance(content, Mapping) or not content:
+        return None
+    for key in ENTRIES:
+        if isinstance(content.get(key), (Mapping, _Placeholder)):
+            return _weights_of(content[key], f"{loaded}[{key!r}]", refused)
+    if _has_arrays(refused) and all(isinstance(v, _Placeholder) for v in content.values()):
+        return f"{{k: torch.as_tensor(v) for k, v in {loaded}.items()}}"
+    return None if _has_placeholder(content) else loaded
+
+
+def _has_arrays(refused: Sequence[str]) -> bool:
+    return "numpy.ndarray" in refused
+
+
+def _has_modules(refused: Sequence[str]) -> bool:
+    return any(name.startswith("torch.nn.") for name in refused)
 
 
 class _Placeholder:
@@ -264,7 +324,7 @@ class _OutlineUnpickler(pickle.Unpickler):
         return super().find_class(module, name) if harmless else _Placeholder
 
 
-def _outline(path: str | os.PathLike[str]) -> Any:
+def _outline(path: Path) -> Any:
     """What a file holds, placeholders in it; None if that cannot be found out."""
     reader = SimpleNamespace(Unpickler=_OutlineUnpickler, __name__="pickle")
     try:

@@ -35,6 +35,7 @@ class Layout:
         stage: what a stage is called, and how much is added to its number.
         prefix: stands in front of every name but the classifier's, in files that are written.
         head: the classifier's name; None in a layout without one.
+        outer_head: what else the classifier is called, where the network is a part of a larger one.
         shifts_shortcuts: whether a shortcut without a pooling is numbered from 0.
         norm_tensors: what the norms' weight and bias are called; other files have no counters.
     """
@@ -47,6 +48,7 @@ class Layout:
     stage: tuple[str, int] = ("layer", 0)
     prefix: str = ""
     head: str | None = "fc"
+    outer_head: str | None = None
     shifts_shortcuts: bool = False
     norm_tensors: Mapping[str, str] = field(default_factory=dict)
 
@@ -55,6 +57,18 @@ class Layout:
         pattern = re.compile(rf"((?:.+\.)?){self.mark}")
         matches = filter(None, map(pattern.match, keys))
         return next((match[1] for match in matches), None)
+
+    def without_prefix(self, state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        """Without the prefix, and without what of it stands in front of the classifier's name."""
+        heads = "|".join(re.escape(head) for head in (self.head, self.outer_head) if head)
+        pattern = re.compile(rf"((?:.+?\.)??)((?:{heads})\.\w+)")
+        found = {}
+        for key, value in state.items():
+            match = pattern.fullmatch(key) if heads else None
+            if match and prefix.startswith(match[1]):
+                key = match[2]
+            found[key.removeprefix(prefix)] = value
+        return found
 
     def to_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state_dict with official names; a name that the layout does not know stays."""
@@ -74,7 +88,7 @@ class Layout:
                 found[key] = value
                 continue
             match = pattern.fullmatch(module)
-            if module == self.head:
+            if module in (self.head, self.outer_head):
                 module = "fc"
             elif match:
                 inner = _rename(match[3], block)

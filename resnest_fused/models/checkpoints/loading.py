@@ -13,6 +13,7 @@ from resnest_fused.models.checkpoints import detectron2, files, gluon, mmdet, mm
 from resnest_fused.models.checkpoints.files import CheckpointError, Source
 from resnest_fused.models.checkpoints.layout import Layout, unknown_keys
 from resnest_fused.models.dilation import OUTPUT_STRIDES
+from resnest_fused.models.options import check_choice
 
 _NAMED = 3  # how many keys an error names
 _COUNTER = "num_batches_tracked"
@@ -99,7 +100,7 @@ def _recognised(name: str, state: dict[str, Tensor]) -> Checkpoint:
     for layout in _LAYOUTS:
         found = layout.find_prefix(state)
         if found is not None:
-            names = _without_prefix(state, found, layout)
+            names = layout.without_prefix(state, found)
             if len(names) < len(state):
                 raise CheckpointError(
                     f"{name}: has some tensors twice, with and without {found!r} in front"
@@ -108,24 +109,13 @@ def _recognised(name: str, state: dict[str, Tensor]) -> Checkpoint:
     return Checkpoint(name, state, None, "")
 
 
-def _without_prefix(state: Mapping[str, Tensor], prefix: str, layout: Layout) -> dict[str, Tensor]:
-    """The names without the prefix, and the classifier's without what stands in front of it."""
-    outer = prefix.removesuffix(layout.prefix) if layout.prefix else prefix
-    found = {}
-    for key, value in state.items():
-        head = key.removeprefix(outer)
-        if layout.head is not None and head.startswith(f"{layout.head}."):
-            key = head
-        found[key.removeprefix(prefix)] = value
-    return found
-
-
 def load_checkpoint(
     model: nn.Module,
     source: Source | Checkpoint,
     *,
     sha256: str | None = None,
     leave_out: Sequence[str] = (),
+    in_chans: int | None = None,
 ) -> None:
     """Load a checkpoint into ``model``; every key and shape is compared before the first copy.
 
@@ -142,6 +132,8 @@ def load_checkpoint(
             may be compiled, or in ``DistributedDataParallel``.
         source, sha256: as of :func:`read_checkpoint`, or what it returned.
         leave_out: modules of the model that keep their weights, whatever the file has for them.
+        in_chans: the model's number of input channels, to which the checkpoint's first convolution
+            is adapted; None takes it as it is.
 
     Raises:
         CheckpointError: as :func:`read_checkpoint`, or keys or shapes differ from the model's, or
@@ -154,14 +146,19 @@ def load_checkpoint(
     checkpoint = source
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = read_checkpoint(checkpoint, sha256=sha256)
+    if in_chans is not None:
+        adapted = official.adapt_input(checkpoint.state, in_chans)
+        checkpoint = checkpoint._replace(state=adapted)
     own = model.state_dict()
+    if any(value.is_meta for value in own.values()):
+        raise CheckpointError("the model is on the device meta, where it has no weights")
     names = _bare_names(own)
     expected = {name: own[key] for name, key in names.items()}
     parts = tuple(f"{name}." for name in leave_out)
-    for part in parts:
-        if not any(key.startswith(part) for key in expected):
-            raise CheckpointError(f"leave_out: the model has no {part.removesuffix('.')!r}")
     absent = tuple(f"{name}." for name in getattr(model, "absent_modules", ()))
+    for part in parts:
+        if not any(key.startswith(part) for key in expected) and part not in absent:
+            raise CheckpointError(f"leave_out: the model has no {part.removesuffix('.')!r}")
     state = {k: v for k, v in checkpoint.state.items() if not k.startswith(parts + absent)}
     expected = {key: value for key, value in expected.items() if not key.startswith(parts)}
     # Frozen norms have no counters, nor has Gluon.
@@ -253,10 +250,10 @@ def convert_checkpoint(
 
     Raises:
         CheckpointError: as :func:`read_checkpoint` and :func:`save_checkpoint`.
+        ValueError: another ``output_stride``.
     """
     checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
-    if output_stride not in OUTPUT_STRIDES:
-        raise CheckpointError(f"output_stride: expected 8, 16 or 32, got {output_stride!r}")
+    check_choice(OUTPUT_STRIDES, output_stride=output_stride)
     return _write(checkpoint.state, checkpoint.source, path, layout, output_stride)
 
 

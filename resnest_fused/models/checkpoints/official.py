@@ -8,7 +8,13 @@ from torch import Tensor
 
 from resnest_fused.models.checkpoints.layout import Layout
 
-LAYOUT = Layout(name="official", title="the official", mark=r"layer1\.0\.conv2\.(?:bn0|weight)")
+LAYOUT = Layout(
+    name="official",
+    title="the official",
+    mark=r"layer1\.0\.conv2\.(?:bn0|weight)",
+    # MMPretrain's around its backbones: FusedResNeSt, and timm's.
+    outer_head="head.fc",
+)
 
 
 def num_classes(state: Mapping[str, Tensor]) -> int | None:
