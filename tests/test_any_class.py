@@ -118,6 +118,16 @@ def test_a_true_copy_is_proven_and_fused(radix, groups):
     assert isinstance(module, Block) and rf.verify(module, features(4, 4, 5, 5).double())
 
 
+def test_a_proof_takes_one_thread(restore_threads, monkeypatch):
+    torch.set_num_threads(2)
+    counted, read = [], proof.read
+    monkeypatch.setattr(
+        proof, "read", lambda *args: counted.append(torch.get_num_threads()) or read(*args)
+    )
+    proof._proven.clear()
+    assert rf.fuse(Block()) and 1 in counted and torch.get_num_threads() == 2
+
+
 def test_norms_swapped_later_are_read_at_each_call():
     plain = randomise(Block()).double()
     fused = copy.deepcopy(plain)
@@ -440,6 +450,15 @@ class Cooled(Block):
     def __init__(self) -> None:
         super().__init__()
         self.temperature = 1.0
+        self._is_ready = False
+
+    @property
+    def is_ready(self) -> bool:
+        return self._is_ready
+
+    @is_ready.setter
+    def is_ready(self, value: bool) -> None:
+        self._is_ready = value
 
     def logits(self, gap: Tensor) -> Tensor:
         return super().logits(gap) / self.temperature
@@ -452,7 +471,7 @@ def test_an_attribute_that_is_set_later_counts(compiled):
     assert rf.fuse(module)
     called = torch.compile(module, backend="eager", fullgraph=True) if compiled else module
     module.temperature = 1.0  # as before
-    module.note = "new"
+    module.note, module.is_ready = "new", True  # as MMEngine's init_weights does
     module.train().eval().register_full_backward_hook(lambda *_: None)
     assert "runs unfused" not in str(rf.fuse(module))
     torch.testing.assert_close(called(x), plain(x))

@@ -37,11 +37,14 @@ class PeerAttention(FusedModule):
     def __setattr__(self, name: str, value: Any) -> None:
         """Notes that an attribute got another value, which may count in the peer's own forward.
 
-        The proof was for the value that it had. In a block the peer's forward runs anyhow.
+        The proof was for the value that it had. In a block the peer's forward runs anyhow. Private
+        attributes are those of frameworks, such as MMEngine's ``_is_init``.
         """
         before = vars(self).get(name, getattr(type(self), name, value))
         stays = before is value or (isinstance(value, _PLAIN) and before == value)
-        if not stays and name not in self._may_change and self._layout.within is None:
+        of_no_forward = name.startswith("_") or isinstance(before, property)
+        may_change = stays or of_no_forward or name in self._may_change
+        if not may_change and self._layout.within is None:
             vars(self)["_changed_attribute"] = name
         super().__setattr__(name, value)
 
