@@ -1,5 +1,7 @@
 """Measures timm's networks and their fused modules, fused against eager and ``torch.compile``.
 
+With ``--compile`` there are two contenders more: compiled, and first fused and then compiled.
+
 ``python benchmarks/ancestors.py seresnet50 regnety_032`` prints a table of the networks;
 ``--stages`` one of their fused modules, of each size once. Times are of the wall clock, and all
 contenders take turns. Compiled code has a process of its own, as it brings other threads; the other
@@ -29,6 +31,10 @@ from resnest_fused.measure.timing import FEWEST_ROUNDS, Speedup, Timing
 _TOLERANCE = 1e-3
 # One measurement of a small module lasts at least that long.
 _BURST = 5e-3
+
+# The contenders, and which is compared with which.
+_EAGER, _FUSED, _COMPILED, _BOTH = "eager", "fused", "torch.compile", "fused and compiled"
+_RATIOS = (_FUSED, _EAGER), (_FUSED, _COMPILED), (_BOTH, _COMPILED)
 
 # The name of a module, "" for the whole network, and the shape of its input.
 Part = tuple[str, tuple[int, ...]]
@@ -71,15 +77,18 @@ def contend(pipe: Connection, name: str, forms: list[str], args: argparse.Namesp
     for form in forms:
         torch.manual_seed(0)
         networks[form] = timm.create_model(name).train(args.train)
-        if form == "fused":
+        if form in (_FUSED, _BOTH):
             assert rf.fuse(networks[form]), f"{name}: nothing was fused"
     with suppress(EOFError):
         while True:
             part, shape = pipe.recv()
             steps = {}
             for form, network in networks.items():
-                module: Any = network.get_submodule(part)
-                called = torch.compile(module, dynamic=False) if form == "compile" else module
+                module = network.get_submodule(part)
+                if form in (_COMPILED, _BOTH):
+                    called: Any = torch.compile(module, dynamic=False)
+                else:
+                    called = module
                 x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
                 torch.manual_seed(2)  # of dropout
                 pipe.send(called(x).detach().numpy())
@@ -130,8 +139,8 @@ def rows(name: str, args: argparse.Namespace) -> Iterator[str]:
     network = timm.create_model(name)
     parts = parts_of(network, (args.batch, 3, args.side, args.side), args.stages)
     context = multiprocessing.get_context("spawn")
-    groups = [] if args.prepare else [["eager", "fused"]]
-    groups += [["compile"]] if args.compile or args.prepare else []
+    groups = [] if args.prepare else [[_EAGER, _FUSED]]
+    groups += [[_COMPILED, _BOTH]] if args.compile or args.prepare else []
     pipes, processes = {}, []
     for forms in groups:
         pipe, other = context.Pipe()
@@ -147,12 +156,12 @@ def rows(name: str, args: argparse.Namespace) -> Iterator[str]:
             continue
         shape = "x".join(map(str, part[1]))
         cells = [f"{name} {part[0]}".strip(), "train" if args.train else "eval", shape]
-        cells.append(f"{Timing.of(samples['eager']).median * 1e3:.3g}")
-        for base in list(pipes)[::2]:
-            ratio = Speedup.of(samples[base], samples["fused"])
+        cells.append(f"{Timing.of(samples[_EAGER]).median * 1e3:.3g}")
+        for form, base in _RATIOS[: len(pipes) - 1]:
+            ratio = Speedup.of(samples[base], samples[form])
             noise = ", noise" if ratio.is_noise else ""
             cells.append(f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f}{noise})")
-        yield f"| {' | '.join([*cells, str(len(samples['eager']))])} |"
+        yield f"| {' | '.join([*cells, str(len(samples[_EAGER]))])} |"
     for pipe in set(pipes.values()):
         pipe.close()
     for process in processes:
@@ -171,8 +180,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6.0, help="for each line of the table")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
-    compiled = ["fused over torch.compile"] if args.compile else []
-    titles = ["", "mode", "input", "eager, ms", "fused over eager", *compiled, "rounds"]
+    ratios = [f"{form} over {base}" for form, base in (_RATIOS if args.compile else _RATIOS[:1])]
+    titles = ["", "mode", "input", "eager, ms", *ratios, "rounds"]
     print(f"torch {torch.__version__}, timm {timm.__version__}, {args.threads} threads\n")
     print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}", flush=True)
     for name in args.networks:

@@ -176,6 +176,8 @@ class FusedModule(nn.Module):
     _layout: Layout
     _other_forwards: tuple[Any, ...] = ()
     _r_softmax_forward: Callable[..., Any] | None = None
+    # Of a proven module an attribute that has another value than in the proof, or None.
+    _changed_attribute: str | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """The unfused module's result; while ``torch.fx`` traces, one node that calls this one."""
@@ -185,7 +187,8 @@ class FusedModule(nn.Module):
         if unfused is not None and unfused.forward is not self._unfused_forward:
             return unfused.forward(self, x)  # it was replaced after fuse
         at = self._layout
-        if at.others and self._needs_all(at.others):
+        changed = self._changed_attribute is not None
+        if changed or (at.others and self._needs_all(at.others)):
             return self._unfused_forward(self, x)
         if at.within is None:
             return self._fused_attention(self._fused_front(x))

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import io
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from stand_ins import define, stub_mmcv
 from test_fuse import assert_folds, features, randomise, reason_left_alone, step
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import resnest_fused as rf
 from resnest_fused.fusing import proof, recognition
@@ -114,6 +116,16 @@ def test_a_true_copy_is_proven_and_fused(radix, groups):
         entry.proven and entry.kind == f"{__name__}.Block" and "proven and fused: 1" in str(report)
     )
     assert isinstance(module, Block) and rf.verify(module, features(4, 4, 5, 5).double())
+
+
+def test_a_proof_takes_one_thread(restore_threads, monkeypatch):
+    torch.set_num_threads(2)
+    counted, read = [], proof.read
+    monkeypatch.setattr(
+        proof, "read", lambda *args: counted.append(torch.get_num_threads()) or read(*args)
+    )
+    proof._proven.clear()
+    assert rf.fuse(Block()) and 1 in counted and torch.get_num_threads() == 2
 
 
 def test_norms_swapped_later_are_read_at_each_call():
@@ -341,6 +353,37 @@ class OfHugeNumbers(Block):
         return super().before_gap(x if x.max() < 1e9 else x / 2)
 
 
+class OfLongBatches(Block):
+    def logits(self, gap: Tensor) -> Tensor:
+        logits = super().logits(gap)
+        return logits if len(gap) < 64 else 2 * logits
+
+
+class Keeping(Block):
+    """Keeps its attention in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Tensor] = []
+
+    def logits(self, gap: Tensor) -> Tensor:
+        self.kept.append(super().logits(gap))
+        return self.kept[-1]
+
+
+class Refusing(Block):
+    """No class may derive from it."""
+
+    def __init_subclass__(cls) -> None:
+        raise RuntimeError("this class is final")
+
+
+def _lazy() -> Block:
+    module = Block()
+    module.extra = nn.LazyLinear(3)
+    return module
+
+
 class WithItsAttention(Block):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x), x
@@ -369,6 +412,10 @@ MUTANTS = {
     OfElevenWhenTrained: "asks whether a size of its input is equal to 11, ",
     OfEvenMaps: "asks whether a size of its input is a multiple of 2, ",
     OfHugeNumbers: "asks for values of its input, ",
+    OfLongBatches: "asks whether a size of its input is less than 64, ",
+    Keeping: "its forward sets kept, which the op would not",
+    Refusing: "its class refuses a subclass: RuntimeError: this class is final",
+    _lazy: "it has lazy parameters; call the model once before",
     WithItsAttention: "its forward returns a tuple, expected a tensor",
     ByItsOwnMode: "in training with norms in eval: ",
     DeadBefore: "off by",
@@ -395,6 +442,65 @@ class Asking(Block):
 
 def test_harmless_questions():
     assert_proven(randomise(Asking()), features(8, 4, 6, 5))
+
+
+class Cooled(Block):
+    """Divides its logits by a temperature, which a training may lower."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = 1.0
+        self._is_ready = False
+
+    @property
+    def is_ready(self) -> bool:
+        return self._is_ready
+
+    @is_ready.setter
+    def is_ready(self, value: bool) -> None:
+        self._is_ready = value
+
+    def logits(self, gap: Tensor) -> Tensor:
+        return super().logits(gap) / self.temperature
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_attribute_that_is_set_later_counts(compiled):
+    module, x = randomise(Cooled()).double().eval(), features(4, 4, 6, 5).double()
+    plain = copy.deepcopy(module)
+    assert rf.fuse(module)
+    called = torch.compile(module, backend="eager", fullgraph=True) if compiled else module
+    module.temperature = 1.0  # as before
+    module.note, module.is_ready = "new", True  # as MMEngine's init_weights does
+    module.train().eval().register_full_backward_hook(lambda *_: None)
+    assert "runs unfused" not in str(rf.fuse(module))
+    torch.testing.assert_close(called(x), plain(x))
+    module.temperature = plain.temperature = 3.0
+    torch.testing.assert_close(called(x), plain(x))
+    assert "temperature was set, so it runs unfused" in str(rf.fuse(module))
+    rf.unfuse(module)
+    assert not vars(module).keys() & {"_changed_attribute", "backend", "_unfused_class"}
+    assert "it would compute something else" in str(rf.fuse(module))
+
+
+def test_a_module_that_was_compiled():
+    module = randomise(Block()).eval()
+    plain, x = copy.deepcopy(module), features(2, 4, 5, 5)
+    module.compile(backend="eager")
+    assert rf.fuse(module).entries[0].proven
+    torch.testing.assert_close(module(x), plain(x))
+
+
+@pytest.mark.filterwarnings("ignore")  # of the tracer
+def test_a_model_with_a_scripted_module():
+    scripted = torch.jit.trace(Block().eval(), features(1, 4, 3, 3))
+    assert len(rf.fuse(nn.ModuleList([scripted, Block()]))) == 1
+
+
+def test_no_proof_on_fake_tensors():
+    with FakeTensorMode():
+        report = rf.fuse(nn.Sequential(Block(norm=partial(nn.BatchNorm2d, eps=0.2))))
+    assert not report and "it cannot be tried out: DataDependent" in str(report)
 
 
 def test_a_method_that_is_replaced_between_two_proofs(monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,12 +21,32 @@ _OURS: dict[str, type[FusedModule]] = {
     "resnest_fused.reference.SplitAttentionConv2d": modules.FusedSplitAttentionConv2d,
 }
 
+_OF_MODULES = frozenset({"forward", "backend", *vars(nn.Module())})
+_PLAIN = bool | int | float | str | tuple
+
 
 class PeerAttention(FusedModule):
     """A peer's forward by the fused op, to be mixed into the peer's class, which has the children.
 
     Pickles hold the peer's class and the layout, from which the fused class is made again.
     """
+
+    # The attributes that each call reads anew, and those of every module.
+    _may_change: frozenset[str]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Notes that an attribute got another value, which may count in the peer's own forward.
+
+        The proof was for the value that it had. In a block the peer's forward runs anyhow. Private
+        attributes are those of frameworks, such as MMEngine's ``_is_init``.
+        """
+        before = vars(self).get(name, getattr(type(self), name, value))
+        stays = before is value or (isinstance(value, _PLAIN) and before == value)
+        of_no_forward = name.startswith("_") or isinstance(before, property)
+        may_change = stays or of_no_forward or name in self._may_change
+        if not may_change and self._layout.within is None:
+            vars(self)["_changed_attribute"] = name
+        super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         made = super().__reduce_ex__(protocol)
@@ -53,6 +73,7 @@ def _made(
         "_unfused_forward": staticmethod(forward),
         "_layout": layout,
         "_other_forwards": other_forwards,
+        "_may_change": _OF_MODULES.union(_attributes_of(layout)),
     }
     signature = inspect.signature(forward)
     if "x" not in signature.parameters:
@@ -60,6 +81,13 @@ def _made(
     if layout.r_softmax is not None:
         body["_r_softmax_forward"] = staticmethod(layout.r_softmax.forward)
     return type(f"Fused{original.__name__}", (PeerAttention, original), body)
+
+
+def _attributes_of(layout: Any) -> Iterator[str]:
+    """The module's own attributes from which the paths lead."""
+    for part in layout:
+        if type(part) is tuple and part != () and isinstance(part[0], str):
+            yield part[0]
 
 
 def _forward_of(signature: inspect.Signature) -> Callable[..., Tensor]:

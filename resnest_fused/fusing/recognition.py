@@ -185,7 +185,7 @@ def find(module: nn.Module) -> Layout | None:
     kind = core(type(module))
     layout = _registered.get(kind)
     if layout is None:
-        children = module._modules.keys()
+        children = set(module._modules.keys())  # a scripted module's are a list
         found = (
             _found(module, names)
             for sets, names in _FORMS

@@ -55,6 +55,7 @@ def fuse(
     now or later. While hooks for all modules are registered, every child is called. What is
     replaced elsewhere is not noticed, such as a function of ``torch.nn.functional``, by name or by
     a ``TorchFunctionMode``, how a module looks an attribute up, or a method other than a forward.
+    A proven module runs unfused from when one of its attributes is set to another value.
 
     Two things differ in a fused module. The output keeps the feature map's memory format, while
     peers force NCHW. It keeps its dtype too, while peers give float32 under CUDA's autocast.
@@ -127,7 +128,8 @@ def unfuse(model: nn.Module) -> None:
     for _, module in list(_named_modules(model)):
         if _is_swapped(module):
             module.__class__ = with_core(type(module), vars(module).pop("_unfused_class"))
-            vars(module).pop("backend", None)
+            for added in ("backend", "_changed_attribute"):
+                vars(module).pop(added, None)
     folding.unfold(model)
 
 
@@ -187,7 +189,9 @@ def _examine(
     """The entry of one module, and the class that it gets; None if it is no split attention."""
     if _is_swapped(module):
         path = path_of(vars(module)["_unfused_class"])
-        return FuseEntry(name, path, True, "already fused"), None
+        changed = getattr(module, "_changed_attribute", None)
+        note = f", but {changed} was set, so it runs unfused: unfuse it before" if changed else ""
+        return FuseEntry(name, path, True, f"already fused{note}"), None
     cls = core(type(module))
     if _is_fused_class(cls):
         return FuseEntry(name, path_of(cls), True, "already fused, as built"), None
@@ -204,7 +208,11 @@ def _examine(
     known = recognition.is_known(cls)
     if "forward" in vars(module) or (known and own_method(cls) is None):
         return left_alone._replace(reason="its forward was replaced"), None
-    fused = fused_class(cls, layout)
+    try:
+        fused = fused_class(cls, layout)
+    except Exception as error:  # of a metaclass or __init_subclass__, which may refuse
+        reason = f"its class refuses a subclass: {type(error).__name__}: {error}"
+        return left_alone._replace(reason=reason), None
     if not known or verify:
         problem = recognition.problem_of(module, layout)
         if problem is None:

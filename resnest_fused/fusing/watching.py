@@ -7,6 +7,7 @@ notice comparisons with other numbers, and numbers that are read from the map ar
 
 from __future__ import annotations
 
+import builtins
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -108,6 +109,13 @@ class _Watched(Tensor):
         return found if is_of_features else _Size(found)
 
 
+_len = len
+
+
+def _length(of: Any) -> int:
+    return _Size(_len(of)) if isinstance(of, _Watched) else _len(of)
+
+
 def questions(module: nn.Module, x: Tensor) -> list[str]:
     """What the module's forward asks about x, by which it may decide what it computes.
 
@@ -117,5 +125,9 @@ def questions(module: nn.Module, x: Tensor) -> list[str]:
         # ["whether a size of its input is at least 64"]
     """
     _asked.clear()
-    module(x.as_subclass(_Watched))
+    builtins.len = _length  # which would make a plain integer of what a tensor answers
+    try:
+        module(x.as_subclass(_Watched))
+    finally:
+        builtins.len = _len
     return list(_asked)
