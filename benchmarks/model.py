@@ -172,6 +172,8 @@ class Constants:
     overlap: float = 2.6
     # Fitted: cycles of barriers, with what is read from shared memory behind them.
     barrier_cycles: float = 100.0
+    # Of a load from shared memory: 29 on an H100, 30 on an A100 (Luo et al., 2024).
+    shared_cycles: float = 30.0
 
 
 CONSTANTS = Constants()
@@ -265,6 +267,8 @@ HAND_OVER_BARRIERS = 3
 # thread takes one.
 OUTSIDE_OF_LOOPS = 300
 DTYPES_OF_PARAMETERS = 4
+# Of a thread that copies a vector between memory and a slab.
+OF_A_COPY = 12
 # Of a thread of a product (FFMA), in one of the depth.
 SUMS_OF_THREAD = 16
 
@@ -500,6 +504,8 @@ def _map_work(at: _Launch) -> Work:
     gpu, kernel, workload, plan, launch, constants = at
     name = launch["name"]
     of, tiling = MAPS[name], plan[_TILINGS.get(name, "tiling")]
+    if tiling["slab"]:
+        return _slab_work(at)
     nhwc, radix = workload["channels_last"], workload["radix"]
     unit = math.prod(workload[field] for field in ("batch", "channels", "pixels", "element_size"))
     x = radix * unit
@@ -524,13 +530,10 @@ def _map_work(at: _Launch) -> Work:
     issued = len(kernel.outside) + walk.positions / together * len(loop.body)
     issued += walk.single_turns * sum(len(single.body) for single in singles)
     if of_bn0:
-        # A thread of the block for each feature, and what it gives through shared memory.
         lanes, threads = tiling["lanes"], launch["threads"]
         features = splits * (lanes * tiling["vector"] if nhwc else threads // lanes)
-        turns = math.ceil(features / threads)
-        cycles += turns * CHAIN_OF_BN0 * gpu.l2_cycles + constants.barrier_cycles
-        warps = math.ceil(features / WARP) / (threads / WARP)
-        issued += warps * sum(len(loop.body) for loop in of_bn0)
+        cycles += _cycles_of_bn0(gpu, features, threads) + constants.barrier_cycles
+        issued += _issued_for_bn0(of_bn0, features, threads)
     else:
         cycles += CHAINS[name] * gpu.l2_cycles
     return Work(
@@ -543,6 +546,76 @@ def _map_work(at: _Launch) -> Work:
         l2_bytes=x + dout + written,
         loaded_bytes=x + dout,
     )
+
+
+def _cycles_of_bn0(gpu: Gpu, features: int, threads: int) -> float:
+    """A thread of the block takes the parameters of a feature."""
+    return math.ceil(features / threads) * CHAIN_OF_BN0 * gpu.l2_cycles
+
+
+def _issued_for_bn0(loops: Sequence[sass.Loop], features: int, threads: int) -> float:
+    """By a warp, in the mean over all of the block."""
+    warps = math.ceil(features / WARP) / (threads / WARP)
+    return warps * sum(len(loop.body) for loop in loops)
+
+
+def _slab_work(at: _Launch) -> Work:
+    """Of blocks that bring their part of a map into shared memory, and work on it there.
+
+    All of a block's part is in flight at a time, so it waits for memory once, and meanwhile for
+    parameters.
+    """
+    gpu, kernel, workload, plan, launch, constants = at
+    name, threads = launch["name"], launch["threads"]
+    of, tiling = MAPS[name], plan[_TILINGS.get(name, "tiling")]
+    vector, radix = tiling["vector"], workload["radix"]
+    unit = math.prod(workload[field] for field in ("batch", "channels", "pixels", "element_size"))
+    read, written = (radix + of.reads_dout) * unit, (radix * of.writes_x + of.writes_out) * unit
+    inner = sass.innermost(kernel.loops)
+    # The loop over vectors, then that over single elements.
+    loop = max(
+        (loop for loop in inner if not _stores(loop)),
+        key=lambda loop: sum(i.width == 16 for i in loop.shared_loads),
+    )
+    singles = [other for other in inner if other.span[0] > loop.span[1]][:1]
+    splits = 1 if name == "statistics" else radix
+    together = max(len(loop.shared_loads) // (splits + of.reads_dout), 1)
+    walk = _walk(workload, tiling, together)
+    vectors = tiling["slab"] / vector / threads  # of a thread, in each slab
+    # Before sm_80 a slab comes through registers, and the next one after it.
+    through = [other for other in kernel.loading if len({i.width for i in other.loads}) == 1]
+    of_bn0 = [other for other in kernel.loading if other not in through]
+    of_parameters = CHAINS[name] * gpu.l2_cycles
+    features = splits * threads // tiling["lanes"]
+    if of_bn0:
+        of_parameters = _cycles_of_bn0(gpu, features, threads)
+    waits = sum(len(other.waits) * math.ceil(vectors / len(other.loads)) for other in through)
+    cycles = max(waits, 1) * gpu.memory_cycles * constants.under_load
+    cycles = max(cycles, of_parameters)
+    cycles += (walk.turns + walk.single_turns) * constants.shared_cycles
+    cycles += (2 + (written > 0)) * constants.barrier_cycles
+    issued = len(kernel.body) - sum(len(other.body) for other in inner)
+    issued += walk.positions / together * len(loop.body)
+    issued += walk.single_turns * sum(len(single.body) for single in singles)
+    issued += _issued_for_bn0(of_bn0, features, threads)
+    # The slabs that come by copies of all threads, and those that leave.
+    by_threads = through or any(i.name.startswith("LDGSTS") for i in kernel.body)
+    issued += vectors * OF_A_COPY * (splits + of.reads_dout) * bool(by_threads)
+    issued += vectors * OF_A_COPY * (of.writes_out + splits * of.writes_x)
+    return Work(
+        launch["blocks"],
+        waiting=cycles,
+        issued=issued,
+        doubles=0,
+        in_flight=read / launch["blocks"] / max(len(through), 1),
+        memory_bytes=read + written,
+        l2_bytes=read + written,
+        loaded_bytes=read,
+    )
+
+
+def _stores(loop: sass.Loop) -> bool:
+    return any(i.name.startswith("STG") for i in loop.body)
 
 
 def _on_chip_work(at: _Launch, streams: Sequence[_Launch]) -> Work:
@@ -601,7 +674,7 @@ def _walk(workload: Mapping[str, Any], tiling: Mapping[str, int], together: int)
         turns = math.ceil(math.ceil(tiling["chunk_pixels"] / rows) / together)
         return _Walk(tiling["chunk_pixels"] / rows, turns, 0.0, 1.0)
     # The row of a channel starts at any element of a vector.
-    pixels, vector, lanes = workload["pixels"], tiling["vector"], tiling["lanes"]
+    pixels, vector, lanes = tiling["chunk_pixels"], tiling["vector"], tiling["lanes"]
     starts = [channel * pixels % vector for channel in range(vector)]
     vectors = [(pixels - -start % vector) // vector for start in starts]
     turns_of = [math.ceil(math.ceil(count / lanes) / together) for count in vectors]

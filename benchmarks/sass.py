@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-# Loads from global memory, and from shared memory.
-GLOBAL, SHARED = "LDG", "LDS"
+# Loads from global memory, and from shared memory. Those that go from one to the other, LDGSTS,
+# write no register.
+GLOBAL, SHARED = "LDG.", "LDS"
 
 
 class Instruction(NamedTuple):
@@ -99,6 +100,11 @@ class Loop(NamedTuple):
     def loads(self) -> list[Instruction]:
         """Of a turn, from global memory."""
         return [i for i in self.body if i.loaded(GLOBAL)]
+
+    @property
+    def shared_loads(self) -> list[Instruction]:
+        """Of a turn, from shared memory."""
+        return [i for i in self.body if i.loaded(SHARED)]
 
     @property
     def waits(self) -> list[int]:

@@ -128,16 +128,24 @@ CLUSTERS = [
 ]
 
 
-def evaluate_on_chip(kernels: Kernels, call: Call, cluster: dict[str, int]) -> Tensor:
-    """In one launch, on such a device, or the test fails."""
-    room = cluster["room"] * 1024
-    others = {name: value for name, value in cluster.items() if name != "room"}
+def evaluate(kernels: Kernels, call: Call, device: dict[str, int], launches: int) -> Tensor:
+    """In so many launches, on such a device, or the test fails."""
+    room = device["room"] * 1024
+    others = {name: value for name, value in device.items() if name != "room"}
     kernels.set_device(shared_per_block_optin=room, shared_per_multiprocessor=2 * room, **others)
     before = kernels.launches()
     out = call.forward()
-    assert kernels.launches() - before == 1
+    assert kernels.launches() - before == launches
     kernels.reset()
     return out
+
+
+def evaluate_on_chip(kernels: Kernels, call: Call, device: dict[str, int]) -> Tensor:
+    return evaluate(kernels, call, device, 1)
+
+
+def evaluate_by_phases(kernels: Kernels, call: Call, device: dict[str, int]) -> Tensor:
+    return evaluate(kernels, call, {**device, "cluster_blocks": 1}, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -162,10 +170,17 @@ def test_on_chip_all_is_the_same_to_the_bit(
     """As by a launch a phase, whatever the clusters are, and in whichever order threads run."""
     options = {"dtype": dtype, "layout": layout, "norm": "running", "prologue": prologue}
     call = draw_any(Case(*sizes, **options))
-    expected = call.forward()
     for seed, cluster in enumerate(CLUSTERS):
+        expected = evaluate_by_phases(kernels, call, cluster)
         kernels.schedule(seed=seed, resident_blocks=3 * (seed + 1))
         assert torch.equal(evaluate_on_chip(kernels, call, cluster), expected)
+
+
+def test_on_chip_a_channel_may_have_several_chunks(kernels: Kernels) -> None:
+    call = draw_any(Case(2, 2, 92, 92, 2, 1, 3, norm="running", prologue="running"))
+    device = CLUSTERS[0]
+    expected = evaluate_by_phases(kernels, call, device)
+    assert torch.equal(evaluate_on_chip(kernels, call, device), expected)
 
 
 @pytest.mark.parametrize("layout", FORMATS)
@@ -189,8 +204,8 @@ def test_on_chip_what_is_not_finite_passes_on_the_same_way(
     for name in ("x", "fc1_weight", "fc2_weight", "bn0_bias"):
         call = draw_any(Case(5, 24, 6, 6, 2, 1, 20, **options))
         call.tensor(name)[(-1,) * call.tensor(name).dim()] = value
-        expected = call.forward()
         for cluster in CLUSTERS:
+            expected = evaluate_by_phases(kernels, call, cluster)
             out = evaluate_on_chip(kernels, call, cluster)
             torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 
@@ -237,6 +252,15 @@ def test_other_devices(
     kernels.set_device(**device)
     for sizes in ((2, 60, 14, 14, 2, 1, 32), (3, 120, 9, 7, 2, 2, 34)):
         check(Case(*sizes, dtype, torch.float32, layout=layout, prologue=prologue))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("prologue", "norm"), FORMS)
+def test_channels_in_chunks(prologue: str, norm: str, dtype: torch.dtype, kernels: Kernels) -> None:
+    """In NCHW, of maps too large for shared memory; chunks begin between vectors."""
+    kernels.set_device(shared_per_multiprocessor=32 * 1024)
+    for sizes in ((3, 4, 46, 46, 2, 1, 3), (2, 2, 92, 92, 1, 1, 3), (2, 16, 31, 31, 3, 2, 8)):
+        check(Case(*sizes, dtype, layout="nchw", prologue=prologue, norm=norm))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

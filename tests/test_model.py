@@ -119,7 +119,8 @@ def loads(count: int, kind: str = "LDG.E") -> list[str]:
 
 class MadeUp(dict[str, sass.Kernel]):
     """Any kernel that streams a map: a loop of loads of 16 bytes, all before the first use; in a
-    pool with bn0 behind one that loads parameters. Any other one: a product's loop, and those over
+    pool with bn0 behind one that loads parameters. In NCHW it loads from shared memory, and then
+    single elements. Any other one: a product's loop, and those over
     rows of each number of loads."""
 
     def __init__(self, registers: int = 128, count: int = 8, *, bn0: bool = False) -> None:
@@ -128,6 +129,9 @@ class MadeUp(dict[str, sass.Kernel]):
         body = [*loads(count, "LDG.E.128"), "FADD R8, R8, R8"]
         lines = ["NOP", *of_bn0]
         self.of_maps = kernel(*lines, *looped(len(lines), *body), "EXIT", registers=registers)
+        lines += looped(len(lines), *loads(3, "LDS.128"), "FADD R8, R8, R8")
+        lines += looped(len(lines), *loads(3, "LDS.U16"), "FADD R8, R8, R8")
+        self.of_slabs = kernel(*lines, "EXIT", registers=registers)
         # Of four by four, four of the depth.
         lines = ["NOP", *looped(1, *loads(8, "LDG.E.128"), *["FFMA R8, R8, R8, R8"] * 64)]
         for rows in (8, 16, 16, 48):
@@ -135,11 +139,9 @@ class MadeUp(dict[str, sass.Kernel]):
         self.of_phase_2 = kernel(*lines, "EXIT")
 
     def __missing__(self, name: str) -> sass.Kernel:
-        return (
-            self.of_phase_2
-            if name.startswith(("attention", "combine", "on_chip"))
-            else self.of_maps
-        )
+        if name.startswith(("attention", "combine", "on_chip")):
+            return self.of_phase_2
+        return self.of_slabs if ", false, " in name.partition("true")[0] else self.of_maps
 
 
 def predict(
@@ -388,15 +390,15 @@ def check_marks(text: str) -> None:
 # 256@14 and 512@7 of 32 samples, then of 256. A kernel may exceed it and must not fall below.
 REACHED = {
     ("statistics", "channels_last"): (32, 32, 24, 24, 32, 32, 32, 32),
-    ("statistics", "NCHW"): (29, 18, 36, 8, 29, 18, 36, 8),
+    ("statistics", "NCHW"): (98, 95, 48, 24, 98, 98, 98, 49),
     ("pool", "channels_last"): (46, 48, 24, 12, 58, 52, 44, 49),
-    ("pool", "NCHW"): (74, 74, 47, 16, 74, 74, 72, 16),
+    ("pool", "NCHW"): (123, 95, 48, 24, 196, 196, 123, 123),
     ("recombine", "channels_last"): (31, 23, 16, 6, 31, 29, 26, 24),
-    ("recombine", "NCHW"): (49, 48, 23, 20, 56, 49, 48, 21),
+    ("recombine", "NCHW"): (74, 74, 48, 24, 147, 147, 74, 74),
     ("pool_backward", "channels_last"): (22, 24, 16, 6, 29, 24, 22, 24),
-    ("pool_backward", "NCHW"): (55, 55, 35, 24, 55, 55, 54, 24),
+    ("pool_backward", "NCHW"): (110, 110, 71, 36, 221, 221, 110, 110),
     ("recombine_backward", "channels_last"): (24, 16, 16, 6, 29, 29, 22, 24),
-    ("recombine_backward", "NCHW"): (37, 37, 35, 16, 37, 37, 36, 16),
+    ("recombine_backward", "NCHW"): (110, 110, 71, 36, 221, 221, 110, 110),
 }
 # KB that a multiprocessor needs in flight to reach a copy's speed.
 WANTED = {"H100": 40, "H200": 64}
@@ -421,11 +423,19 @@ def in_flight(gpu: model.Gpu, name: str, layout: str) -> Iterator[model.Predicti
             yield predict(case, passed, gpu, compiled())[name]
 
 
+def shares(name: str, layout: str) -> Iterator[float]:
+    """KB of maps that a multiprocessor of an H100 or H200 loads in all, if once."""
+    for case in CASES:
+        if case.layout == layout:
+            unit = case.batch * case.channels * case.side**2 * 2
+            yield (case.radix + model.MAPS[name].reads_dout) * unit / H100.multiprocessors / KB
+
+
 def of_today(gpu: str, name: str, layout: str) -> pytest.param:
     """Marked where it does not have all that is wanted."""
     cases = [str(case.shape) + f" B={case.batch}" for case in CASES if case.layout == layout]
-    of_all = zip(cases, REACHED[name, layout], strict=True)
-    short = [f"{kilobytes} at {case}" for case, kilobytes in of_all if kilobytes < WANTED[gpu]]
+    of_all = zip(cases, REACHED[name, layout], shares(name, layout), strict=True)
+    short = [f"{kb} at {case}" for case, kb, share in of_all if kb < min(WANTED[gpu], share - 0.5)]
     reason = f"of {WANTED[gpu]} KB in flight it has {', '.join(short)}"
     marks = [pytest.mark.xfail(strict=True, reason=reason)] if short else []
     return pytest.param(gpu, name, layout, marks=marks)
@@ -451,7 +461,25 @@ def test_enough_is_in_flight(gpu: str, name: str, layout: str) -> None:
         assert launch.in_flight >= min(WANTED[gpu] * KB, launch.share)
 
 
-# The calls in which maps take nearly all the time: phase 2 was measured in other launches.
+@pytest.mark.long
+@pytest.mark.cpu
+@pytest.mark.parametrize("gpu", ["H100", "H200"])
+def test_the_planner_takes_the_faster_way(gpu: str) -> None:
+    """Where x is kept on chip, no other launches are predicted to be faster by 10 %."""
+    device, kept = GPUS[gpu], 0
+    for batch, case in itertools.product((1, 2, 32, 256), predicted.CASES):
+        case = replace(case, batch=batch)
+        ours, others = (
+            sum(launch.seconds for launch in predict(case, "eval", of, compiled()).values())
+            for of in (device, replace(device, cluster_blocks=1))
+        )
+        kept += ours != others
+        assert ours <= 1.1 * others, case
+    assert kept == 4 * len(predicted.CASES)
+
+
+# The calls in which maps take nearly all the time: phase 2 was measured in other launches. And in
+# NCHW maps were not in slabs yet.
 MAPS_ALONE = [case for case in predicted.CASES if case.channels <= 128]
 
 
@@ -467,6 +495,7 @@ MAPS_ALONE = [case for case in predicted.CASES if case.channels <= 128]
 def test_the_model_against_an_h100(op: str, cases: list[Case]) -> None:
     """In the mean within 15 %, and no case beyond 40 %."""
     results = predicted.measured_gpus()["H100"]
+    cases = [case for case in cases if case.layout == "channels_last"]
     judged = [one for one in predicted.judge(H100, compiled(), results) if one.case in cases]
     of_op = [one for one in judged if one.op == op]
     assert len(of_op) == len(cases)

@@ -192,13 +192,21 @@ def check_tiling(
         assert (channels if call.channels_last else channels * pixels) % vector == 0
     chunks, chunk = tiling["chunks"], tiling["chunk_pixels"]
     assert (chunks - 1) * chunk < pixels <= chunks * chunk
+    assert (tiling["slab"] > 0) == (vector > 1 and not call.channels_last)
     if call.channels_last:
         assert lanes <= WARP  # so that threads of a warp are side by side, and rows are left
         of_block = lanes * vector
     else:
-        assert chunks == 1
         assert lanes & (lanes - 1) == 0  # what `sum_over_lanes` needs
         of_block = threads // lanes
+        # A chunk of several channels would not lie together.
+        assert chunks == 1 or of_block == 1
+        if vector > 1:
+            # Wherever it begins, a slab has room for whole vectors around the block's elements.
+            elements = (of_block - 1) * pixels + chunk
+            assert tiling["slab"] % vector == 0
+            assert tiling["slab"] >= elements + 2 * (vector - 1) - (elements - 2) % vector
+            assert tiling["slabs_at"] % 16 == 0
     assert (tiling["channel_blocks"] - 1) * of_block < channels
     assert channels <= tiling["channel_blocks"] * of_block
 
@@ -247,7 +255,9 @@ def expected_launches(call: Call, result: dict[str, Any]) -> Iterator[tuple[str,
 
 def shared_bytes(name: str, call: Call, result: dict[str, Any]) -> int:
     """The least that a kernel needs."""
-    tiling = result["statistics_tiling" if name == "statistics" else "tiling"]
+    own = {"statistics": "statistics_tiling"}
+    own |= dict.fromkeys(("recombine", "recombine_backward"), "recombine_tiling")
+    tiling = result[own.get(name, "tiling")]
     threads, acc = tiling["threads"], call.acc_size
 
     def of_map(sums: int) -> int:
@@ -256,7 +266,14 @@ def shared_bytes(name: str, call: Call, result: dict[str, Any]) -> int:
 
     product = threads // WARP * LIMITS["tile_rows"] * LIMITS["tile_columns"] * acc
     columns = threads // WARP * LIMITS["columns"] * 8
-    held = 3 * (512 if tiling["vector"] > 1 else WARP) * acc if call.mode.relu else 0
+    width = tiling["lanes"] * tiling["vector"] if call.channels_last else threads // tiling["lanes"]
+    radix = 1 if name == "statistics" else call.shape.radix
+    held = 3 * min(radix * width, 512 if tiling["vector"] > 1 else WARP) * acc * call.mode.relu
+    if tiling["slab"] and name in ("statistics", "pool", "pool_backward", *own):
+        # Behind what a pool needs, and a barrier, come slabs for the splits and for dout.
+        assert tiling["slabs_at"] >= max(of_map(4), held)
+        slabs = radix + name.endswith("backward")
+        return tiling["slabs_at"] + 16 + slabs * tiling["slab"] * call.element_size
     match name:
         case "statistics":
             return of_map(1)
@@ -285,8 +302,13 @@ def check_launches(gpu: dict[str, int], call: Call, result: dict[str, Any]) -> N
         if name.startswith("attention"):
             assert launch["stages"] == expected_stages(call, result)
         assert threads == result["tiling"]["threads"]  # all within their kernels' launch bounds
-        assert shared == shared_bytes(name, call, result) <= limit, name
-        assert resident * shared <= gpu["shared_per_multiprocessor"], name
+        assert shared == shared_bytes(name, call, result), name
+        if result["tiling"]["slab"] and name.startswith(("statistics", "pool", "recombine")):
+            assert shared <= gpu["shared_per_block_optin"], name
+            assert LIMITS["slab_blocks"] * (shared + KB) <= gpu["shared_per_multiprocessor"], name
+        else:
+            assert shared <= limit, name
+            assert resident * shared <= gpu["shared_per_multiprocessor"], name
     assert (
         resident * result["tiling"]["threads"] * LIMITS["registers"]
         <= gpu["registers_per_multiprocessor"]
@@ -495,14 +517,16 @@ def covered(
             channel = channel_block * rows + row
             if channel >= channels:
                 continue
-            head = min(-(channel * pixels) % vector, pixels)
-            vectors = (pixels - head) // vector
+            begin = chunk * tiling["chunk_pixels"]
+            end = min(begin + tiling["chunk_pixels"], pixels)
+            head = min(begin + -(channel * pixels + begin) % vector, end)
+            vectors = (end - head) // vector
             tail = head + vectors * vector
             for index in range(lane, vectors, lanes):
                 first = head + index * vector
                 assert ((sample * channels + channel) * pixels + first) % vector == 0
                 count[sample, channel, first : first + vector] += 1
-            singles = [*range(head), *range(tail, pixels)]
+            singles = [*range(begin, head), *range(tail, end)]
             count[sample, channel, singles[lane::lanes]] += 1
     return count
 
@@ -511,7 +535,10 @@ def covered(
 @pytest.mark.parametrize("size", [2, 4, 8])
 @pytest.mark.parametrize(
     ("channels", "pixels"),
-    [(1, 1), (1, 65), (3, 8), (8, 1), (8, 7), (16, 49), (24, 13), (72, 4), (5, 196), (40, 20)],
+    [
+        *[(1, 1), (1, 65), (3, 8), (8, 1), (8, 7), (16, 49), (24, 13), (72, 4), (5, 196), (40, 20)],
+        (8, 9001),  # in chunks
+    ],
 )
 def test_every_element_is_covered_once(channels: int, pixels: int, size: int, nhwc: bool) -> None:
     for gpu, aligned in itertools.product((H200, DEVICES["tiny"]), (False, True)):
@@ -541,6 +568,18 @@ def test_vectors_have_heads_and_tails() -> None:
         call = Call(Shape(2, 1, channels, pixels, 32), EVAL, 2, size, nhwc)
         assert check(H200, call)["tiling"]["vector"] == vector
         assert check(H200, call._replace(aligned=False))["tiling"]["vector"] == 1
+
+
+def test_large_maps_have_chunks_in_both_layouts() -> None:
+    """In NCHW those of a photograph of 800 x 1333 pixels, and those of many splits."""
+    large = shape(2, 1, 64, 200 * 334)
+    for of, size in [(large, 2), (large, 4), (shape(16, 1, 64, 3136), 2)]:
+        result = check(H200, Call(of, Mode("backward", True, True), 2, size, False))
+        assert result["tiling"]["chunks"] > 1
+        assert result["tiling"]["vector"] > 1
+    # Of a thousand splits no slab has room.
+    result = check(H200, Call(shape(1000, 1, 8, 3136), Mode("backward", True, True), 1, 2, False))
+    assert result["tiling"]["vector"] == result["tiling"]["chunks"] == 1
 
 
 def test_statistics_occupy_the_device() -> None:
@@ -665,7 +704,7 @@ def test_largest_sample(change: dict[str, int], nhwc: bool, fits: bool) -> None:
 
 def test_largest_batch() -> None:
     """Blocks are counted in 31 bits, and statistics' pixels in 30."""
-    call = Call(Shape(2, 1, 64, 1, 32), Mode("train"), 2**30 - 1, 2, False)
+    call = Call(Shape(2, 1, 128, 1, 32), Mode("train"), 2**30 - 1, 2, False)
     result = check(H200, call)
     assert result["launches"][0]["blocks"] == 2 * call.batch
     with pytest.raises(ValueError, match="x: too many elements"):

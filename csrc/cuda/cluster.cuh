@@ -9,16 +9,21 @@
 #include "cuda/device.cuh"
 
 // Kernels for clusters have no body where the GPU has none, or nvcc comes without these barriers.
-// The planner does not pick them there (`Device::cluster_blocks`).
+// The planner does not pick them there (`Device::cluster_blocks`). A compiler for another processor
+// takes the code for a GPU that has them, or with RF_OLDER_GPU for one that has not.
 #if !defined(__CUDACC__) || defined(__cccl_lib_local_barrier_arrive_tx)
 #define RF_KNOWS_CLUSTERS 1
 #else
 #define RF_KNOWS_CLUSTERS 0
 #endif
-#if !defined(__CUDACC__) || (RF_KNOWS_CLUSTERS && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
+#if defined(__CUDACC__) || defined(RF_OLDER_GPU)
+#if RF_KNOWS_CLUSTERS && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define RF_HAS_CLUSTERS 1
 #else
 #define RF_HAS_CLUSTERS 0
+#endif
+#else
+#define RF_HAS_CLUSTERS 1
 #endif
 
 namespace resnest_fused::cuda {
@@ -55,11 +60,18 @@ struct Arrival {
     ::cuda::device::memcpy_async_tx(
         to, from, ::cuda::aligned_size_t<16>(static_cast<size_t>(bytes)), barrier);
   }
-  // and behind a barrier of the block every thread may wait.
+  // behind a barrier of the block every thread may wait;
   __device__ __forceinline__ void wait() {
     barrier.wait_parity(false);
 #if defined(__CUDACC__)
     asm volatile("" ::: "memory");  // the wait does not tell the compiler that memory changes
+#endif
+  }
+  // and behind one more, one thread lets the place be used again.
+  __device__ __forceinline__ void end() {
+#if defined(__CUDACC__)
+    const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(&barrier));
+    asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(at) : "memory");
 #endif
   }
 };

@@ -5,8 +5,10 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <map>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "cuda/tiling.h"
 
@@ -20,6 +22,24 @@ inline void check_launch(cudaError_t error, const Launch& planned) {
                              " blocks of " + std::to_string(planned.threads) + " threads and " +
                              std::to_string(planned.shared_bytes) +
                              " bytes of shared memory: " + cudaGetErrorString(error));
+  }
+}
+
+// Let a kernel have its shared memory, and rather that than L1. A device keeps it: a thread does it
+// once. Other threads, which launch the kernel too, do the same.
+template <typename Args>
+void allow_shared(void (*kernel)(Args), const Launch& planned) {
+  static thread_local std::map<std::pair<int, void (*)(Args)>, int64_t> allowed;
+  int device = 0;
+  check_launch(cudaGetDevice(&device), planned);
+  int64_t& limit = allowed[{device, kernel}];
+  if (limit != planned.shared_limit) {
+    const auto set = [&](cudaFuncAttribute attribute, int value) {
+      check_launch(cudaFuncSetAttribute(kernel, attribute, value), planned);
+    };
+    set(cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(planned.shared_limit));
+    set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    limit = planned.shared_limit;
   }
 }
 
@@ -42,13 +62,8 @@ void launch(cudaStream_t stream, void (*kernel)(Args), const Launch& planned, co
     config.attrs = &cluster;
     config.numAttrs = 1;
   }
-  // Always the same values: they are the kernel's, and other threads launch it, too.
   if (planned.shared_limit > 0) {
-    const auto set = [&](cudaFuncAttribute attribute, int value) {
-      check_launch(cudaFuncSetAttribute(kernel, attribute, value), planned);
-    };
-    set(cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(planned.shared_limit));
-    set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    allow_shared(kernel, planned);
   }
   check_launch(cudaLaunchKernelEx(&config, kernel, args), planned);
 }

@@ -6,7 +6,8 @@
 //
 // Vectors start at multiples of their own size, but in NCHW a channel's pixels need not. Elements
 // before the first and behind the last vector are taken one by one. Which these are depends on the
-// channel alone, as a sample has a multiple of a vector's elements; so does the order of sums.
+// channel and the chunk alone, as a sample has a multiple of a vector's elements; so does the order
+// of sums.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -32,7 +33,8 @@ struct Share {
   int lane;  // among those that share the sums: in NCHW of the channel, in NHWC of the chunk
   int lanes;
   bool inside;           // of the channels
-  int begin, end, step;  // positions of the thread's vectors
+  int pixels;            // of the chunk
+  int begin, end, step;  // positions of the thread's vectors; in NCHW from the chunk's first pixel
   int singles, head;     // in NCHW, elements outside of vectors; those before the first one
   int64_t x, out, split, x_step, out_step;  // offsets of elements
 
@@ -47,6 +49,8 @@ struct Share {
     chunk = block / tiling.channel_blocks;
     const int channel_block = block % tiling.channel_blocks;
     const int slot = thread / tiling.lanes, within = thread % tiling.lanes;
+    const int first_pixel = chunk * tiling.chunk_pixels;
+    pixels = min(tiling.chunk_pixels, sizes.pixels - first_pixel);
     if constexpr (kNhwc) {
       width = tiling.lanes * kVector;
       first_channel = channel_block * width;
@@ -54,8 +58,8 @@ struct Share {
       lane = slot;
       lanes = tiling.threads / tiling.lanes;
       inside = channel < sizes.channels && slot < lanes;
-      begin = chunk * tiling.chunk_pixels + slot;
-      end = min((chunk + 1) * tiling.chunk_pixels, sizes.pixels);
+      begin = first_pixel + slot;
+      end = first_pixel + pixels;
       step = lanes;
       singles = head = 0;
       x = sample * sizes.pixels * sizes.features() + channel;
@@ -70,13 +74,13 @@ struct Share {
       lane = within;
       lanes = tiling.lanes;
       inside = channel < sizes.channels;
-      const int64_t in_sample = int64_t{channel} * sizes.pixels;
-      head = min((kVector - static_cast<int>(in_sample % kVector)) % kVector, sizes.pixels);
-      const int vectors = (sizes.pixels - head) / kVector;
+      const int64_t in_sample = int64_t{channel} * sizes.pixels + first_pixel;
+      head = min((kVector - static_cast<int>(in_sample % kVector)) % kVector, pixels);
+      const int vectors = (pixels - head) / kVector;
       begin = head + lane * kVector;
       end = head + vectors * kVector;
       step = lanes * kVector;
-      singles = sizes.pixels - vectors * kVector;
+      singles = pixels - vectors * kVector;
       x = sample * sizes.pixels * sizes.features() + in_sample;
       out = sample * sizes.pixels * sizes.channels + in_sample;
       split = int64_t{sizes.channels} * sizes.pixels;

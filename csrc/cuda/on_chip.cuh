@@ -9,6 +9,7 @@
 #include "cuda/cluster.cuh"
 #include "cuda/pool.cuh"
 #include "cuda/recombine.cuh"
+#include "cuda/slab.cuh"
 
 namespace resnest_fused::cuda {
 
@@ -147,13 +148,19 @@ struct Portion {
   }
 };
 
-// A part of x, as rows of elements that lie together: in NCHW one of each split, in NHWC one of
-// each pixel and split, but for a single one where the part has all channels. Rows come in whole
-// vectors, so in NCHW those at the ends may hold other channels' elements, too.
+// The slab of a part in NCHW.
+template <int kVector>
+__device__ __forceinline__ Slab<kVector> slab_of(const MapSizes& sizes, const Tiling& tiling,
+                                                 int index) {
+  const int first_channel = index % tiling.channel_blocks * (tiling.threads / tiling.lanes);
+  return {sizes, tiling, first_channel, index / tiling.channel_blocks};
+}
+
+// A part of x, as rows of elements that lie together: in NCHW a slab of each split, in NHWC one of
+// each pixel and split, but for a single one where the part has all channels.
 template <bool kNhwc, int kVector>
 struct Part {
   int64_t base;          // of the first row in the sample
-  int first, last;       // in NCHW: elements of a row that are the part's
   int rows, elements;    // of a row
   int64_t split, pixel;  // from a row to that of the next split or pixel, in the sample
 
@@ -170,14 +177,10 @@ struct Part {
       rows = whole ? 1 : pixels * kOnChipRadix;
       elements = whole ? pixels * static_cast<int>(pixel) : min(width, sizes.channels - channel);
     } else {
-      const int width = tiling.threads / tiling.lanes, channel = index * width;
-      const int64_t begin = int64_t{channel} * sizes.pixels;
-      const int64_t end = int64_t{min(channel + width, sizes.channels)} * sizes.pixels;
-      base = begin / kVector * kVector;
-      first = static_cast<int>(begin - base);
-      last = static_cast<int>(end - base);
+      const Slab<kVector> slab = slab_of<kVector>(sizes, tiling, index);
+      base = slab.base;
       rows = kOnChipRadix;
-      elements = (last + kVector - 1) / kVector * kVector;
+      elements = slab.elements;
       split = int64_t{sizes.channels} * sizes.pixels;
       pixel = 0;
     }
@@ -203,34 +206,16 @@ __device__ __forceinline__ Share<kVector, kNhwc> share_of(const OnChipArgs<T>& a
   } else {
     share.split = args.plan.row;
     share.x =
-        int64_t{share.channel} * sizes.pixels - Part<kNhwc, kVector>(sizes, tiling, index).base;
+        slab_of<kVector>(sizes, tiling, index).offset(sizes, tiling, share.channel, share.chunk);
   }
   return share;
-}
-
-// In NCHW: a part of the result, from where it lines up with out.
-template <int kVector, typename T>
-__device__ __forceinline__ void store_part(const OnChipArgs<T>& args, const T* from, int64_t sample,
-                                           int index) {
-  const Part<false, kVector> part(args.sizes, args.tiling, index);
-  T* const out = args.out + sample * args.sizes.channels * args.sizes.pixels + part.base;
-  const int step = static_cast<int>(blockDim.x) * kVector;
-  for (int i = static_cast<int>(threadIdx.x) * kVector; i < part.last; i += step) {
-    if (i >= part.first && i + kVector <= part.last) {
-      store(out + i, load<kVector>(from + i));
-    } else {
-      for (int e = max(i, part.first); e < min(i + kVector, part.last); ++e) {
-        out[e] = from[e];
-      }
-    }
-  }
 }
 
 #endif
 
 template <typename T, bool kNhwc, int kVector, bool kPrologue>
 __global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
-    on_chip_kernel(OnChipArgs<T> args) {
+    on_chip_kernel([[maybe_unused]] OnChipArgs<T> args) {
 #if RF_HAS_CLUSTERS
   using A = Acc<T>;
   static_assert(sizeof(Arrival) == kArrivalBytes && sizeof(NormAt<A>) == kNormValues * sizeof(A));
@@ -302,9 +287,12 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
     arrivals[index - begin].wait();
     const auto share = share_of<kNhwc, kVector>(args, first_sample + sample, index % plan.parts);
     A sums[1][kOwnSums<kVector, kNhwc>] = {};
-    pool_share<kOnChipRadix, kPrologue, false>(
-        share, place(index), kOnChipRadix, sums,
-        [&](auto& held, int first_split) { held.take(share, sizes, prologue, first_split); });
+    pool_share<kOnChipRadix, kPrologue, false>(share, place(index), kOnChipRadix, sums,
+                                               [&](auto& held, int first_split) {
+                                                 if constexpr (kPrologue) {
+                                                   held.take(share, sizes, prologue, first_split);
+                                                 }
+                                               });
     sum_over_share(share, args.tiling, channels, sums, [&](int c, A(&totals)[1]) {
       if (chunks > 1) {
         put_in_all(cluster, partial + (sample * chunks + share.chunk) * channels + c, totals[0]);
@@ -360,8 +348,8 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
     T* const x = place(index);
     auto share = share_of<kNhwc, kVector>(args, first_sample + sample, part);
     const auto recombine = [&](auto put) {
-      recombine_share<kOnChipRadix, kPrologue>(share, sizes, x, attention + sample * features,
-                                               prologue, put);
+      recombine_share<kOnChipRadix, kPrologue>(
+          share, sizes, x, attention + sample * features, prologue, [] {}, put);
     };
     if constexpr (kNhwc) {
       recombine([&](int64_t offset, const auto& result) { store(args.out + offset, result); });
@@ -371,7 +359,9 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
       share.out = share.x;
       recombine([&](int64_t offset, const auto& result) { store_shared(x + offset, result); });
       __syncthreads();
-      store_part<kVector>(args, x, first_sample + sample, part);
+      const int64_t of_sample = int64_t{channels} * sizes.pixels;
+      slab_of<kVector>(sizes, args.tiling, part)
+          .leave(args.out + (first_sample + sample) * of_sample, x);
     }
   }
 #endif

@@ -148,7 +148,8 @@ inline pybind11::dict tiling_dict(const Tiling& t) {
   using pybind11::arg;
   return pybind11::dict(arg("threads") = t.threads, arg("lanes") = t.lanes,
                         arg("vector") = t.vector, arg("channel_blocks") = t.channel_blocks,
-                        arg("chunk_pixels") = t.chunk_pixels, arg("chunks") = t.chunks);
+                        arg("chunk_pixels") = t.chunk_pixels, arg("chunks") = t.chunks,
+                        arg("slab") = t.slab, arg("slabs_at") = t.slabs_at);
 }
 
 inline pybind11::dict plan(const pybind11::dict& of_device, const pybind11::dict& of_workload) {
@@ -188,11 +189,11 @@ inline pybind11::dict plan_limits() {
   return pybind11::dict(arg("map_threads") = kMapThreads, arg("product_threads") = kProductThreads,
                         arg("column_threads") = kColumnThreads, arg("columns") = kColumns,
                         arg("blocks_per_multiprocessor") = kBlocksPerMultiprocessor,
-                        arg("registers") = kRegisters, arg("tile_rows") = kTileRows,
-                        arg("tile_columns") = kTileColumns, arg("most_blocks") = kMostBlocks,
-                        arg("most_pixels") = kMostPixels, arg("most_channels") = kMostChannels,
-                        arg("counters") = kCounters, arg("on_chip_radix") = kOnChipRadix,
-                        arg("held_samples") = kHeldSamples);
+                        arg("slab_blocks") = kSlabBlocks, arg("registers") = kRegisters,
+                        arg("tile_rows") = kTileRows, arg("tile_columns") = kTileColumns,
+                        arg("most_blocks") = kMostBlocks, arg("most_pixels") = kMostPixels,
+                        arg("most_channels") = kMostChannels, arg("counters") = kCounters,
+                        arg("on_chip_radix") = kOnChipRadix, arg("held_samples") = kHeldSamples);
 }
 
 inline void define_plan(pybind11::module_& m) {

@@ -37,12 +37,6 @@ void set_chunks(Tiling& t, int64_t pixels, int64_t at_most) {
   t.chunks = static_cast<int32_t>(ceil_div(pixels, t.chunk_pixels));
 }
 
-// In NCHW: threads of a channel.
-void set_lanes(Tiling& t, int64_t channels, int64_t lanes) {
-  t.lanes = static_cast<int32_t>(lanes);
-  t.channel_blocks = static_cast<int32_t>(ceil_div(channels, t.threads / lanes));
-}
-
 // Tiles of `groups` matrix products.
 int64_t product_tiles(int64_t rows, int64_t columns, int64_t groups) {
   counted(rows, kMostRows);
@@ -55,9 +49,10 @@ int64_t share_sums_bytes(const Tiling& t, bool nhwc, int64_t sums, int64_t acc_s
   return (nhwc ? t.threads * t.vector : ceil_div(t.threads, kWarp)) * sums * acc_size;
 }
 // of a pool's `HeldPrologue` beside those sums, one after the other,
-int64_t pool_bytes(const Tiling& t, const Workload& w, int64_t sums) {
-  const int64_t features = t.vector > 1 ? kHeldFeatures : kWarp;
-  const int64_t held = w.relu ? 3 * features * w.acc_size() : 0;
+int64_t pool_bytes(const Tiling& t, const Workload& w, bool prologue, int64_t sums) {
+  const int64_t width = w.channels_last ? t.lanes * t.vector : t.threads / t.lanes;
+  const int64_t features = std::min(w.radix * width, t.vector > 1 ? kHeldFeatures : kWarp);
+  const int64_t held = prologue ? 3 * features * w.acc_size() : 0;
   return std::max(share_sums_bytes(t, w.channels_last, sums, w.acc_size()), held);
 }
 // of `sum_over_rows`,
@@ -67,6 +62,55 @@ int64_t row_sums_bytes(int64_t threads, int64_t sums) {
 // and of `multiply_tile`.
 int64_t product_bytes(int64_t threads, int64_t acc_size) {
   return threads / kWarp * kTileSize * acc_size;
+}
+
+// Slabs of a block: one for each split and, in a backward, for dout.
+int64_t slabs_of(const Workload& w) { return w.radix + (w.pass == Pass::kBackward ? 1 : 0); }
+
+// In NCHW: threads of a channel, and with vectors a block's slabs of so many bytes at most, behind
+// what any pass needs. False if those of a backward have no room: then the tiling is as it was.
+bool set_lanes(Tiling& t, const Device& device, const Workload& w, int64_t lanes, int64_t most) {
+  const int64_t channels = t.threads / lanes;
+  Tiling next = t;
+  next.lanes = static_cast<int32_t>(lanes);
+  next.channel_blocks = static_cast<int32_t>(ceil_div(w.channels, channels));
+  if (t.vector > 1) {
+    const int64_t elements = (channels - 1) * w.pixels + t.chunk_pixels;
+    const int64_t room = (ceil_div(elements, t.vector) + 1) * t.vector;
+    Workspace space;
+    space.take(pool_bytes(next, w, true, kPrologueSums), 1);
+    next.slabs_at = static_cast<int32_t>(space.bytes);
+    space.take(kBeforeSlabs, 1);
+    space.take((w.radix + 1) * room, w.element_size);
+    const int64_t of_block = device.shared_per_multiprocessor / kSlabBlocks - kReservedShared;
+    if (elements * w.element_size > most ||
+        space.bytes > std::min(device.shared_per_block_optin, of_block)) {
+      return false;
+    }
+    next.slab = static_cast<int32_t>(room);
+  }
+  t = next;
+  return true;
+}
+
+// In NCHW: up to four vectors of each split for a thread. Where slabs have no room for a channel,
+// it is cut into chunks; where they have none for a few pixels of so many splits, there are none.
+void set_sample_lanes(Tiling& t, const Device& device, const Workload& w) {
+  const int64_t threads = t.threads;
+  const int64_t least = t.vector > 1 ? kSampleLanes : kLeastSingleLanes;
+  const int64_t wanted = power_of_two_at_least(ceil_div(w.pixels * w.element_size, 4 * 16));
+  int64_t lanes = std::clamp<int64_t>(wanted, least, threads);
+  set_chunks(t, w.pixels, 1);
+  while (!set_lanes(t, device, w, lanes, kSampleSlabBytes)) {
+    if (lanes < threads) {
+      lanes *= 2;
+    } else if (t.chunk_pixels > threads) {
+      set_chunks(t, w.pixels, 2 * t.chunks);
+    } else {
+      t.vector = 1;
+      set_chunks(t, w.pixels, 1);
+    }
+  }
 }
 
 // Call visit(kernel) for each kernel of a call, in the order of their launches.
@@ -109,9 +153,10 @@ Tiling batch_tiling(const Device& device, const Workload& w, int64_t blocks, int
     const int64_t chunks = ceil_div(wanted, samples * t.channel_blocks);
     set_chunks(t, w.pixels, std::clamp<int64_t>(most, 1, chunks));
   } else {
-    // The sums of one warp's threads need no barrier.
-    while (t.lanes > kWarp && samples * t.channel_blocks >= 2 * wanted) {
-      set_lanes(t, w.channels, t.lanes / 2);
+    const auto blocks_of = [&](int64_t samples) { return samples * t.blocks_per_sample(); };
+    const int64_t least = t.vector > 1 ? kLeastLanes : kWarp;
+    while (t.chunks == 1 && t.lanes > least && blocks_of(samples) >= 2 * wanted &&
+           set_lanes(t, device, w, t.lanes / 2, kSlabBytes)) {
     }
   }
   return t;
@@ -143,10 +188,7 @@ Tiling sample_tiling(const Device& device, const Workload& w) {
     const int64_t chunks = std::clamp<int64_t>(w.pixels / kMinChunkPixels, 1, kMaxChunks);
     set_chunks(t, w.pixels, chunks);
   } else {
-    // About four vectors of each split for a thread.
-    const int64_t lanes = power_of_two_at_least(ceil_div(w.pixels * w.element_size, 4 * 16));
-    set_lanes(t, w.channels, std::clamp<int64_t>(lanes, kLeastLanes, threads));
-    set_chunks(t, w.pixels, 1);
+    set_sample_lanes(t, device, w);
   }
   return t;
 }
@@ -154,6 +196,7 @@ Tiling sample_tiling(const Device& device, const Workload& w) {
 Workload statistics_map(Workload w) {
   w.channels = w.features();
   w.radix = 1;
+  w.relu = w.bn0 = false;
   if (w.channels_last) {
     w.pixels *= w.batch;
     w.batch = 1;
@@ -256,13 +299,9 @@ namespace {
 // not kept.
 int64_t lay_out(OnChip& plan, const Workload& w, const Tiling& t, int64_t samples) {
   const int64_t width = t.lanes * t.vector;
-  // In NCHW copies begin and end at multiples of a vector.
-  const int64_t of_channels = ceil_div(t.threads / t.lanes * w.pixels, t.vector) * t.vector;
   const bool whole = t.channel_blocks == 1;
   const int64_t rows = !w.channels_last ? w.radix : whole ? 1 : t.chunk_pixels * w.radix;
-  const int64_t row = !w.channels_last ? of_channels + t.vector
-                      : whole          ? t.chunk_pixels * w.features()
-                                       : width;
+  const int64_t row = !w.channels_last ? t.slab : whole ? t.chunk_pixels * w.features() : width;
   const int64_t part_bytes = rows * row * w.element_size;
   const int64_t parts = t.blocks_per_sample();
   const int64_t held = ceil_div(samples * parts, plan.cluster);
@@ -338,7 +377,7 @@ OnChip on_chip_plan(const Device& device, const Workload& w) {
 
 Plan make_plan(const Device& device, const Workload& w) {
   const bool backward = w.pass == Pass::kBackward;
-  const int64_t blocks = backward ? kBackwardBlocks : kForwardBlocks;
+  const int64_t blocks = backward && w.channels_last ? kBackwardBlocks : kForwardBlocks;
   // Where batch statistics couple the samples anyway, sums may depend on the batch.
   const bool coupled = w.batch_stats || w.bn1_batch_stats;
   Plan plan{
@@ -358,15 +397,23 @@ Launch launch_of(const Device& device, const Workload& w, const Plan& plan, Kern
     const int64_t grid = std::min(blocks, device.grid_blocks);
     return Launch{kernel, name, blocks, grid, threads, shared_bytes};
   };
+  // Of a map's kernel, with so many bytes beside its slabs, where it has some.
+  const auto on_map = [&](const char* name, const Workload& map, const Tiling& t, int64_t bytes) {
+    const bool slabs = t.slab > 0;
+    const int64_t with_slabs =
+        t.slabs_at + kBeforeSlabs + slabs_of(map) * t.slab * map.element_size;
+    Launch planned = launch(name, map_blocks(t, map.batch), slabs ? with_slabs : bytes);
+    planned.shared_limit = slabs ? device.shared_per_block_optin : 0;
+    return planned;
+  };
   // Of at least one block, which opens the stages of phase 2.
   const auto of_pool = [&](const char* name, int64_t sums) {
-    Launch planned =
-        launch(name, map_blocks(plan.tiling, w.batch), pool_bytes(plan.tiling, w, sums));
+    Launch planned = on_map(name, w, plan.tiling, pool_bytes(plan.tiling, w, w.relu, sums));
     planned.grid = std::max<int64_t>(planned.grid, 1);
     return planned;
   };
   const auto of_recombine = [&](const char* name) {
-    return launch(name, map_blocks(plan.recombine_tiling, w.batch), 0);
+    return on_map(name, w, plan.recombine_tiling, 0);
   };
   const auto of_columns = [&](const char* name, int64_t columns, int64_t sums) {
     return launch(name, ceil_div(columns, kColumns), row_sums_bytes(threads, sums));
@@ -375,9 +422,9 @@ Launch launch_of(const Device& device, const Workload& w, const Plan& plan, Kern
     case Kernel::kPrepare:
       return launch("prepare", w.bn0 ? ceil_div(features, threads) : 0, 0);
     case Kernel::kStatistics: {
+      const Workload map = statistics_map(w);
       const Tiling t = statistics_tiling(device, w);
-      return launch("statistics", map_blocks(t, statistics_map(w).batch),
-                    share_sums_bytes(t, w.channels_last, 1, acc));
+      return on_map("statistics", map, t, share_sums_bytes(t, w.channels_last, 1, acc));
     }
     case Kernel::kCombine:
       return of_columns("combine", features, 1);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/prologue.cuh"
+#include "cuda/slab.cuh"
 #include "cuda/stages.cuh"
 
 namespace resnest_fused::cuda {
@@ -12,9 +13,11 @@ namespace resnest_fused::cuda {
 __host__ __device__ constexpr int splits_held(int radix, int each) {
   return radix * each <= 32 && radix > 0 ? radix : 1;
 }
-// Positions loaded together: about eight vectors in flight.
-__host__ __device__ constexpr int positions_held(int splits) {
-  return splits >= 8 ? 1 : 8 / splits;
+// Positions loaded together: about eight vectors in flight, or four from shared memory, which is
+// not far.
+__host__ __device__ constexpr int positions_held(int splits, bool in_slabs) {
+  const int vectors = in_slabs ? 4 : 8;
+  return splits >= vectors ? 1 : vectors / splits;
 }
 
 // partial[b,j,c] = sum_{r, p in chunk j} z[b,r,c,p], times `scale`.
@@ -33,7 +36,7 @@ struct PoolArgs {
 };
 
 // A thread's sum over its share of x, whose splits it loads at once, to wait for memory once, or
-// one after the other. take(held, first_split) takes bn0's parameters.
+// one after the other. take(held, first_split) takes bn0's parameters and waits for x.
 template <int kRadix, bool kPrologue, bool kAtOnce, typename T, bool kNhwc, int kVector,
           typename Take>
 __device__ __forceinline__ void pool_share(const Share<kVector, kNhwc>& share, const T* of_map,
@@ -41,12 +44,10 @@ __device__ __forceinline__ void pool_share(const Share<kVector, kNhwc>& share, c
                                            Take take) {
   using A = Acc<T>;
   constexpr int kSplits = splits_held(kRadix, kPrologue && kNhwc ? 2 * kVector : 1);
-  constexpr int kBatch = positions_held(kSplits);
+  constexpr int kBatch = positions_held(kSplits, kInSlabs<kVector, kNhwc>);
   for (int first_split = 0; first_split < radix; first_split += kSplits) {
     HeldPrologue<kSplits, kVector, kNhwc, A> held;
-    if constexpr (kPrologue) {
-      take(held, first_split);
-    }
+    take(held, first_split);
     const T* const x = of_map + share.x + first_split * share.split;
     share.template for_each<kBatch>([&](auto width, int position, int step, int end) {
       constexpr int kWidth = decltype(width)::value;
@@ -82,13 +83,19 @@ __device__ __forceinline__ void pool_share(const Share<kVector, kNhwc>& share, c
 }
 
 template <typename T, bool kNhwc, int kRadix, int kVector, bool kPrologue>
-__device__ __forceinline__ void pool_block(const PoolArgs<T>& args, int64_t block) {
+__device__ __forceinline__ void pool_block(const PoolArgs<T>& args, int64_t block, bool again) {
   const int radix = kRadix ? kRadix : args.sizes.radix;
-  const Share<kVector, kNhwc> share(args.sizes, args.tiling, block);
+  Share<kVector, kNhwc> share(args.sizes, args.tiling, block);
+  const Slabs<T, kVector, kNhwc> slabs(share, args.sizes, args.tiling, radix, again);
+  const T* const x = slabs.bring(0, args.x, radix);
   Acc<T> sums[1][kOwnSums<kVector, kNhwc>] = {};
-  pool_share<kRadix, kPrologue, true>(share, args.x, radix, sums, [&](auto& held, int first_split) {
-    held.take(share, args.sizes, args.bn0, args.prologue, first_split);
-  });
+  pool_share<kRadix, kPrologue, !kInSlabs<kVector, kNhwc>>(
+      share, x, radix, sums, [&](auto& held, int first_split) {
+        if constexpr (kPrologue) {
+          held.take(share, args.sizes, args.bn0, args.prologue, first_split);
+        }
+        slabs.wait();
+      });
   sum_over_share(share, args.tiling, args.sizes.channels, sums, [&](int c, Acc<T>(&totals)[1]) {
     const int64_t row = share.sample * args.tiling.chunks + share.chunk;
     args.partial[row * args.sizes.channels + c] = totals[0] * args.scale;
@@ -96,11 +103,11 @@ __device__ __forceinline__ void pool_block(const PoolArgs<T>& args, int64_t bloc
 }
 
 template <typename T, bool kNhwc, int kRadix, int kVector, bool kPrologue>
-__global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kMapThreads, kMapBlocks<kVector, kNhwc>)
     pool_kernel(PoolArgs<T> args) {
   open_stages(args.counters);
   for (int64_t block = blockIdx.x; block < args.blocks; block += gridDim.x) {
-    pool_block<T, kNhwc, kRadix, kVector, kPrologue>(args, block);
+    pool_block<T, kNhwc, kRadix, kVector, kPrologue>(args, block, block != blockIdx.x);
   }
 }
 
@@ -120,19 +127,13 @@ struct PoolBackwardArgs {
   unsigned* counters;         // of phase 2, to open
 };
 
-// Resident blocks of the backward in NCHW. With three, whose registers spill on sm_120, it takes
-// 152 us instead of 186 on an H100 (64@56, bf16, 256 samples).
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-constexpr int64_t kNchwBackwardBlocks = 3;
-#else
-constexpr int64_t kNchwBackwardBlocks = kBlocksPerMultiprocessor;
-#endif
-template <bool kNhwc, int kRadix>
+// The sums of four splits take the registers of a third block.
+template <bool kNhwc, int kRadix, int kVector>
 constexpr int64_t kPoolBackwardBlocks =
-    !kNhwc && (kRadix == 1 || kRadix == 2) ? kNchwBackwardBlocks : kBlocksPerMultiprocessor;
+    kRadix > 2 ? kBlocksPerMultiprocessor : kMapBlocks<kVector, kNhwc>;
 
 template <typename T, bool kNhwc, int kRadix, int kVector, bool kPrologue>
-__global__ void __launch_bounds__(kMapThreads, kPoolBackwardBlocks<kNhwc, kRadix>)
+__global__ void __launch_bounds__(kMapThreads, kPoolBackwardBlocks<kNhwc, kRadix, kVector>)
     pool_backward_kernel(PoolBackwardArgs<T> args) {
   using A = Acc<T>;
   open_stages(args.counters);
@@ -140,22 +141,28 @@ __global__ void __launch_bounds__(kMapThreads, kPoolBackwardBlocks<kNhwc, kRadix
   constexpr int kOwn = kOwnSums<kVector, kNhwc>;
   constexpr int kSplits =
       splits_held(kRadix, kNhwc ? kVector * (kPrologue ? 2 * kSums : 1) : kSums);
-  constexpr int kBatch = kNhwc && kPrologue ? 2 : positions_held(kSplits + 1);
+  constexpr int kBatch =
+      kNhwc && kPrologue ? 2 : positions_held(kSplits + 1, kInSlabs<kVector, kNhwc>);
   const int radix = kRadix ? kRadix : args.sizes.radix;
   const int64_t features = args.sizes.features();
   for (int64_t block = blockIdx.x; block < args.blocks; block += gridDim.x) {
-    const Share<kVector, kNhwc> share(args.sizes, args.tiling, block);
+    Share<kVector, kNhwc> share(args.sizes, args.tiling, block);
+    const Slabs<T, kVector, kNhwc> slabs(share, args.sizes, args.tiling, radix + 1,
+                                         block != blockIdx.x);
+    const T* const of_map = slabs.bring(0, args.x, radix);
+    const T* const gradient = slabs.bring(radix, args.dout, 1);
     for (int first_split = 0; first_split < radix; first_split += kSplits) {
       HeldPrologue<kSplits, kVector, kNhwc, A> held;
       if constexpr (kPrologue) {
         held.take(share, args.sizes, args.bn0, args.prologue, first_split);
       }
+      slabs.wait();
       A sums[kSplits][kSums][kOwn] = {};
-      const T* const x = args.x + share.x + first_split * share.split;
+      const T* const x = of_map + share.x + first_split * share.split;
       share.template for_each<kBatch>([&](auto width, int position, int step, int end) {
         constexpr int kWidth = decltype(width)::value;
         Vector<T, kWidth> g[kBatch], values[kSplits][kBatch];
-        load_batch(args.dout, share.out, share.out_step, position, step, end, g);
+        load_batch(gradient, share.out, share.out_step, position, step, end, g);
 #pragma unroll
         for (int r = 0; r < kSplits; ++r) {
           load_batch(x, r * share.split, share.x_step, position, step, end, values[r]);

@@ -7,8 +7,8 @@
 // forward and backward would disagree on which elements the ReLU lets through.
 #pragma once
 
-#include "cuda/map.cuh"
 #include "cuda/norm.cuh"
+#include "cuda/slab.cuh"
 #include "prologue_sums.h"
 
 namespace resnest_fused::cuda {
@@ -67,7 +67,8 @@ struct HeldPrologue {
   __device__ __forceinline__ void take(const Share<kVector, kNhwc>& share, const MapSizes& sizes,
                                        const Norm<A>& bn0, const Prologue<A>& prologue,
                                        int first_split) {
-    constexpr int64_t kWidest = kNhwc ? kWarp * kVector : kMapThreads / kLeastLanes;
+    constexpr int64_t kWidest =
+        kNhwc ? kWarp * kVector : kMapThreads / (kVector > 1 ? kLeastLanes : kLeastSingleLanes);
     static_assert(kSplits * kWidest <= (kVector > 1 ? kHeldFeatures : kWarp));
     A* const held = shared<A>();
     const int count = kSplits * share.width;
@@ -152,17 +153,22 @@ struct StatisticsArgs {
   Acc<T>* squares;  // (samples * chunks, F)
 };
 
-// In NCHW vectors leave registers for a third resident block, which hides more of the waiting.
+// Sums of one slab take few registers.
+template <int kVector, bool kNhwc>
+constexpr int64_t kStatisticsResident = kMapBlocks<kVector, kNhwc> + kInSlabs<kVector, kNhwc>;
+
 template <typename T, bool kNhwc, int kVector>
-__global__ void __launch_bounds__(kMapThreads, kNhwc || kVector == 1 ? kBlocksPerMultiprocessor : 3)
+__global__ void __launch_bounds__(kMapThreads, kStatisticsResident<kVector, kNhwc>)
     statistics_kernel(StatisticsArgs<T> args) {
   using A = Acc<T>;
-  constexpr int kBatch = kNhwc ? 4 : 3;
+  constexpr int kBatch = kInSlabs<kVector, kNhwc> ? 2 : 4;
   for (int64_t block = blockIdx.x; block < args.blocks; block += gridDim.x) {
-    const Share<kVector, kNhwc> share(args.sizes, args.tiling, block);
-    const int first = share.chunk * args.tiling.chunk_pixels;
-    const int last = min(first + args.tiling.chunk_pixels, args.sizes.pixels);
-    const T* const first_pixel = args.x + share.x + first * share.x_step;
+    Share<kVector, kNhwc> share(args.sizes, args.tiling, block);
+    const Slabs<T, kVector, kNhwc> slabs(share, args.sizes, args.tiling, 1, block != blockIdx.x);
+    const T* const x = slabs.bring(0, args.x, 1) + share.x;
+    slabs.wait();
+    const int first = kNhwc ? share.chunk * args.tiling.chunk_pixels : 0;
+    const T* const first_pixel = x + first * share.x_step;
     // Each channel's; in NHWC the vector's.
     constexpr int kOwn = kOwnSums<kVector, kNhwc>;
     A origin[kOwn] = {};
@@ -178,7 +184,7 @@ __global__ void __launch_bounds__(kMapThreads, kNhwc || kVector == 1 ? kBlocksPe
     share.template for_each<kBatch>([&](auto width, int position, int step, int end) {
       constexpr int kWidth = decltype(width)::value;
       Vector<T, kWidth> values[kBatch];
-      load_batch(args.x, share.x, share.x_step, position, step, end, values);
+      load_batch(x, 0, share.x_step, position, step, end, values);
       A apart[kBatch][kWidth], sums[kOwn] = {};
       int positions = 0;
 #pragma unroll
@@ -223,7 +229,7 @@ __global__ void __launch_bounds__(kMapThreads, kNhwc || kVector == 1 ? kBlocksPe
     }
     if constexpr (kNhwc) {
       sum_over_share(share, args.tiling, args.sizes.channels, sums, [&](int f, A(&totals)[1]) {
-        args.mean[row + f] = totals[0] / A(last - first);
+        args.mean[row + f] = totals[0] / A(share.pixels);
       });
 #pragma unroll
       for (int own = 0; own < kOwn; ++own) {
@@ -232,7 +238,7 @@ __global__ void __launch_bounds__(kMapThreads, kNhwc || kVector == 1 ? kBlocksPe
     } else {
       A totals[1] = {sums[0][0]};
       sum_over_lanes(totals, share.lanes);
-      of_block[0] = totals[0] / A(last - first);
+      of_block[0] = totals[0] / A(share.pixels);
     }
 #pragma unroll
     for (int own = 0; own < kOwn; ++own) {
@@ -251,8 +257,8 @@ __global__ void __launch_bounds__(kMapThreads, kNhwc || kVector == 1 ? kBlocksPe
 }
 
 // Mean and biased variance of each column over all elements, in two passes over rows of partial
-// ones. A row has the mean and the sum of squared deviations of `count` elements, the last row of
-// `last_count`. Over no elements the result is zeros.
+// ones. A row has the mean and the sum of squared deviations of `count` elements, every `chunks`th
+// one of `last_count`. Over no elements the result is zeros.
 //   Grid: a block for kColumns columns.
 template <typename A>
 struct ColumnStatistics {
@@ -262,10 +268,17 @@ struct ColumnStatistics {
   const A* squares;  // (rows, F), or null where each row is one element
   double count;
   double last_count;
+  int64_t chunks;
 
   __device__ __forceinline__ void compute(const Column& column, A& of_mean, A& of_var) const {
-    const double total = rows > 0 ? count * static_cast<double>(rows - 1) + last_count : 1;
-    const auto count_of = [&](int64_t row) { return row + 1 == rows ? last_count : count; };
+    const int64_t samples = rows / chunks;
+    const unsigned every = static_cast<unsigned>(chunks);  // rows are at most kMostBlocks
+    const double total = rows > 0 ? count * static_cast<double>(rows - samples) +
+                                        last_count * static_cast<double>(samples)
+                                  : 1;
+    const auto count_of = [&](int64_t row) {
+      return static_cast<unsigned>(row + 1) % every == 0 ? last_count : count;
+    };
     struct Row {
       A mean, squares;
     };

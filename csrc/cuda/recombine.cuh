@@ -19,20 +19,22 @@ struct RecombineArgs {
   T* out;                     // (B, C, H, W)
 };
 
-// A thread's share of the result: put(offset, vector) stores it. The sample's attention and bn0's
-// parameters are arrays by feature.
-template <int kRadix, bool kPrologue, typename T, bool kNhwc, int kVector, typename Put>
+// A thread's share of the result: put(offset, vector) stores it, and wait() waits for x. The
+// sample's attention and bn0's parameters are arrays by feature.
+template <int kRadix, bool kPrologue, typename T, bool kNhwc, int kVector, typename Wait,
+          typename Put>
 __device__ __forceinline__ void recombine_share(const Share<kVector, kNhwc>& share,
                                                 const MapSizes& sizes, const T* x,
                                                 const Acc<T>* attention,
-                                                const Prologue<Acc<T>>& prologue, Put put) {
+                                                const Prologue<Acc<T>>& prologue, Wait wait,
+                                                Put put) {
   using A = Acc<T>;
   using Coefficient = PerChannel<A, kVector, kNhwc>;
   constexpr int kEach = (kNhwc ? kVector : 1) * (kPrologue ? 3 : 1);
   // If all splits have few coefficients, these stay in registers. Else a split's come from L1.
   constexpr bool kHeld = kRadix > 0 && kRadix * kEach <= 48;
   constexpr int kSplits = kHeld ? kRadix : 1;
-  constexpr int kBatch = kHeld ? (kRadix >= 4 ? 1 : 4 / kRadix) : 4;
+  constexpr int kBatch = kHeld ? (kRadix >= 4 ? 1 : 4 / kRadix) : kInSlabs<kVector, kNhwc> ? 1 : 4;
   const int radix = kRadix ? kRadix : sizes.radix;
   Coefficient a[kSplits], scale[kSplits], shift[kSplits];
   const auto take_coefficients = [&](int first_split) {
@@ -49,6 +51,7 @@ __device__ __forceinline__ void recombine_share(const Share<kVector, kNhwc>& sha
   if constexpr (kHeld) {
     take_coefficients(0);
   }
+  wait();
   share.template for_each<kBatch>([&](auto width, int position, int step, int end) {
     constexpr int kWidth = decltype(width)::value;
     A sums[kBatch][kWidth] = {};
@@ -92,18 +95,25 @@ __device__ __forceinline__ void recombine_share(const Share<kVector, kNhwc>& sha
 }
 
 template <typename T, bool kNhwc, int kRadix, int kVector, bool kPrologue>
-__device__ __forceinline__ void recombine_block(const RecombineArgs<T>& args, int64_t block) {
-  const Share<kVector, kNhwc> share(args.sizes, args.tiling, block);
+__device__ __forceinline__ void recombine_block(const RecombineArgs<T>& args, int64_t block,
+                                                bool again) {
+  const int radix = kRadix ? kRadix : args.sizes.radix;
+  Share<kVector, kNhwc> share(args.sizes, args.tiling, block);
+  const Slabs<T, kVector, kNhwc> slabs(share, args.sizes, args.tiling, radix, again);
+  const T* const x = slabs.bring(0, args.x, radix);
   recombine_share<kRadix, kPrologue>(
-      share, args.sizes, args.x, args.attention + share.sample * args.sizes.features(),
-      args.prologue, [&](int64_t offset, const auto& result) { store(args.out + offset, result); });
+      share, args.sizes, x, args.attention + share.sample * args.sizes.features(), args.prologue,
+      [&] { slabs.wait(); },
+      [&](int64_t offset, const auto& result) { slabs.put(args.out, offset, result); });
+  slabs.leave(args.out, 1);
 }
 
 template <typename T, bool kNhwc, int kRadix, int kVector, bool kPrologue>
-__global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kMapThreads, kMapBlocks<kVector, kNhwc>)
     recombine_kernel(RecombineArgs<T> args) {
   for (int64_t block = blockIdx.x; block < args.blocks; block += gridDim.x) {
-    recombine_block<T, kNhwc, kRadix, kVector, kPrologue>(args, args.blocks - 1 - block);
+    recombine_block<T, kNhwc, kRadix, kVector, kPrologue>(args, args.blocks - 1 - block,
+                                                          block != blockIdx.x);
   }
 }
 
@@ -127,17 +137,25 @@ struct RecombineBackwardArgs {
 };
 
 template <typename T, bool kNhwc, int kRadix, int kVector, bool kPrologue>
-__global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kMapThreads, kMapBlocks<kVector, kNhwc>)
     recombine_backward_kernel(RecombineBackwardArgs<T> args) {
   using A = Acc<T>;
   using Coefficient = PerChannel<A, kVector, kNhwc>;
   // With x of 16 bits the mean goes into the offset: x has fewer digits than that costs.
   constexpr bool kFolded = sizeof(T) < 4;
   constexpr int kSplits = splits_held(kRadix, (kNhwc ? kVector : 1) * (kPrologue ? 9 : 2));
-  constexpr int kBatch = kNhwc && kPrologue && kRadix == 0 ? 1 : kSplits == 1 && !kNhwc ? 4 : 2;
+  constexpr bool kFew = kInSlabs<kVector, kNhwc> || (kNhwc && kPrologue && kRadix == 0);
+  constexpr int kBatch = kFew ? 1 : kSplits == 1 && !kNhwc ? 4 : 2;
   const int radix = kRadix ? kRadix : args.sizes.radix;
   for (int64_t index = blockIdx.x; index < args.blocks; index += gridDim.x) {
-    const Share<kVector, kNhwc> share(args.sizes, args.tiling, args.blocks - 1 - index);
+    Share<kVector, kNhwc> share(args.sizes, args.tiling, args.blocks - 1 - index);
+    const Slabs<T, kVector, kNhwc> slabs(share, args.sizes, args.tiling, kPrologue ? radix + 1 : 1,
+                                         index != blockIdx.x);
+    const T* of_map = nullptr;
+    if constexpr (kPrologue) {
+      of_map = slabs.bring(0, args.x, radix);
+    }
+    const T* const gradient = slabs.bring(radix, args.dout, 1);
     const auto of = [&](const A* values, int64_t first, A otherwise) {
       return Coefficient::of(values, first, otherwise, share.inside);
     };
@@ -171,15 +189,16 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
           }
         }
       }
+      slabs.wait();
       const int64_t first = share.x + first_split * share.split;
       share.template for_each<kBatch>([&](auto width, int position, int step, int end) {
         constexpr int kWidth = decltype(width)::value;
         Vector<T, kWidth> g[kBatch], values[kSplits][kBatch];
-        load_batch(args.dout, share.out, share.out_step, position, step, end, g);
+        load_batch(gradient, share.out, share.out_step, position, step, end, g);
         if constexpr (kPrologue) {
 #pragma unroll
           for (int r = 0; r < kSplits; ++r) {
-            load_batch(args.x, first + r * share.split, share.x_step, position, step, end,
+            load_batch(of_map, first + r * share.split, share.x_step, position, step, end,
                        values[r]);
           }
         }
@@ -201,13 +220,14 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
                 }
                 result.values[e] = narrow<T>(dx);
               }
-              store(args.dx + first + r * share.split + (position + u * step) * share.x_step,
-                    result);
+              slabs.put(args.dx, first + r * share.split + (position + u * step) * share.x_step,
+                        result);
             }
           }
         }
       });
     }
+    slabs.leave(args.dx, radix);
   }
 }
 

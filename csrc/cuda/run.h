@@ -171,7 +171,7 @@ class Run {
     const int64_t last = features.pixels - (tiling.chunks - 1) * full;
     cuda::combine<A>(context.stream, planned,
                      {{count, work.features(), rows, rows + count * work.features(),
-                       static_cast<double>(full), static_cast<double>(last)},
+                       static_cast<double>(full), static_cast<double>(last), tiling.chunks},
                       data<A>(mean),
                       data<A>(var)});
   }

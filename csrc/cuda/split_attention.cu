@@ -64,7 +64,7 @@ void forward(const Context& context, const Map& map, const Mlp& mlp, const Tenso
              {w.batch, tiling.chunks, w.channels, partial, per_pixel, gap},
              {sizes, w.batch, gap, parameter(mlp.fc1_weight), parameter(mlp.fc1_bias), bn1, hidden,
               normalises ? nullptr : u},
-             {{w.batch, w.inter, hidden, nullptr, 1, 1},
+             {{w.batch, w.inter, hidden, nullptr, 1, 1, 1},
               bn1,
               normalises ? data<A>(train->bn1_mean) : nullptr,
               normalises ? data<A>(train->bn1_var) : nullptr,

@@ -14,6 +14,8 @@ constexpr int64_t kMapThreads = 256;
 constexpr int64_t kProductThreads = 256;
 constexpr int64_t kBlocksPerMultiprocessor = 2;
 constexpr int64_t kRegisters = 128;
+// Of blocks with slabs more are, as some copy while others work.
+constexpr int64_t kSlabBlocks = 3;
 // Threads of the blocks that add up over rows, and the columns of each block.
 constexpr int64_t kColumnThreads = 256;
 constexpr int64_t kColumns = 8;
@@ -30,7 +32,10 @@ constexpr int64_t kMostChannels = int64_t{1} << 30;
 constexpr int64_t kMostRows = kMostBlocks - kTileRows;
 
 // How blocks and their threads share a map. A block works on one sample.
-//   NCHW: `lanes` threads share the pixels of a channel; threads/lanes channels a block.
+//   NCHW: `lanes` threads share the pixels of a channel; threads/lanes channels a block. With
+//         vectors the block first brings what it has of each split, which lies together, into a
+//         slab of shared memory (slab.cuh). A chunk has all pixels, but where they are too many for
+//         a slab: then a block has a chunk of one channel.
 //   NHWC: `lanes` threads stand side by side along the channels, a vector each; threads/lanes of
 //         these rows share the pixels of a chunk.
 struct Tiling {
@@ -38,17 +43,24 @@ struct Tiling {
   int32_t lanes;
   int32_t vector;          // elements a thread loads at a time: 16 bytes of them, or 1
   int32_t channel_blocks;  // blocks along the channels
-  int32_t chunk_pixels;    // pixels of a chunk: all in NCHW
-  int32_t chunks;          // chunks of a sample, each with partial sums of its own: 1 in NCHW
+  int32_t chunk_pixels;    // pixels of a chunk
+  int32_t chunks;          // chunks of a sample, each with partial sums of its own
+  int32_t slab;            // in elements, the room of a slab; 0: there are none
+  int32_t slabs_at;        // in bytes, where they begin in a block's shared memory
 
   int64_t blocks_per_sample() const { return int64_t{channel_blocks} * chunks; }
 };
 
-// Threads of a channel in NCHW, at least, and in NHWC at most kWarp side by side.
-constexpr int64_t kLeastLanes = 8;
+// Threads of a channel in NCHW, at least, with vectors and with single elements. In NHWC at most
+// kWarp are side by side.
+constexpr int64_t kLeastLanes = 2;
+constexpr int64_t kLeastSingleLanes = 8;
 // Features whose bn0 parameters a block of the pool keeps in shared memory at a time, at most; with
 // single elements kWarp.
 constexpr int64_t kHeldFeatures = 512;
+
+// Bytes before a block's slabs, for what their copies wait at.
+constexpr int64_t kBeforeSlabs = 16;
 
 // What an evaluation that keeps x on chip is compiled for: the radix of the published networks, and
 // samples of a cluster of blocks, at most.
@@ -127,8 +139,9 @@ struct Launch {
   int64_t grid;  // kernels walk over the blocks where these are more
   int64_t threads;
   int64_t shared_bytes;
-  int64_t cluster = 1;       // blocks that run together and reach each other's shared memory
-  int64_t shared_limit = 0;  // bytes of it that the kernel asks to be allowed; 0: as all kernels
+  int64_t cluster = 1;  // blocks that run together and reach each other's shared memory
+  // Bytes of it that the kernel asks to be allowed, where it needs much; 0: as all kernels.
+  int64_t shared_limit = 0;
 };
 
 }  // namespace resnest_fused::cuda

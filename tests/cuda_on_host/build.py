@@ -55,6 +55,13 @@ KINDS = {
         ("libtsan.so",),
         (("TSAN_OPTIONS", "halt_on_error=1:exitcode=66"),),
     ),
+    # The code for GPUs before sm_90.
+    "older": Kind(
+        ("-O1", "-fsanitize=thread", "-DRF_OLDER_GPU"),
+        ("-O2", "-DCUDA_ON_HOST_THREAD"),
+        ("libtsan.so",),
+        (("TSAN_OPTIONS", "halt_on_error=1:exitcode=66"),),
+    ),
     "address": Kind(
         ("-Og", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
         ("-O2", "-DCUDA_ON_HOST_ADDRESS"),

@@ -62,6 +62,8 @@ MISTAKES = [
         for place in (0, 2, 3)
     ),
     *(Mistake("thread", "on_chip.cu", "on_chip.cuh", "cluster.sync();", "", i) for i in range(3)),
+    *(Mistake("thread", "recombine.cu", "slab.cuh", "__syncthreads();", "", i) for i in (0, 3)),
+    Mistake("older", "pool.cu", "slab.cuh", "__syncthreads();", "", 2),
     Mistake("thread", "attention.cu", "stages.cuh", "::cuda::memory_order_acquire", RELAXED),
     Mistake("thread", "attention.cu", "stages.cuh", "::cuda::memory_order_release", RELAXED),
     Mistake("thread", "attention.cu", "stages.cuh", "items[stage] > 0", "false"),
@@ -72,8 +74,8 @@ MISTAKES = [
         "address",
         "prologue.cu",
         "map.cuh",
-        "min((chunk + 1) * tiling.chunk_pixels, sizes.pixels)",
-        "(chunk + 1) * tiling.chunk_pixels + 1",
+        "min(tiling.chunk_pixels, sizes.pixels - first_pixel)",
+        "tiling.chunk_pixels + 1",
     ),
     Mistake("address", "attention.cu", "product.cuh", "result_row < a.rows", "true"),
     Mistake("address", "attention.cu", "product.cuh", "row + i < last", "true"),
@@ -83,7 +85,7 @@ MISTAKES = [
         "plain",
         "recombine.cu",
         "map.cuh",
-        "singles = sizes.pixels - vectors * kVector;",
+        "singles = pixels - vectors * kVector;",
         "singles = 0;",
     ),
     Mistake(
@@ -105,7 +107,33 @@ MISTAKES = [
     Mistake("plain", "on_chip.cu", "on_chip.cuh", "arrivals[index - begin].wait();", ""),
     Mistake("plain", "on_chip.cu", "on_chip.cuh", "m * args.input_stride", "0"),
     Mistake("plain", "on_chip.cu", "on_chip.cuh", "part.row(row)", "part.row(0)"),
-    Mistake("plain", "on_chip.cu", "on_chip.cuh", "max(i, part.first)", "i + 1"),
+    Mistake("plain", "on_chip.cu", "slab.cuh", "max(i, first)", "i + 1"),
+    Mistake("plain", "recombine.cu", "slab.cuh", "arrival().wait();", ""),
+    Mistake(
+        "plain",
+        "recombine.cu",
+        "slab.cuh",
+        "__syncthreads();",
+        "",
+        place=1,
+        finding="copies that were never announced",
+    ),
+    Mistake("plain", "pool.cu", "slab.cuh", "split * in_splits", "0"),
+    Mistake(
+        "plain",
+        "prologue.cu",
+        "prologue.cuh",
+        "static_cast<unsigned>(row + 1) % every == 0",
+        "row + 1 == rows",
+    ),
+    Mistake(
+        "older",
+        "pool.cu",
+        "slab.cuh",
+        "__pipeline_wait_prior(0);",
+        "",
+        finding="AssertionError",
+    ),
     Mistake("plain", "attention.cu", "product.cuh", "k < a.depth", "k + 1 < a.depth"),
     Mistake(
         "plain", "recombine.cu", "recombine.cuh", "block < args.blocks", "block + 1 < args.blocks"
@@ -192,8 +220,9 @@ def main() -> None:
         """Runs every kernel that a mistake is in; the numbers do not matter."""
         kernels.set_device(grid_blocks=3)
         compute_forwards()
-        with_clusters()
-        compute_forwards()
+        if kind != "older":
+            with_clusters()
+            compute_forwards()
         norm = (torch.zeros(300), torch.ones(300), torch.tensor(0))
         norm += (torch.zeros(300), torch.ones(300), None)
         kernels.ops.update_running_statistics(torch.empty(2, 1, 1, 1), *norm, *norm)
@@ -202,10 +231,11 @@ def main() -> None:
         for layout in ("nchw", "channels_last"):
             call = draw_any(Case(2, 24, 30, 30, 2, 1, 12, layout=layout, prologue="batch"))
             call.gradients()
-            # Without a prologue the pool's shared memory has no room but for its sums.
             for prologue in ("running", "none"):
                 options = {"layout": layout, "norm": "running", "prologue": prologue}
                 draw_any(Case(2, 24, 30, 30, 2, 1, 12, **options)).forward()
+        # Without vectors and a prologue the pool's shared memory has no room but for its sums.
+        draw_any(Case(2, 3, 31, 31, 2, 1, 3, norm="running", prologue="none")).forward()
 
     def check_evaluation() -> None:
         options = {"norm": "running", "prologue": "running"}
@@ -221,6 +251,8 @@ def main() -> None:
         for layout in ("nchw", "channels_last"):
             for dtype in (torch.float32, torch.float16):
                 check(Case(3, 42, 9, 7, 2, 2, 18, dtype, layout=layout, prologue="batch"))
+        kernels.set_device(shared_per_multiprocessor=32 * 1024)  # so that channels have chunks
+        check(Case(2, 4, 45, 45, 2, 1, 3, layout="nchw", prologue="batch"))
 
     def make(number: int) -> None:
         kernels.reset()
@@ -232,6 +264,8 @@ def main() -> None:
             with_clusters()
             check_evaluation()
         else:
+            if kind == "older":
+                check_some()
             compute_some()
 
     for number, mistake in enumerate([None, *MISTAKES]):

@@ -159,6 +159,12 @@ constexpr const char* kStateNames[] = {"ready",
 
 struct Block;
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 struct Coroutine {
   Context context;
   char* stack;
@@ -166,6 +172,8 @@ struct Coroutine {
   unsigned thread;  // in its block
   unsigned loads;   // in this turn
   State state;
+  std::vector<Copy> copies;       // that have not come
+  std::vector<size_t> committed;  // how many of them were there at each commit
 };
 
 // --- blocks
@@ -205,11 +213,6 @@ struct Cluster {
 
 // Copies that arrive together, once a thread has said how many bytes they are.
 struct Arrivals {
-  struct Copy {
-    void* to;
-    const void* from;
-    size_t bytes;
-  };
   ptrdiff_t threads, bytes = 0;  // that are still to come
   std::vector<Copy> copies;
   bool done = false;
@@ -350,6 +353,8 @@ void Scheduler::begin_block(uint64_t index, const std::shared_ptr<Cluster>& clus
     coroutine->block = &block;
     coroutine->thread = thread;
     coroutine->state = State::kReady;
+    coroutine->copies.clear();
+    coroutine->committed.clear();
     block.coroutines[thread] = coroutine;
     ready_.push_back(coroutine);
   }
@@ -608,16 +613,55 @@ void cuda_on_host::arrive(void* arrivals, ptrdiff_t threads, ptrdiff_t bytes) {
   one.bytes += bytes;
 }
 
-void cuda_on_host::copy_later(void* arrivals, void* to, const void* from, size_t bytes) {
-  const Unseen unseen;
+// As the copies here are: of 16 bytes or a multiple.
+static Copy copy_of_16(void* to, const void* from, size_t bytes) {
   if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(to) % 16 != 0 ||
       reinterpret_cast<uintptr_t>(from) % 16 != 0) {
     std::fprintf(stderr, "cuda_on_host: a copy of bytes that are no multiple of 16\n");
     std::abort();
   }
+  return {to, from, bytes};
+}
+
+void cuda_on_host::copy_async(void* to, const void* from, size_t bytes) {
+  const Unseen unseen;
+  scheduler().current->copies.push_back(copy_of_16(to, from, bytes));
+}
+
+void cuda_on_host::commit_copies() {
+  const Unseen unseen;
+  Coroutine& thread = *scheduler().current;
+  thread.committed.push_back(thread.copies.size());
+}
+
+void cuda_on_host::wait_for_copies(size_t but_groups) {
+  Coroutine& thread = *scheduler().current;
+  std::vector<Copy> come;
+  {
+    const Unseen unseen;
+    if (thread.committed.size() > but_groups) {
+      const size_t groups = thread.committed.size() - but_groups;
+      const size_t count = thread.committed[groups - 1];
+      const auto end = thread.copies.begin() + static_cast<ptrdiff_t>(count);
+      come.assign(thread.copies.begin(), end);
+      thread.copies.erase(thread.copies.begin(), end);
+      thread.committed.erase(thread.committed.begin(),
+                             thread.committed.begin() + static_cast<ptrdiff_t>(groups));
+      for (size_t& later : thread.committed) {
+        later -= count;
+      }
+    }
+  }
+  for (const Copy& copy : come) {
+    std::memcpy(copy.to, copy.from, copy.bytes);
+  }
+}
+
+void cuda_on_host::copy_later(void* arrivals, void* to, const void* from, size_t bytes) {
+  const Unseen unseen;
   Arrivals& one = known_arrivals(arrivals);
   one.bytes -= static_cast<ptrdiff_t>(bytes);
-  one.copies.push_back({to, from, bytes});
+  one.copies.push_back(copy_of_16(to, from, bytes));
 }
 
 void cuda_on_host::wait_for_arrivals(void* arrivals, bool) {
@@ -636,7 +680,7 @@ void cuda_on_host::wait_for_arrivals(void* arrivals, bool) {
     one.done = true;
   }
   if (first) {
-    for (const Arrivals::Copy& copy : one.copies) {
+    for (const Copy& copy : one.copies) {
       std::memcpy(copy.to, copy.from, copy.bytes);
     }
     release(arrivals);

@@ -67,6 +67,11 @@ void* begin_arrivals(ptrdiff_t expected);
 void arrive(void* arrivals, ptrdiff_t threads, ptrdiff_t bytes);
 void copy_later(void* arrivals, void* to, const void* from, size_t bytes);
 void wait_for_arrivals(void* arrivals, bool parity);
+// A thread's own: copies join a group when they are committed, and are there when the thread waits
+// for all groups but the last few.
+void copy_async(void* to, const void* from, size_t bytes);
+void commit_copies();
+void wait_for_copies(size_t but_groups);
 // Lets others run, where a thread waits in a loop for what they do.
 void spin();
 // The same, once a thread has loaded often: a loop around a load may be such a one.
@@ -145,6 +150,10 @@ struct cudaLaunchConfig_t {
 
 // For a launch that failed: what the last one to fail died of.
 const char* cudaGetErrorString(cudaError_t error);
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
 cudaError_t cudaGetLastError();
 
 namespace cuda_on_host {
