@@ -10,12 +10,15 @@ from cases import NORMS, PROLOGUES, Call, Case, draw_any
 from test_op import ARGUMENTS
 
 # (batch, channels, height, width, radix, cardinality, inter_channels): maps in vectors of 16 bytes
-# and in single elements, few and many blocks, each radix that has code of its own.
+# and in single elements, few and many blocks, each radix that has code of its own, small and large
+# rows of pixels.
 SIZES = (
     (3, 16, 9, 8, 2, 1, 32),
     (5, 6, 5, 3, 2, 2, 10),
     (2, 72, 14, 14, 1, 3, 33),
     (2, 24, 9, 4, 4, 2, 16),
+    (2, 8, 45, 45, 2, 1, 8),  # in NCHW slabs begin between vectors,
+    (2, 8, 91, 91, 2, 1, 8),  # and are chunks of a channel
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -26,6 +26,7 @@ def test_sanitizers_find_nothing(kind: str) -> None:
             "in_eval_a_sample_does_not_depend_on_its_batch",
             "on_chip_all_is_the_same_to_the_bit",
             "single_phases",
+            "channels_in_chunks",
             "numbers_of_any_sizes_are_finite",
         ]
     tests = [f"{test_cuda_kernels.__file__}::test_{name}" for name in names]

@@ -67,6 +67,12 @@ int64_t product_bytes(int64_t threads, int64_t acc_size) {
 // Slabs of a block: one for each split and, in a backward, for dout.
 int64_t slabs_of(const Workload& w) { return w.radix + (w.pass == Pass::kBackward ? 1 : 0); }
 
+// Bytes of shared memory that a block with slabs may have.
+int64_t slab_memory(const Device& device) {
+  const int64_t share = device.shared_per_multiprocessor / kSlabBlocks - kReservedShared;
+  return std::min(device.shared_per_block_optin, share);
+}
+
 // In NCHW: threads of a channel, and with vectors a block's slabs of so many bytes at most, behind
 // what any pass needs. False if those of a backward have no room: then the tiling is as it was.
 bool set_lanes(Tiling& t, const Device& device, const Workload& w, int64_t lanes, int64_t most) {
@@ -82,9 +88,7 @@ bool set_lanes(Tiling& t, const Device& device, const Workload& w, int64_t lanes
     next.slabs_at = static_cast<int32_t>(space.bytes);
     space.take(kBeforeSlabs, 1);
     space.take((w.radix + 1) * room, w.element_size);
-    const int64_t of_block = device.shared_per_multiprocessor / kSlabBlocks - kReservedShared;
-    if (elements * w.element_size > most ||
-        space.bytes > std::min(device.shared_per_block_optin, of_block)) {
+    if (elements * w.element_size > most || space.bytes > slab_memory(device)) {
       return false;
     }
     next.slab = static_cast<int32_t>(room);
@@ -108,6 +112,7 @@ void set_sample_lanes(Tiling& t, const Device& device, const Workload& w) {
       set_chunks(t, w.pixels, 2 * t.chunks);
     } else {
       t.vector = 1;
+      lanes = std::clamp<int64_t>(wanted, kLeastSingleLanes, threads);
       set_chunks(t, w.pixels, 1);
     }
   }
@@ -403,7 +408,7 @@ Launch launch_of(const Device& device, const Workload& w, const Plan& plan, Kern
     const int64_t with_slabs =
         t.slabs_at + kBeforeSlabs + slabs_of(map) * t.slab * map.element_size;
     Launch planned = launch(name, map_blocks(t, map.batch), slabs ? with_slabs : bytes);
-    planned.shared_limit = slabs ? device.shared_per_block_optin : 0;
+    planned.shared_limit = slabs ? slab_memory(device) : 0;
     return planned;
   };
   // Of at least one block, which opens the stages of phase 2.

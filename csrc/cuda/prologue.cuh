@@ -269,13 +269,10 @@ struct ColumnStatistics {
   double count;
   double last_count;
   int64_t chunks;
+  double total;  // elements, or 1
 
   __device__ __forceinline__ void compute(const Column& column, A& of_mean, A& of_var) const {
-    const int64_t samples = rows / chunks;
     const unsigned every = static_cast<unsigned>(chunks);  // rows are at most kMostBlocks
-    const double total = rows > 0 ? count * static_cast<double>(rows - samples) +
-                                        last_count * static_cast<double>(samples)
-                                  : 1;
     const auto count_of = [&](int64_t row) {
       return static_cast<unsigned>(row + 1) % every == 0 ? last_count : count;
     };
@@ -308,7 +305,8 @@ struct CombineArgs {
 };
 
 template <typename A>
-__global__ void __launch_bounds__(kColumnThreads) combine_kernel(CombineArgs<A> args) {
+__global__ void __launch_bounds__(kColumnThreads, kBlocksPerMultiprocessor)
+    combine_kernel(CombineArgs<A> args) {
   const int64_t features = args.partial.features;
   for (int64_t block = blockIdx.x; block * kColumns < features; block += gridDim.x) {
     const Column column(block, features);

@@ -108,8 +108,13 @@ __device__ __forceinline__ void recombine_block(const RecombineArgs<T>& args, in
   slabs.leave(args.out, 1);
 }
 
+// A radix that is not compiled takes the registers of a third block.
+template <bool kNhwc, int kRadix, int kVector>
+constexpr int64_t kRecombineBlocks =
+    kRadix == 0 ? kBlocksPerMultiprocessor : kMapBlocks<kVector, kNhwc>;
+
 template <typename T, bool kNhwc, int kRadix, int kVector, bool kPrologue>
-__global__ void __launch_bounds__(kMapThreads, kMapBlocks<kVector, kNhwc>)
+__global__ void __launch_bounds__(kMapThreads, kRecombineBlocks<kNhwc, kRadix, kVector>)
     recombine_kernel(RecombineArgs<T> args) {
   for (int64_t block = blockIdx.x; block < args.blocks; block += gridDim.x) {
     recombine_block<T, kNhwc, kRadix, kVector, kPrologue>(args, args.blocks - 1 - block,

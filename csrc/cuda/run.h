@@ -171,7 +171,8 @@ class Run {
     const int64_t last = features.pixels - (tiling.chunks - 1) * full;
     cuda::combine<A>(context.stream, planned,
                      {{count, work.features(), rows, rows + count * work.features(),
-                       static_cast<double>(full), static_cast<double>(last), tiling.chunks},
+                       static_cast<double>(full), static_cast<double>(last), tiling.chunks,
+                       std::max(static_cast<double>(features.batch * features.pixels), 1.0)},
                       data<A>(mean),
                       data<A>(var)});
   }
