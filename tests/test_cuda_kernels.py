@@ -112,7 +112,7 @@ def test_schedules_make_no_difference(
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("prologue", ["none", "relu", "running"])
 def test_evaluation(prologue: str, layout: str, radix: int, kernels: Kernels) -> None:
-    """Against the truth, in several chunks of pixels."""
+    """Against the truth; in channels_last in several chunks of pixels."""
     options = {"layout": layout, "norm": "running", "prologue": prologue}
     call = draw(Case(5, 24, 12, 11, radix, 2, 10, **options))
     truth = call.evaluate().values["out"]
@@ -310,7 +310,7 @@ def test_numbers_of_any_sizes_are_finite(case: Case, kernels: Kernels) -> None:
 
 @pytest.mark.parametrize("layout", FORMATS)
 def test_launches_are_few(layout: str, kernels: Kernels) -> None:
-    """Of a module without its convolution, whose samples are pooled in several chunks."""
+    """Of a module without its convolution; in channels_last samples have several chunks."""
     module = rf.FusedSplitAttentionConv2d(8, 12, 1)
     module.conv = torch.nn.Identity()
     x = torch.randn(3, 24, 12, 11).contiguous(
