@@ -521,14 +521,11 @@ def _map_work(at: _Launch) -> Work:
     loop = max(streaming, key=_bytes)
     together = len(loop.loads) // (splits + of.reads_dout)  # positions of a turn
     walk = _walk(workload, tiling, together)
-    singles = [other for other in streaming if other.span != loop.span][:1]
-    in_flight = (x + dout) * walk.in_vectors / launch["blocks"] / passes / max(walk.turns, 1)
+    in_flight = (x + dout) / launch["blocks"] / passes / max(walk.turns, 1)
     cycles = walk.turns * len(loop.waits) * gpu.memory_cycles * constants.under_load
-    cycles += walk.single_turns * gpu.l2_cycles
     cycles += (_barriers(kernel) > 0) * constants.barrier_cycles
     # Code for a position is jumped over where a warp has none.
     issued = len(kernel.outside) + walk.positions / together * len(loop.body)
-    issued += walk.single_turns * sum(len(single.body) for single in singles)
     if of_bn0:
         lanes, threads = tiling["lanes"], launch["threads"]
         features = splits * (lanes * tiling["vector"] if nhwc else threads // lanes)
@@ -664,15 +661,14 @@ class _Walk(NamedTuple):
 
     positions: float  # of vectors
     turns: float  # over them
-    single_turns: float  # over single elements
-    in_vectors: float  # the part of the map that is loaded in vectors
+    single_turns: float  # over single elements, which slabs alone have
 
 
 def _walk(workload: Mapping[str, Any], tiling: Mapping[str, int], together: int) -> _Walk:
     if workload["channels_last"]:
         rows = tiling["threads"] // tiling["lanes"]
         turns = math.ceil(math.ceil(tiling["chunk_pixels"] / rows) / together)
-        return _Walk(tiling["chunk_pixels"] / rows, turns, 0.0, 1.0)
+        return _Walk(tiling["chunk_pixels"] / rows, turns, 0.0)
     # The row of a channel starts at any element of a vector.
     pixels, vector, lanes = tiling["chunk_pixels"], tiling["vector"], tiling["lanes"]
     starts = [channel * pixels % vector for channel in range(vector)]
@@ -683,7 +679,6 @@ def _walk(workload: Mapping[str, Any], tiling: Mapping[str, int], together: int)
         sum(vectors) / lanes / vector,
         sum(turns_of) / vector,
         sum(single_turns) / vector,
-        sum(vectors) / pixels,
     )
 
 

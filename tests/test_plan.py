@@ -253,11 +253,17 @@ def expected_launches(call: Call, result: dict[str, Any]) -> Iterator[tuple[str,
     yield f"recombine{suffix}", batch * of_recombine
 
 
+MAPS = ("statistics", "pool", "recombine", "pool_backward", "recombine_backward")
+
+
+def tiling_of(name: str, result: dict[str, Any]) -> dict[str, int]:
+    own = {"statistics": "statistics", "recombine": "recombine", "recombine_backward": "recombine"}
+    return result[f"{own[name]}_tiling" if name in own else "tiling"]
+
+
 def shared_bytes(name: str, call: Call, result: dict[str, Any]) -> int:
     """The least that a kernel needs."""
-    own = {"statistics": "statistics_tiling"}
-    own |= dict.fromkeys(("recombine", "recombine_backward"), "recombine_tiling")
-    tiling = result[own.get(name, "tiling")]
+    tiling = tiling_of(name, result)
     threads, acc = tiling["threads"], call.acc_size
 
     def of_map(sums: int) -> int:
@@ -269,7 +275,7 @@ def shared_bytes(name: str, call: Call, result: dict[str, Any]) -> int:
     width = tiling["lanes"] * tiling["vector"] if call.channels_last else threads // tiling["lanes"]
     radix = 1 if name == "statistics" else call.shape.radix
     held = 3 * min(radix * width, 512 if tiling["vector"] > 1 else WARP) * acc * call.mode.relu
-    if tiling["slab"] and name in ("statistics", "pool", "pool_backward", *own):
+    if tiling["slab"] and name in MAPS:
         # Behind what a pool needs, and a barrier, come slabs for the splits and for dout.
         assert tiling["slabs_at"] >= max(of_map(4), held)
         slabs = radix + name.endswith("backward")
@@ -303,7 +309,7 @@ def check_launches(gpu: dict[str, int], call: Call, result: dict[str, Any]) -> N
             assert launch["stages"] == expected_stages(call, result)
         assert threads == result["tiling"]["threads"]  # all within their kernels' launch bounds
         assert shared == shared_bytes(name, call, result), name
-        if result["tiling"]["slab"] and name.startswith(("statistics", "pool", "recombine")):
+        if tiling_of(name, result)["slab"] and name in MAPS:
             assert shared <= gpu["shared_per_block_optin"], name
             assert LIMITS["slab_blocks"] * (shared + KB) <= gpu["shared_per_multiprocessor"], name
         else:

@@ -158,9 +158,8 @@ Tiling batch_tiling(const Device& device, const Workload& w, int64_t blocks, int
     const int64_t chunks = ceil_div(wanted, samples * t.channel_blocks);
     set_chunks(t, w.pixels, std::clamp<int64_t>(most, 1, chunks));
   } else {
-    const auto blocks_of = [&](int64_t samples) { return samples * t.blocks_per_sample(); };
     const int64_t least = t.vector > 1 ? kLeastLanes : kWarp;
-    while (t.chunks == 1 && t.lanes > least && blocks_of(samples) >= 2 * wanted &&
+    while (t.chunks == 1 && t.lanes > least && samples * t.blocks_per_sample() >= 2 * wanted &&
            set_lanes(t, device, w, t.lanes / 2, kSlabBytes)) {
     }
   }
