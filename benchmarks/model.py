@@ -72,6 +72,7 @@ class Gpu:
             "shared_per_multiprocessor": self.shared_bytes,
             "grid_blocks": 2**31 - 1,
             "cluster_blocks": self.cluster_blocks,
+            "async_copies": int(self.arch != "sm_75"),
         }
 
     @property
@@ -509,23 +510,38 @@ def _map_work(at: _Launch) -> Work:
     nhwc, radix = workload["channels_last"], workload["radix"]
     unit = math.prod(workload[field] for field in ("batch", "channels", "pixels", "element_size"))
     x = radix * unit
-    # In NHWC a backward takes a split at a time, as their coefficients fill the registers. So it
-    # reads dout once for each.
-    passes = radix if nhwc and of.reads_dout else 1
+    # In NHWC a backward takes two splits at a time, as their parameters fill the registers. So it
+    # reads dout again for the next ones.
+    passes = max(radix // 2, 1) if nhwc and of.reads_dout else 1
     splits = 1 if name == "statistics" else radix // passes
     dout = passes * unit * of.reads_dout
     written = (radix * of.writes_x + of.writes_out) * unit
+    maps = splits + of.reads_dout
+    lines = [loop for loop in sass.innermost(kernel.loops) if _asks(loop)]
     # Loads of a map have one width, those of bn0's parameters one for each dtype.
     streaming = [loop for loop in kernel.loading if len({i.width for i in loop.loads}) == 1]
     of_bn0 = [loop for loop in kernel.loading if loop not in streaming]
-    loop = max(streaming, key=_bytes)
-    together = len(loop.loads) // (splits + of.reads_dout)  # positions of a turn
-    walk = _walk(workload, tiling, together)
-    in_flight = (x + dout) / launch["blocks"] / passes / max(walk.turns, 1)
-    cycles = walk.turns * len(loop.waits) * gpu.memory_cycles * constants.under_load
+    issued = float(len(kernel.outside))
+    if lines:
+        # Where a vector comes, the next one is asked for, so many positions ahead.
+        (loop,) = lines
+        together = _asks(loop) // maps
+        vector = tiling["vector"] * workload["element_size"]
+        stages = _C.plan_limits()["queue_bytes"] // (vector * maps * together)
+        ahead = stages * together
+        waits = 1
+        issued -= len(loop.body)
+    else:
+        loop = max(streaming, key=_bytes)
+        ahead = together = len(loop.loads) // maps  # positions of a turn
+        waits = len(loop.waits)
+    walk = _walk(workload, tiling, ahead)
+    turns = max(walk.positions / ahead, 1) if lines else walk.turns
+    in_flight = (x + dout) / launch["blocks"] / passes / max(turns, 1)
+    cycles = turns * waits * gpu.memory_cycles * constants.under_load
     cycles += (_barriers(kernel) > 0) * constants.barrier_cycles
     # Code for a position is jumped over where a warp has none.
-    issued = len(kernel.outside) + walk.positions / together * len(loop.body)
+    issued += walk.positions / together * len(loop.body)
     if of_bn0:
         lanes, threads = tiling["lanes"], launch["threads"]
         features = splits * (lanes * tiling["vector"] if nhwc else threads // lanes)
@@ -609,6 +625,11 @@ def _slab_work(at: _Launch) -> Work:
         l2_bytes=read + written,
         loaded_bytes=read,
     )
+
+
+def _asks(loop: sass.Loop) -> int:
+    """Copies into shared memory of a thread in a turn."""
+    return sum(i.name.startswith("LDGSTS") for i in loop.body)
 
 
 def _stores(loop: sass.Loop) -> bool:

@@ -38,7 +38,7 @@ CASES = [
 ]
 BATCHES = (1, 32, 256)
 # The kernels that those calls use, among which are those of a few more dtypes.
-USED = r"\w+_kernel<(float|__nv_bfloat16, (true|false), (8|2, 8, true|8, true))>$"
+USED = r"\w+_kernel<(float|__nv_bfloat16, (true|false), (2, )?[48](, true)?)>$"
 
 
 class Timed(NamedTuple):

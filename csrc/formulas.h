@@ -35,6 +35,12 @@ RF_FORMULA V relu(V x) {
   return x <= V{} ? V{} : x;
 }
 
+// Whether it lets a scalar pass, and with it the gradient.
+template <typename A>
+RF_FORMULA bool relu_passes(A n) {
+  return !(n <= A{});
+}
+
 // Gradient of relu at pre-activation n: dy where n > 0.
 template <typename V>
 RF_FORMULA V relu_backward(V dy, V n) {

@@ -36,6 +36,7 @@ def device(
         "shared_per_multiprocessor": shared,
         "grid_blocks": 2**31 - 1,
         "cluster_blocks": cluster,
+        "async_copies": int(shared > 64 * KB),
     }
 
 
@@ -185,17 +186,23 @@ def check_tiling(
     assert threads % WARP == 0
     assert threads <= min(gpu["threads_per_block"], LIMITS["map_threads"])
     assert 1 <= lanes <= threads
-    assert vector in (1, 16 // call.element_size)
+    assert vector in (1, 4 if call.channels_last else 16 // call.element_size)
     if vector > 1:
-        # Every sample, and in NHWC every pixel, starts at a vector's address.
+        # Every sample, and in NHWC every pixel, starts at a multiple of 16 bytes.
         assert call.aligned and call.element_size < 8
-        assert (channels if call.channels_last else channels * pixels) % vector == 0
+        row = channels if call.channels_last else channels * pixels
+        assert row * call.element_size % 16 == 0
     chunks, chunk = tiling["chunks"], tiling["chunk_pixels"]
     assert (chunks - 1) * chunk < pixels <= chunks * chunk
     assert (tiling["slab"] > 0) == (vector > 1 and not call.channels_last)
+    in_lines = vector > 1 and call.channels_last and gpu["async_copies"] > 0
+    assert (tiling["copies_at"] > 0) == (tiling["slab"] > 0 or in_lines)
+    assert tiling["copies_at"] % 16 == 0
     if call.channels_last:
         assert lanes <= WARP  # so that threads of a warp are side by side, and rows are left
         of_block = lanes * vector
+        if vector > 1:
+            assert of_block * call.element_size % 16 == 0
     else:
         assert lanes & (lanes - 1) == 0  # what `sum_over_lanes` needs
         of_block = threads // lanes
@@ -206,7 +213,6 @@ def check_tiling(
             elements = (of_block - 1) * pixels + chunk
             assert tiling["slab"] % vector == 0
             assert tiling["slab"] >= elements + 2 * (vector - 1) - (elements - 2) % vector
-            assert tiling["slabs_at"] % 16 == 0
     assert (tiling["channel_blocks"] - 1) * of_block < channels
     assert channels <= tiling["channel_blocks"] * of_block
 
@@ -262,7 +268,7 @@ def tiling_of(name: str, result: dict[str, Any]) -> dict[str, int]:
 
 
 def shared_bytes(name: str, call: Call, result: dict[str, Any]) -> int:
-    """The least that a kernel needs."""
+    """What a kernel needs."""
     tiling = tiling_of(name, result)
     threads, acc = tiling["threads"], call.acc_size
 
@@ -277,18 +283,25 @@ def shared_bytes(name: str, call: Call, result: dict[str, Any]) -> int:
     held = 3 * min(radix * width, 512 if tiling["vector"] > 1 else WARP) * acc * call.mode.relu
     if tiling["slab"] and name in MAPS:
         # Behind what a pool needs, and a barrier, come slabs for the splits and for dout.
-        assert tiling["slabs_at"] >= max(of_map(4), held)
+        assert tiling["copies_at"] >= max(of_map(4), held)
         slabs = radix + name.endswith("backward")
-        return tiling["slabs_at"] + 16 + slabs * tiling["slab"] * call.element_size
+        return tiling["copies_at"] + 16 + slabs * tiling["slab"] * call.element_size
+    lines = 0
+    if tiling["copies_at"] and name in MAPS:
+        # Behind bn0's parameters, which are there at the same time; the sums come later.
+        assert tiling["copies_at"] >= held
+        lines = tiling["copies_at"] + LIMITS["map_threads"] * LIMITS["queue_bytes"]
     match name:
         case "statistics":
-            return of_map(1)
+            return max(of_map(1), lines)
         case "combine":
             return columns
         case "pool":
-            return max(of_map(1), held)
+            return max(of_map(1), held, lines)
         case "pool_backward":
-            return max(of_map(4 if call.mode.relu else 1), held)
+            return max(of_map(4 if call.mode.relu else 1), held, lines)
+        case "recombine" | "recombine_backward":
+            return lines
         case "attention" | "attention_backward":
             return max(product, 2 * columns)
         case _:
@@ -314,7 +327,8 @@ def check_launches(gpu: dict[str, int], call: Call, result: dict[str, Any]) -> N
             assert LIMITS["slab_blocks"] * (shared + KB) <= gpu["shared_per_multiprocessor"], name
         else:
             assert shared <= limit, name
-            assert resident * shared <= gpu["shared_per_multiprocessor"], name
+            reserved = KB * gpu["async_copies"]  # from sm_80 on
+            assert resident * (shared + reserved) <= gpu["shared_per_multiprocessor"], name
     assert (
         resident * result["tiling"]["threads"] * LIMITS["registers"]
         <= gpu["registers_per_multiprocessor"]
@@ -564,7 +578,9 @@ def test_vectors_have_heads_and_tails() -> None:
     for channels, pixels, nhwc, size, vector in [
         (8, 7, False, 2, 8),
         (16, 49, False, 2, 8),
-        (16, 49, True, 2, 8),
+        (16, 49, True, 2, 4),
+        (24, 49, True, 4, 4),
+        (12, 49, True, 2, 1),
         (24, 13, False, 4, 4),
         (5, 196, False, 4, 4),
         (5, 196, False, 2, 1),
@@ -643,6 +659,7 @@ gpus = st.one_of(
             "shared_per_block_optin": st.sampled_from([48 * KB, 99 * KB, 227 * KB]),
             "shared_per_multiprocessor": st.sampled_from([100 * KB, 228 * KB]),
             "cluster_blocks": st.sampled_from([1, 2, 8]),
+            "async_copies": st.sampled_from([0, 1]),
             "grid_blocks": st.integers(1, 2**31 - 1),
         }
     ),

@@ -25,16 +25,21 @@ int64_t attribute(cudaDeviceAttr which, int index) {
 
 __global__ void __launch_bounds__(kMapThreads) probe_kernel() {}
 
-// Blocks of the clusters that kernels are launched in; 1: none. The code that runs on a GPU may be
-// PTX for an older one, without clusters. A part of a GPU may have no room for one, whose blocks
-// may take all of a multiprocessor's shared memory.
-int64_t largest_cluster(int index, int64_t shared_bytes) {
-  constexpr unsigned kBlocks = 8;  // as many as every whole device with clusters can launch
+// The architecture that the code which runs on a GPU is written for, as in 90. It may be PTX for an
+// older one than the GPU.
+int architecture(int index) {
   cudaFuncAttributes attributes{};
   const cudaError_t error = cudaFuncGetAttributes(&attributes, probe_kernel);
   STD_TORCH_CHECK(error == cudaSuccess, "resnest_fused: its CUDA kernels do not run on device ",
                   index, ": ", cudaGetErrorString(error));
-  if (!RF_KNOWS_CLUSTERS || attributes.ptxVersion < 90 ||
+  return attributes.ptxVersion;
+}
+
+// Blocks of the clusters that kernels are launched in; 1: none. A part of a GPU may have no room
+// for one, whose blocks may take all of a multiprocessor's shared memory.
+int64_t largest_cluster(int index, int64_t shared_bytes) {
+  constexpr unsigned kBlocks = 8;  // as many as every whole device with clusters can launch
+  if (!RF_KNOWS_CLUSTERS || architecture(index) < 90 ||
       attribute(cudaDevAttrClusterLaunch, index) == 0) {
     return 1;
   }
@@ -68,6 +73,7 @@ Device read_device(int index) {
   device.shared_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
   device.grid_blocks = attribute(cudaDevAttrMaxGridDimX, index);
   device.cluster_blocks = largest_cluster(index, device.shared_per_block_optin);
+  device.async_copies = architecture(index) >= 80;
   return device;
 }
 

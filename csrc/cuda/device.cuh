@@ -73,6 +73,22 @@ __device__ __forceinline__ Vector<T, kCount> load(const T* from) {
   return vector;
 }
 
+// An element in the type of sums. One instruction takes a bfloat16 out of its word; by itself the
+// compiler has two.
+template <typename T, int kCount>
+__device__ __forceinline__ Acc<T> widen(const Vector<T, kCount>& vector, int element) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16> && kCount > 1) {
+    unsigned word;
+    memcpy(&word, &vector.values[element / 2 * 2], sizeof(word));
+    word = element % 2 ? word & 0xffff0000u : word << 16;
+    float value;
+    memcpy(&value, &word, sizeof(value));
+    return value;
+  } else {
+    return widen(vector.values[element]);
+  }
+}
+
 template <int kCount, typename T>
 __device__ __forceinline__ void store(T* to, const Vector<T, kCount>& vector) {
   using Word = typename WordOf<sizeof(T) * kCount>::Type;

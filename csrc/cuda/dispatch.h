@@ -22,13 +22,13 @@ void for_flag(bool flag, F f) {
   }
 }
 
-// Call f(nhwc, vector): vectors of 16 bytes, or single elements, the one path of float64.
+// Call f(nhwc, vector): whole vectors, or single elements, the one path of float64.
 template <typename T, typename F>
 void for_layout(bool nhwc, const Tiling& tiling, F f) {
   for_flag(nhwc, [&](auto is_nhwc) {
     if constexpr (sizeof(T) < 8) {
       if (tiling.vector > 1) {
-        return f(is_nhwc, Number<16 / sizeof(T)>{});
+        return f(is_nhwc, Number<vector_elements(is_nhwc(), sizeof(T))>{});
       }
     }
     f(is_nhwc, Number<1>{});

@@ -158,7 +158,7 @@ __device__ __forceinline__ void load_batch(const T* from, int64_t offset, int64_
 }
 
 // A block's partial sums of `kSums` kinds for each of its channels, over its threads in fixed
-// order. One thread calls put(channel, sums) for each channel inside. Shared memory:
+// order. One thread calls put(kind, channel, sum) for each channel inside. Shared memory:
 // share_sums_bytes.
 template <int kSums, int kVector, bool kNhwc, typename A, typename Put>
 __device__ __forceinline__ void sum_over_share(const Share<kVector, kNhwc>& share,
@@ -181,16 +181,15 @@ __device__ __forceinline__ void sum_over_share(const Share<kVector, kNhwc>& shar
       }
     }
     __syncthreads();
-    for (int c = thread; c < width && first + c < channels; c += tiling.threads) {
-      A totals[kSums];
-#pragma unroll
-      for (int s = 0; s < kSums; ++s) {
-        totals[s] = 0;
-        for (int row = 0; row < share.lanes; ++row) {
-          totals[s] += buffer[(row * kSums + s) * width + c];
-        }
+    for (int i = thread; i < kSums * width; i += tiling.threads) {
+      const int channel = first + i % width;
+      A total = 0;
+      for (int row = 0; row < share.lanes; ++row) {
+        total += buffer[row * kSums * width + i];
       }
-      put(first + c, totals);
+      if (channel < channels) {
+        put(i / width, channel, total);
+      }
     }
     __syncthreads();
   } else {
@@ -201,7 +200,10 @@ __device__ __forceinline__ void sum_over_share(const Share<kVector, kNhwc>& shar
     }
     sum_over_lanes(totals, share.lanes);
     if (share.inside && share.lane == 0) {
-      put(share.channel, totals);
+#pragma unroll
+      for (int s = 0; s < kSums; ++s) {
+        put(s, share.channel, totals[s]);
+      }
     }
   }
 }

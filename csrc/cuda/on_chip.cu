@@ -7,9 +7,9 @@ namespace resnest_fused::cuda {
 // Only with vectors, and in at most 32 bits: for the rest there are launches of one phase each.
 template <typename T>
 void on_chip(cudaStream_t stream, const Launch& planned, Form form, const OnChipArgs<T>& args) {
-  constexpr int kVector = 16 / sizeof(T);
   for_flag(form.nhwc, [&](auto nhwc) {
     for_flag(form.prologue, [&](auto prologue) {
+      constexpr int kVector = vector_elements(nhwc(), sizeof(T));
       launch(stream, on_chip_kernel<T, nhwc(), kVector, prologue()>, planned, args);
     });
   });

@@ -287,17 +287,18 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
     arrivals[index - begin].wait();
     const auto share = share_of<kNhwc, kVector>(args, first_sample + sample, index % plan.parts);
     A sums[1][kOwnSums<kVector, kNhwc>] = {};
-    pool_share<kOnChipRadix, kPrologue, false>(share, place(index), kOnChipRadix, sums,
+    T* const x = place(index);
+    pool_share<kOnChipRadix, kPrologue, false>(share, x, kOnChipRadix, x, sums,
                                                [&](auto& held, int first_split) {
                                                  if constexpr (kPrologue) {
                                                    held.take(share, sizes, prologue, first_split);
                                                  }
                                                });
-    sum_over_share(share, args.tiling, channels, sums, [&](int c, A(&totals)[1]) {
+    sum_over_share(share, args.tiling, channels, sums, [&](int, int c, A total) {
       if (chunks > 1) {
-        put_in_all(cluster, partial + (sample * chunks + share.chunk) * channels + c, totals[0]);
+        put_in_all(cluster, partial + (sample * chunks + share.chunk) * channels + c, total);
       } else {
-        put_in_all(cluster, gap + sample * channels + c, totals[0] * args.per_pixel);
+        put_in_all(cluster, gap + sample * channels + c, total * args.per_pixel);
       }
     });
   }
@@ -348,8 +349,8 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
     T* const x = place(index);
     auto share = share_of<kNhwc, kVector>(args, first_sample + sample, part);
     const auto recombine = [&](auto put) {
-      recombine_share<kOnChipRadix, kPrologue>(
-          share, sizes, x, attention + sample * features, prologue, [] {}, put);
+      recombine_share<kOnChipRadix, kPrologue, false>(
+          share, sizes, x, x, attention + sample * features, prologue, [] {}, put);
     };
     if constexpr (kNhwc) {
       recombine([&](int64_t offset, const auto& result) { store(args.out + offset, result); });

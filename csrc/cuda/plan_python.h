@@ -93,6 +93,7 @@ inline Device device_from(const pybind11::dict& dict) {
   device.shared_per_multiprocessor = fields.integer("shared_per_multiprocessor", 0);
   device.grid_blocks = fields.integer("grid_blocks", 1);
   device.cluster_blocks = fields.integer("cluster_blocks", 1);
+  device.async_copies = fields.integer("async_copies", 0);
   fields.finish();
   return device;
 }
@@ -149,7 +150,7 @@ inline pybind11::dict tiling_dict(const Tiling& t) {
   return pybind11::dict(arg("threads") = t.threads, arg("lanes") = t.lanes,
                         arg("vector") = t.vector, arg("channel_blocks") = t.channel_blocks,
                         arg("chunk_pixels") = t.chunk_pixels, arg("chunks") = t.chunks,
-                        arg("slab") = t.slab, arg("slabs_at") = t.slabs_at);
+                        arg("slab") = t.slab, arg("copies_at") = t.copies_at);
 }
 
 inline pybind11::dict plan(const pybind11::dict& of_device, const pybind11::dict& of_workload) {
@@ -193,7 +194,8 @@ inline pybind11::dict plan_limits() {
                         arg("tile_rows") = kTileRows, arg("tile_columns") = kTileColumns,
                         arg("most_blocks") = kMostBlocks, arg("most_pixels") = kMostPixels,
                         arg("most_channels") = kMostChannels, arg("counters") = kCounters,
-                        arg("on_chip_radix") = kOnChipRadix, arg("held_samples") = kHeldSamples);
+                        arg("on_chip_radix") = kOnChipRadix, arg("held_samples") = kHeldSamples,
+                        arg("queue_bytes") = kQueueBytes);
 }
 
 inline void define_plan(pybind11::module_& m) {

@@ -48,12 +48,16 @@ int64_t product_tiles(int64_t rows, int64_t columns, int64_t groups) {
 int64_t share_sums_bytes(const Tiling& t, bool nhwc, int64_t sums, int64_t acc_size) {
   return (nhwc ? t.threads * t.vector : ceil_div(t.threads, kWarp)) * sums * acc_size;
 }
-// of a pool's `HeldPrologue` beside those sums, one after the other,
-int64_t pool_bytes(const Tiling& t, const Workload& w, bool prologue, int64_t sums) {
+// of a pool's `HeldPrologue`, which is there before those sums,
+int64_t held_bytes(const Tiling& t, const Workload& w) {
   const int64_t width = w.channels_last ? t.lanes * t.vector : t.threads / t.lanes;
   const int64_t features = std::min(w.radix * width, t.vector > 1 ? kHeldFeatures : kWarp);
-  const int64_t held = prologue ? 3 * features * w.acc_size() : 0;
-  return std::max(share_sums_bytes(t, w.channels_last, sums, w.acc_size()), held);
+  return 3 * features * w.acc_size();
+}
+// of both,
+int64_t pool_bytes(const Tiling& t, const Workload& w, bool prologue, int64_t sums) {
+  return std::max(share_sums_bytes(t, w.channels_last, sums, w.acc_size()),
+                  prologue ? held_bytes(t, w) : 0);
 }
 // of `sum_over_rows`,
 int64_t row_sums_bytes(int64_t threads, int64_t sums) {
@@ -85,7 +89,7 @@ bool set_lanes(Tiling& t, const Device& device, const Workload& w, int64_t lanes
     const int64_t room = (ceil_div(elements, t.vector) + 1) * t.vector;
     Workspace space;
     space.take(pool_bytes(next, w, true, kPrologueSums), 1);
-    next.slabs_at = static_cast<int32_t>(space.bytes);
+    next.copies_at = static_cast<int32_t>(space.bytes);
     space.take(kBeforeSlabs, 1);
     space.take((w.radix + 1) * room, w.element_size);
     if (elements * w.element_size > most || space.bytes > slab_memory(device)) {
@@ -180,17 +184,24 @@ Tiling sample_tiling(const Device& device, const Workload& w) {
   const int64_t threads = block_threads(device);
   const int64_t whole = 16 / w.element_size;
   // float64 takes one simple path.
-  const int64_t together = w.channels_last ? w.channels : w.channels * w.pixels;
-  const bool vectors = w.aligned && w.element_size < 8 && together % whole == 0;
+  const int64_t row = w.channels_last ? w.channels : w.channels * w.pixels;
+  const bool vectors = w.aligned && w.element_size < 8 && row % whole == 0;
   Tiling t{};
   t.threads = static_cast<int32_t>(threads);
-  t.vector = static_cast<int32_t>(vectors ? whole : 1);
+  t.vector = static_cast<int32_t>(vectors ? vector_elements(w.channels_last, w.element_size) : 1);
   if (w.channels_last) {
-    const int64_t needed = ceil_div(w.channels, t.vector);
-    t.channel_blocks = static_cast<int32_t>(ceil_div(needed, kWarp));
-    t.lanes = static_cast<int32_t>(ceil_div(needed, t.channel_blocks));
+    // What a block has of a pixel begins and ends at multiples of 16 bytes, too.
+    const int64_t together = vectors ? whole / t.vector : 1;
+    const int64_t needed = ceil_div(w.channels, t.vector * together);
+    t.channel_blocks = static_cast<int32_t>(ceil_div(needed * together, kWarp));
+    t.lanes = static_cast<int32_t>(ceil_div(needed, t.channel_blocks) * together);
     const int64_t chunks = std::clamp<int64_t>(w.pixels / kMinChunkPixels, 1, kMaxChunks);
     set_chunks(t, w.pixels, chunks);
+    if (vectors && device.async_copies > 0) {
+      Workspace space;
+      space.take(held_bytes(t, w), 1);
+      t.copies_at = static_cast<int32_t>(space.bytes);
+    }
   } else {
     set_sample_lanes(t, device, w);
   }
@@ -401,13 +412,16 @@ Launch launch_of(const Device& device, const Workload& w, const Plan& plan, Kern
     const int64_t grid = std::min(blocks, device.grid_blocks);
     return Launch{kernel, name, blocks, grid, threads, shared_bytes};
   };
-  // Of a map's kernel, with so many bytes beside its slabs, where it has some.
+  // Of a map's kernel, with so many bytes beside its slabs or lines, where it has some.
   const auto on_map = [&](const char* name, const Workload& map, const Tiling& t, int64_t bytes) {
-    const bool slabs = t.slab > 0;
-    const int64_t with_slabs =
-        t.slabs_at + kBeforeSlabs + slabs_of(map) * t.slab * map.element_size;
-    Launch planned = launch(name, map_blocks(t, map.batch), slabs ? with_slabs : bytes);
-    planned.shared_limit = slabs ? slab_memory(device) : 0;
+    Launch planned = launch(name, map_blocks(t, map.batch), bytes);
+    if (t.slab > 0) {
+      planned.shared_bytes = t.copies_at + kBeforeSlabs + slabs_of(map) * t.slab * map.element_size;
+      planned.shared_limit = slab_memory(device);
+    } else if (t.copies_at > 0) {
+      planned.shared_bytes = std::max(bytes, t.copies_at + kMapThreads * kQueueBytes);
+      planned.shared_limit = device.shared_per_block;
+    }
     return planned;
   };
   // Of at least one block, which opens the stages of phase 2.

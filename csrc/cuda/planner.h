@@ -24,6 +24,7 @@ struct Device {
   int64_t shared_per_multiprocessor;
   int64_t grid_blocks;     // the largest grid along x
   int64_t cluster_blocks;  // the largest cluster that may be launched; 1: it has none
+  int64_t async_copies;    // 1: a thread works on while its copies come (line.cuh); else 0
 };
 
 enum class Pass : int32_t { kEval, kTrain, kBackward };

@@ -8,17 +8,22 @@
 
 namespace resnest_fused::cuda {
 
-// Splits whose loads are in flight, and whose sums are held, at the same time. They are all of a
-// compiled radix if `each` of them takes few registers, else one.
-__host__ __device__ constexpr int splits_held(int radix, int each) {
-  return radix * each <= 32 && radix > 0 ? radix : 1;
+// Splits whose loads are in flight, and whose sums and parameters are held, at the same time: as
+// many of a compiled radix as take at most so many registers, if `each` of them takes some.
+__host__ __device__ constexpr int splits_held(int radix, int each, int most) {
+  int splits = radix > 0 ? radix : 1;
+  while (splits % 2 == 0 && splits * each > most) {
+    splits /= 2;
+  }
+  return splits;
 }
-// Positions loaded together: about eight vectors in flight, or four from shared memory, which is
-// not far.
-__host__ __device__ constexpr int positions_held(int splits, bool in_slabs) {
-  const int vectors = in_slabs ? 4 : 8;
-  return splits >= vectors ? 1 : vectors / splits;
+// Positions that are loaded together, with about as many vectors.
+__host__ __device__ constexpr int positions_held(int maps, int vectors) {
+  return maps >= vectors ? 1 : vectors / maps;
 }
+// Vectors: few where they are in a line or a slab already, which is not far.
+template <int kVector, bool kNhwc>
+constexpr int kVectorsHeld = kInLines<kVector, kNhwc> || kInSlabs<kVector, kNhwc> ? 4 : 8;
 
 // partial[b,j,c] = sum_{r, p in chunk j} z[b,r,c,p], times `scale`.
 //   Grid: blocks of the map. Reads R units.
@@ -35,41 +40,34 @@ struct PoolArgs {
   unsigned* counters;  // of phase 2, to open; or null
 };
 
-// A thread's sum over its share of x, whose splits it loads at once, to wait for memory once, or
-// one after the other. take(held, first_split) takes bn0's parameters and waits for x.
-template <int kRadix, bool kPrologue, bool kAtOnce, typename T, bool kNhwc, int kVector,
+// A thread's sum over its share of x. take(held, first_split) takes bn0's parameters and waits for
+// x, which may be in a line. The order of sums does not depend on where x is.
+template <int kRadix, bool kPrologue, bool kInLine, typename T, bool kNhwc, int kVector,
           typename Take>
-__device__ __forceinline__ void pool_share(const Share<kVector, kNhwc>& share, const T* of_map,
-                                           int radix, Acc<T> (&sums)[1][kOwnSums<kVector, kNhwc>],
-                                           Take take) {
+__device__ __forceinline__ void pool_share(const Share<kVector, kNhwc>& share, const T* x,
+                                           int radix, T* queue,
+                                           Acc<T> (&sums)[1][kOwnSums<kVector, kNhwc>], Take take) {
   using A = Acc<T>;
-  constexpr int kSplits = splits_held(kRadix, kPrologue && kNhwc ? 2 * kVector : 1);
-  constexpr int kBatch = positions_held(kSplits, kInSlabs<kVector, kNhwc>);
+  constexpr int kSplits = splits_held(kRadix, kPrologue && kNhwc ? 2 * kVector : 1, 32);
+  constexpr int kBatch = positions_held(kSplits, kVectorsHeld<kVector, kNhwc>);
   for (int first_split = 0; first_split < radix; first_split += kSplits) {
+    Maps<T, kSplits> maps;
+#pragma unroll
+    for (int r = 0; r < kSplits; ++r) {
+      maps.set(r, x + share.x + (first_split + r) * share.split, share.x_step);
+    }
+    Line<kBatch, kInLine, T, kSplits, kVector, kNhwc> line(share, maps, queue);
     HeldPrologue<kSplits, kVector, kNhwc, A> held;
     take(held, first_split);
-    const T* const x = of_map + share.x + first_split * share.split;
-    share.template for_each<kBatch>([&](auto width, int position, int step, int end) {
-      constexpr int kWidth = decltype(width)::value;
-      Vector<T, kWidth> values[kSplits][kBatch];
-      const auto load_split = [&](int r) {
-        load_batch(x, r * share.split, share.x_step, position, step, end, values[r]);
-      };
+    line.for_each([&](auto width, const auto& values, int position, int step, int end) {
 #pragma unroll
-      for (int r = 0; kAtOnce && r < kSplits; ++r) {
-        load_split(r);
-      }
+      for (int u = 0; u < kBatch; ++u) {
+        if (position + u * step < end) {
 #pragma unroll
-      for (int r = 0; r < kSplits; ++r) {
-        if constexpr (!kAtOnce) {
-          load_split(r);
-        }
+          for (int r = 0; r < kSplits; ++r) {
 #pragma unroll
-        for (int u = 0; u < kBatch; ++u) {
-          if (position + u * step < end) {
-#pragma unroll
-            for (int e = 0; e < kWidth; ++e) {
-              A z = widen(values[r][u].values[e]);
+            for (int e = 0; e < decltype(width)::value; ++e) {
+              A z = widen(values[r][u], e);
               if constexpr (kPrologue) {
                 z = relu(preactivation(z, held.scale[r][e], held.shift[r][e]));
               }
@@ -79,6 +77,7 @@ __device__ __forceinline__ void pool_share(const Share<kVector, kNhwc>& share, c
         }
       }
     });
+    line.end();
   }
 }
 
@@ -89,16 +88,16 @@ __device__ __forceinline__ void pool_block(const PoolArgs<T>& args, int64_t bloc
   const Slabs<T, kVector, kNhwc> slabs(share, args.sizes, args.tiling, radix, again);
   const T* const x = slabs.bring(0, args.x, radix);
   Acc<T> sums[1][kOwnSums<kVector, kNhwc>] = {};
-  pool_share<kRadix, kPrologue, !kInSlabs<kVector, kNhwc>>(
-      share, x, radix, sums, [&](auto& held, int first_split) {
+  pool_share<kRadix, kPrologue, kInLines<kVector, kNhwc>>(
+      share, x, radix, queues<T>(args.tiling), sums, [&](auto& held, int first_split) {
         if constexpr (kPrologue) {
           held.take(share, args.sizes, args.bn0, args.prologue, first_split);
         }
         slabs.wait();
       });
-  sum_over_share(share, args.tiling, args.sizes.channels, sums, [&](int c, Acc<T>(&totals)[1]) {
+  sum_over_share(share, args.tiling, args.sizes.channels, sums, [&](int, int c, Acc<T> total) {
     const int64_t row = share.sample * args.tiling.chunks + share.chunk;
-    args.partial[row * args.sizes.channels + c] = totals[0] * args.scale;
+    args.partial[row * args.sizes.channels + c] = total * args.scale;
   });
 }
 
@@ -139,10 +138,8 @@ __global__ void __launch_bounds__(kMapThreads, kPoolBackwardBlocks<kNhwc, kRadix
   open_stages(args.counters);
   constexpr int kSums = kPrologue ? kPrologueSums : 1;
   constexpr int kOwn = kOwnSums<kVector, kNhwc>;
-  constexpr int kSplits =
-      splits_held(kRadix, kNhwc ? kVector * (kPrologue ? 2 * kSums : 1) : kSums);
-  constexpr int kBatch =
-      kNhwc && kPrologue ? 2 : positions_held(kSplits + 1, kInSlabs<kVector, kNhwc>);
+  constexpr int kSplits = splits_held(kRadix, kOwn * (kPrologue ? kSums + 3 : 1), 64);
+  constexpr int kBatch = positions_held(kSplits + 1, kVectorsHeld<kVector, kNhwc>);
   const int radix = kRadix ? kRadix : args.sizes.radix;
   const int64_t features = args.sizes.features();
   for (int64_t block = blockIdx.x; block < args.blocks; block += gridDim.x) {
@@ -152,40 +149,40 @@ __global__ void __launch_bounds__(kMapThreads, kPoolBackwardBlocks<kNhwc, kRadix
     const T* const of_map = slabs.bring(0, args.x, radix);
     const T* const gradient = slabs.bring(radix, args.dout, 1);
     for (int first_split = 0; first_split < radix; first_split += kSplits) {
+      Maps<T, kSplits + 1> maps;
+      maps.set(kSplits, gradient + share.out, share.out_step);
+#pragma unroll
+      for (int r = 0; r < kSplits; ++r) {
+        maps.set(r, of_map + share.x + (first_split + r) * share.split, share.x_step);
+      }
+      Line<kBatch, kInLines<kVector, kNhwc>, T, kSplits + 1, kVector, kNhwc> line(
+          share, maps, queues<T>(args.tiling));
       HeldPrologue<kSplits, kVector, kNhwc, A> held;
       if constexpr (kPrologue) {
         held.take(share, args.sizes, args.bn0, args.prologue, first_split);
       }
       slabs.wait();
       A sums[kSplits][kSums][kOwn] = {};
-      const T* const x = of_map + share.x + first_split * share.split;
-      share.template for_each<kBatch>([&](auto width, int position, int step, int end) {
-        constexpr int kWidth = decltype(width)::value;
-        Vector<T, kWidth> g[kBatch], values[kSplits][kBatch];
-        load_batch(gradient, share.out, share.out_step, position, step, end, g);
+      line.for_each([&](auto width, const auto& values, int position, int step, int end) {
 #pragma unroll
-        for (int r = 0; r < kSplits; ++r) {
-          load_batch(x, r * share.split, share.x_step, position, step, end, values[r]);
-        }
+        for (int u = 0; u < kBatch; ++u) {
+          if (position + u * step < end) {
 #pragma unroll
-        for (int r = 0; r < kSplits; ++r) {
+            for (int r = 0; r < kSplits; ++r) {
 #pragma unroll
-          for (int u = 0; u < kBatch; ++u) {
-            if (position + u * step < end) {
-#pragma unroll
-              for (int e = 0; e < kWidth; ++e) {
-                const A dout = widen(g[u].values[e]), value = widen(values[r][u].values[e]);
+              for (int e = 0; e < decltype(width)::value; ++e) {
+                const A dout = widen(values[kSplits][u], e);
+                const A value = widen(values[r][u], e);
                 A(&sum)[kSums][kOwn] = sums[r];
                 const int own = kNhwc ? e : 0;
                 if constexpr (kPrologue) {
-                  const A n = preactivation(value, held.scale[r][e], held.shift[r][e]);
-                  // Both factors are 0 where the ReLU stops x: 0 times infinity would be NaN.
-                  const A passed_g = relu_backward(dout, n);
-                  const A passed_x = relu_backward(value - held.mean[r][e], n);
-                  sum[0][own] += passed_g;
-                  sum[1][own] += relu_backward(A(1), n);
-                  sum[2][own] = fma(passed_g, passed_x, sum[2][own]);
-                  sum[3][own] += passed_x;
+                  const A centered = value - held.mean[r][e];
+                  if (relu_passes(preactivation(value, held.scale[r][e], held.shift[r][e]))) {
+                    sum[0][own] += dout;
+                    sum[1][own] += A(1);
+                    sum[2][own] = fma(dout, centered, sum[2][own]);
+                    sum[3][own] += centered;
+                  }
                 } else {
                   sum[0][own] = fma(dout, value, sum[0][own]);
                 }
@@ -194,16 +191,14 @@ __global__ void __launch_bounds__(kMapThreads, kPoolBackwardBlocks<kNhwc, kRadix
           }
         }
       });
+      line.end();
 #pragma unroll
       for (int r = 0; r < kSplits; ++r) {
         sum_over_share(share, args.tiling, args.sizes.channels, sums[r],
-                       [&](int c, A(&totals)[kSums]) {
+                       [&](int kind, int c, A total) {
                          const int64_t row = share.sample * args.tiling.chunks + share.chunk;
                          const int64_t f = int64_t{first_split + r} * args.sizes.channels + c;
-#pragma unroll
-                         for (int s = 0; s < kSums; ++s) {
-                           args.partial[(row * kSums + s) * features + f] = totals[s];
-                         }
+                         args.partial[(row * kSums + kind) * features + f] = total;
                        });
       }
     }

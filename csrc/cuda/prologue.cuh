@@ -161,14 +161,18 @@ template <typename T, bool kNhwc, int kVector>
 __global__ void __launch_bounds__(kMapThreads, kStatisticsResident<kVector, kNhwc>)
     statistics_kernel(StatisticsArgs<T> args) {
   using A = Acc<T>;
-  constexpr int kBatch = kInSlabs<kVector, kNhwc> ? 2 : 4;
+  // Values are joined by so many.
+  constexpr int kBatch = kInSlabs<kVector, kNhwc> ? 2 : kNhwc && kVector > 1 ? 16 / sizeof(T) : 4;
   for (int64_t block = blockIdx.x; block < args.blocks; block += gridDim.x) {
     Share<kVector, kNhwc> share(args.sizes, args.tiling, block);
     const Slabs<T, kVector, kNhwc> slabs(share, args.sizes, args.tiling, 1, block != blockIdx.x);
-    const T* const x = slabs.bring(0, args.x, 1) + share.x;
+    Maps<T, 1> maps;
+    maps.set(0, slabs.bring(0, args.x, 1) + share.x, share.x_step);
+    Line<kBatch, kInLines<kVector, kNhwc>, T, 1, kVector, kNhwc> line(share, maps,
+                                                                      queues<T>(args.tiling));
     slabs.wait();
     const int first = kNhwc ? share.chunk * args.tiling.chunk_pixels : 0;
-    const T* const first_pixel = x + first * share.x_step;
+    const T* const first_pixel = maps.from[0] + first * share.x_step;
     // Each channel's; in NHWC the vector's.
     constexpr int kOwn = kOwnSums<kVector, kNhwc>;
     A origin[kOwn] = {};
@@ -181,10 +185,8 @@ __global__ void __launch_bounds__(kMapThreads, kStatisticsResident<kVector, kNhw
     }
     // Of the thread's elements, all as distances from the origin.
     A count = 0, mean[kOwn] = {}, squares[kOwn] = {};
-    share.template for_each<kBatch>([&](auto width, int position, int step, int end) {
+    line.for_each([&](auto width, const auto& values, int position, int step, int end) {
       constexpr int kWidth = decltype(width)::value;
-      Vector<T, kWidth> values[kBatch];
-      load_batch(x, 0, share.x_step, position, step, end, values);
       A apart[kBatch][kWidth], sums[kOwn] = {};
       int positions = 0;
 #pragma unroll
@@ -194,7 +196,7 @@ __global__ void __launch_bounds__(kMapThreads, kStatisticsResident<kVector, kNhw
 #pragma unroll
           for (int e = 0; e < kWidth; ++e) {
             const int own = kNhwc ? e : 0;
-            apart[u][e] = widen(values[u].values[e]) - origin[own];
+            apart[u][e] = widen(values[0][u], e) - origin[own];
             sums[own] += apart[u][e];
           }
         }
@@ -221,6 +223,7 @@ __global__ void __launch_bounds__(kMapThreads, kStatisticsResident<kVector, kNhw
       }
       count = all;
     });
+    line.end();
     const int64_t row = (share.sample * args.tiling.chunks + share.chunk) * args.sizes.channels;
     A sums[1][kOwn], of_block[kOwn];
 #pragma unroll
@@ -228,9 +231,8 @@ __global__ void __launch_bounds__(kMapThreads, kStatisticsResident<kVector, kNhw
       sums[0][own] = count * mean[own];
     }
     if constexpr (kNhwc) {
-      sum_over_share(share, args.tiling, args.sizes.channels, sums, [&](int f, A(&totals)[1]) {
-        args.mean[row + f] = totals[0] / A(share.pixels);
-      });
+      sum_over_share(share, args.tiling, args.sizes.channels, sums,
+                     [&](int, int f, A total) { args.mean[row + f] = total / A(share.pixels); });
 #pragma unroll
       for (int own = 0; own < kOwn; ++own) {
         of_block[own] = share.inside ? args.mean[row + share.channel + own] : A(0);
@@ -245,8 +247,8 @@ __global__ void __launch_bounds__(kMapThreads, kStatisticsResident<kVector, kNhw
       const A between = mean[own] - of_block[own];
       sums[0][own] = fma(between * between, count, squares[own]);
     }
-    sum_over_share(share, args.tiling, args.sizes.channels, sums, [&](int f, A(&totals)[1]) {
-      args.squares[row + f] = totals[0];
+    sum_over_share(share, args.tiling, args.sizes.channels, sums, [&](int, int f, A total) {
+      args.squares[row + f] = total;
       if constexpr (kNhwc) {
         args.mean[row + f] += A(widen(first_pixel[f - share.channel]));
       } else {

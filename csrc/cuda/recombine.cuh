@@ -19,23 +19,21 @@ struct RecombineArgs {
   T* out;                     // (B, C, H, W)
 };
 
-// A thread's share of the result: put(offset, vector) stores it, and wait() waits for x. The
-// sample's attention and bn0's parameters are arrays by feature.
-template <int kRadix, bool kPrologue, typename T, bool kNhwc, int kVector, typename Wait,
-          typename Put>
+// A thread's share of the result: put(offset, vector) stores it, and wait() waits for x, which may
+// be in a line. The sample's attention and bn0's parameters are arrays by feature.
+template <int kRadix, bool kPrologue, bool kInLine, typename T, bool kNhwc, int kVector,
+          typename Wait, typename Put>
 __device__ __forceinline__ void recombine_share(const Share<kVector, kNhwc>& share,
-                                                const MapSizes& sizes, const T* x,
+                                                const MapSizes& sizes, const T* x, T* queue,
                                                 const Acc<T>* attention,
                                                 const Prologue<Acc<T>>& prologue, Wait wait,
                                                 Put put) {
   using A = Acc<T>;
   using Coefficient = PerChannel<A, kVector, kNhwc>;
-  constexpr int kEach = (kNhwc ? kVector : 1) * (kPrologue ? 3 : 1);
-  // If all splits have few coefficients, these stay in registers. Else a split's come from L1.
-  constexpr bool kHeld = kRadix > 0 && kRadix * kEach <= 48;
+  // The coefficients of a compiled radix stay in registers, else a split's come from L1.
+  constexpr bool kHeld = kRadix > 0;
   constexpr int kSplits = kHeld ? kRadix : 1;
-  constexpr int kBatch = kHeld ? (kRadix >= 4 ? 1 : 4 / kRadix) : kInSlabs<kVector, kNhwc> ? 1 : 4;
-  const int radix = kRadix ? kRadix : sizes.radix;
+  constexpr int kBatch = kHeld ? positions_held(kSplits, 4) : kInSlabs<kVector, kNhwc> ? 1 : 4;
   Coefficient a[kSplits], scale[kSplits], shift[kSplits];
   const auto take_coefficients = [&](int first_split) {
 #pragma unroll
@@ -48,50 +46,62 @@ __device__ __forceinline__ void recombine_share(const Share<kVector, kNhwc>& sha
       }
     }
   };
-  if constexpr (kHeld) {
-    take_coefficients(0);
-  }
-  wait();
-  share.template for_each<kBatch>([&](auto width, int position, int step, int end) {
-    constexpr int kWidth = decltype(width)::value;
-    A sums[kBatch][kWidth] = {};
-    for (int first_split = 0; first_split < radix; first_split += kSplits) {
-      Vector<T, kWidth> values[kSplits][kBatch];
+  const auto add = [&](auto width, auto& sums, const auto& values) {
 #pragma unroll
-      for (int r = 0; r < kSplits; ++r) {
-        load_batch(x, share.x + (first_split + r) * share.split, share.x_step, position, step, end,
-                   values[r]);
-      }
-      if constexpr (!kHeld) {
-        take_coefficients(first_split);
-      }
+    for (int r = 0; r < kSplits; ++r) {
 #pragma unroll
-      for (int r = 0; r < kSplits; ++r) {
+      for (int u = 0; u < kBatch; ++u) {
 #pragma unroll
-        for (int u = 0; u < kBatch; ++u) {
-#pragma unroll
-          for (int e = 0; e < kWidth; ++e) {
-            A z = widen(values[r][u].values[e]);
-            if constexpr (kPrologue) {
-              z = relu(preactivation(z, scale[r][e], shift[r][e]));
-            }
-            sums[u][e] = fma(a[r][e], z, sums[u][e]);
+        for (int e = 0; e < decltype(width)::value; ++e) {
+          A z = widen(values[r][u], e);
+          if constexpr (kPrologue) {
+            z = relu(preactivation(z, scale[r][e], shift[r][e]));
           }
+          sums[u][e] = fma(a[r][e], z, sums[u][e]);
         }
       }
     }
+  };
+  const auto leave = [&](auto width, const auto& sums, int position, int step, int end) {
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
       if (position + u * step < end) {
-        Vector<T, kWidth> result;
+        Vector<T, decltype(width)::value> result;
 #pragma unroll
-        for (int e = 0; e < kWidth; ++e) {
+        for (int e = 0; e < decltype(width)::value; ++e) {
           result.values[e] = narrow<T>(sums[u][e]);
         }
         put(share.out + (position + u * step) * share.out_step, result);
       }
     }
-  });
+  };
+  if constexpr (kHeld) {
+    Maps<T, kSplits> maps;
+#pragma unroll
+    for (int r = 0; r < kSplits; ++r) {
+      maps.set(r, x + share.x + r * share.split, share.x_step);
+    }
+    Line<kBatch, kInLine, T, kSplits, kVector, kNhwc> line(share, maps, queue);
+    take_coefficients(0);
+    wait();
+    line.for_each([&](auto width, const auto& values, int position, int step, int end) {
+      A sums[kBatch][decltype(width)::value] = {};
+      add(width, sums, values);
+      leave(width, sums, position, step, end);
+    });
+  } else {
+    wait();
+    share.template for_each<kBatch>([&](auto width, int position, int step, int end) {
+      A sums[kBatch][decltype(width)::value] = {};
+      for (int split = 0; split < sizes.radix; ++split) {
+        Vector<T, decltype(width)::value> values[1][kBatch];
+        load_batch(x, share.x + split * share.split, share.x_step, position, step, end, values[0]);
+        take_coefficients(split);
+        add(width, sums, values);
+      }
+      leave(width, sums, position, step, end);
+    });
+  }
 }
 
 template <typename T, bool kNhwc, int kRadix, int kVector, bool kPrologue>
@@ -101,9 +111,9 @@ __device__ __forceinline__ void recombine_block(const RecombineArgs<T>& args, in
   Share<kVector, kNhwc> share(args.sizes, args.tiling, block);
   const Slabs<T, kVector, kNhwc> slabs(share, args.sizes, args.tiling, radix, again);
   const T* const x = slabs.bring(0, args.x, radix);
-  recombine_share<kRadix, kPrologue>(
-      share, args.sizes, x, args.attention + share.sample * args.sizes.features(), args.prologue,
-      [&] { slabs.wait(); },
+  recombine_share<kRadix, kPrologue, kInLines<kVector, kNhwc>>(
+      share, args.sizes, x, queues<T>(args.tiling),
+      args.attention + share.sample * args.sizes.features(), args.prologue, [&] { slabs.wait(); },
       [&](int64_t offset, const auto& result) { slabs.put(args.out, offset, result); });
   slabs.leave(args.out, 1);
 }
@@ -148,9 +158,10 @@ __global__ void __launch_bounds__(kMapThreads, kMapBlocks<kVector, kNhwc>)
   using Coefficient = PerChannel<A, kVector, kNhwc>;
   // With x of 16 bits the mean goes into the offset: x has fewer digits than that costs.
   constexpr bool kFolded = sizeof(T) < 4;
-  constexpr int kSplits = splits_held(kRadix, (kNhwc ? kVector : 1) * (kPrologue ? 9 : 2));
-  constexpr bool kFew = kInSlabs<kVector, kNhwc> || (kNhwc && kPrologue && kRadix == 0);
-  constexpr int kBatch = kFew ? 1 : kSplits == 1 && !kNhwc ? 4 : 2;
+  constexpr int kSplits =
+      splits_held(kRadix, Coefficient::kCount * (kPrologue ? 7 : 2), kNhwc ? 64 : 16);
+  constexpr int kMaps = 1 + (kPrologue ? kSplits : 0);  // dout comes last
+  constexpr int kBatch = kInSlabs<kVector, kNhwc> ? 1 : positions_held(kMaps, 4);
   const int radix = kRadix ? kRadix : args.sizes.radix;
   for (int64_t index = blockIdx.x; index < args.blocks; index += gridDim.x) {
     Share<kVector, kNhwc> share(args.sizes, args.tiling, args.blocks - 1 - index);
@@ -165,6 +176,15 @@ __global__ void __launch_bounds__(kMapThreads, kMapBlocks<kVector, kNhwc>)
       return Coefficient::of(values, first, otherwise, share.inside);
     };
     for (int first_split = 0; first_split < radix; first_split += kSplits) {
+      const int64_t first = share.x + first_split * share.split;
+      Maps<T, kMaps> maps;
+      maps.set(kMaps - 1, gradient + share.out, share.out_step);
+#pragma unroll
+      for (int r = 0; r < kMaps - 1; ++r) {
+        maps.set(r, of_map + first + r * share.split, share.x_step);
+      }
+      Line<kBatch, kInLines<kVector, kNhwc>, T, kMaps, kVector, kNhwc> line(share, maps,
+                                                                            queues<T>(args.tiling));
       // dx = p dout + q, with bn0's scale in both.
       Coefficient p[kSplits], q[kSplits];
       Coefficient scale[kSplits], shift[kSplits], mean[kSplits], offset[kSplits], slope[kSplits];
@@ -195,18 +215,8 @@ __global__ void __launch_bounds__(kMapThreads, kMapBlocks<kVector, kNhwc>)
         }
       }
       slabs.wait();
-      const int64_t first = share.x + first_split * share.split;
-      share.template for_each<kBatch>([&](auto width, int position, int step, int end) {
+      line.for_each([&](auto width, const auto& values, int position, int step, int end) {
         constexpr int kWidth = decltype(width)::value;
-        Vector<T, kWidth> g[kBatch], values[kSplits][kBatch];
-        load_batch(gradient, share.out, share.out_step, position, step, end, g);
-        if constexpr (kPrologue) {
-#pragma unroll
-          for (int r = 0; r < kSplits; ++r) {
-            load_batch(of_map, first + r * share.split, share.x_step, position, step, end,
-                       values[r]);
-          }
-        }
 #pragma unroll
         for (int u = 0; u < kBatch; ++u) {
           if (position + u * step < end) {
@@ -215,12 +225,15 @@ __global__ void __launch_bounds__(kMapThreads, kMapBlocks<kVector, kNhwc>)
               Vector<T, kWidth> result;
 #pragma unroll
               for (int e = 0; e < kWidth; ++e) {
-                A dx = fma(p[r][e], widen(g[u].values[e]), q[r][e]);
+                A dx = fma(p[r][e], widen(values[kMaps - 1][u], e), q[r][e]);
                 if constexpr (kPrologue) {
-                  const A x = widen(values[r][u].values[e]);
-                  dx = relu_backward(dx, preactivation(x, scale[r][e], shift[r][e]));
+                  const A x = widen(values[r][u], e);
+                  const bool passes = relu_passes(preactivation(x, scale[r][e], shift[r][e]));
                   if (args.prologue.offset) {
-                    dx -= fma(kFolded ? x : x - mean[r][e], slope[r][e], offset[r][e]);
+                    const A lost = fma(kFolded ? x : x - mean[r][e], slope[r][e], offset[r][e]);
+                    dx = passes ? dx - lost : -lost;
+                  } else {
+                    dx = passes ? dx : A(0);
                   }
                 }
                 result.values[e] = narrow<T>(dx);

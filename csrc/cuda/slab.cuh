@@ -8,10 +8,8 @@
 // time; before sm_80 that is a load and a store, four of them together.
 #pragma once
 
-#include <cuda_pipeline.h>
-
 #include "cuda/cluster.cuh"
-#include "cuda/map.cuh"
+#include "cuda/line.cuh"
 
 namespace resnest_fused::cuda {
 
@@ -96,7 +94,7 @@ struct Slabs<T, kVector, kNhwc, true> {
   __device__ __forceinline__ Slabs(Share<kVector, kNhwc>& share, const MapSizes& sizes,
                                    const Tiling& tiling, [[maybe_unused]] int count, bool again)
       : slab(sizes, tiling, share.first_channel, share.chunk),
-        begin(shared_memory() + tiling.slabs_at),
+        begin(shared_memory() + tiling.copies_at),
         memory(reinterpret_cast<T*>(begin + kBeforeSlabs)),
         room(tiling.slab),
         in_splits(int64_t{sizes.channels} * sizes.pixels),

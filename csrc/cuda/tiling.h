@@ -41,15 +41,21 @@ constexpr int64_t kMostRows = kMostBlocks - kTileRows;
 struct Tiling {
   int32_t threads;
   int32_t lanes;
-  int32_t vector;          // elements a thread loads at a time: 16 bytes of them, or 1
+  int32_t vector;          // elements a thread loads at a time: vector_elements, or 1
   int32_t channel_blocks;  // blocks along the channels
   int32_t chunk_pixels;    // pixels of a chunk
   int32_t chunks;          // chunks of a sample, each with partial sums of its own
   int32_t slab;            // in elements, the room of a slab; 0: there are none
-  int32_t slabs_at;        // in bytes, where they begin in a block's shared memory
+  int32_t copies_at;       // in bytes, where slabs or queues begin in a block's shared memory
 
   int64_t blocks_per_sample() const { return int64_t{channel_blocks} * chunks; }
 };
+
+// Of 16 bytes; in NHWC of four channels, as a thread has registers for parameters and sums of each,
+// in every split that it loads at the same time.
+constexpr int64_t vector_elements(bool nhwc, int64_t element_size) {
+  return nhwc ? 4 : 16 / element_size;
+}
 
 // Threads of a channel in NCHW, at least, with vectors and with single elements. In NHWC at most
 // kWarp are side by side.
@@ -59,6 +65,8 @@ constexpr int64_t kLeastSingleLanes = 8;
 // single elements kWarp.
 constexpr int64_t kHeldFeatures = 512;
 
+// Bytes of a thread in NHWC with vectors, in which what it has asked for waits (line.cuh).
+constexpr int64_t kQueueBytes = 160;
 // Bytes before a block's slabs, for what their copies wait at.
 constexpr int64_t kBeforeSlabs = 16;
 

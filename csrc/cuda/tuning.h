@@ -17,7 +17,7 @@ constexpr int64_t kLongChunkPixels = 128;
 // backward.
 constexpr int64_t kStatisticsBlocks = 2;
 constexpr int64_t kForwardBlocks = 4;
-constexpr int64_t kBackwardBlocks = 16;
+constexpr int64_t kBackwardBlocks = 4;
 
 // In NCHW: bytes of a slab, at most: four vectors of each thread where a sample's sums must not
 // depend on its batch, as a few samples need blocks, too; else eight, as each block has

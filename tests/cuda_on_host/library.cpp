@@ -30,6 +30,7 @@ extern "C" __attribute__((visibility("default"))) bool device_on_host_set(const 
       {"shared_per_multiprocessor", device.shared_per_multiprocessor},
       {"grid_blocks", device.grid_blocks},
       {"cluster_blocks", device.cluster_blocks},
+      {"async_copies", device.async_copies},
   };
   for (const auto& [known, property] : properties) {
     if (known == name) {

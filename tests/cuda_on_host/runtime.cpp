@@ -613,19 +613,25 @@ void cuda_on_host::arrive(void* arrivals, ptrdiff_t threads, ptrdiff_t bytes) {
   one.bytes += bytes;
 }
 
-// As the copies here are: of 16 bytes or a multiple.
-static Copy copy_of_16(void* to, const void* from, size_t bytes) {
-  if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(to) % 16 != 0 ||
-      reinterpret_cast<uintptr_t>(from) % 16 != 0) {
-    std::fprintf(stderr, "cuda_on_host: a copy of bytes that are no multiple of 16\n");
+// A copy whose bytes, from and to, are multiples of so many.
+static Copy copy_in(size_t unit, void* to, const void* from, size_t bytes) {
+  if (bytes % unit != 0 || reinterpret_cast<uintptr_t>(to) % unit != 0 ||
+      reinterpret_cast<uintptr_t>(from) % unit != 0) {
+    std::fprintf(stderr, "cuda_on_host: a copy of bytes that are no multiple of %zu\n", unit);
     std::abort();
   }
   return {to, from, bytes};
 }
 
+// A thread's: of 4, 8 or 16 bytes.
 void cuda_on_host::copy_async(void* to, const void* from, size_t bytes) {
   const Unseen unseen;
-  scheduler().current->copies.push_back(copy_of_16(to, from, bytes));
+  const size_t unit = bytes == 4 || bytes == 8 ? bytes : 16;
+  if (bytes > unit) {
+    std::fprintf(stderr, "cuda_on_host: a thread copies at most 16 bytes\n");
+    std::abort();
+  }
+  scheduler().current->copies.push_back(copy_in(unit, to, from, bytes));
 }
 
 void cuda_on_host::commit_copies() {
@@ -661,7 +667,7 @@ void cuda_on_host::copy_later(void* arrivals, void* to, const void* from, size_t
   const Unseen unseen;
   Arrivals& one = known_arrivals(arrivals);
   one.bytes -= static_cast<ptrdiff_t>(bytes);
-  one.copies.push_back(copy_of_16(to, from, bytes));
+  one.copies.push_back(copy_in(16, to, from, bytes));
 }
 
 void cuda_on_host::wait_for_arrivals(void* arrivals, bool) {
