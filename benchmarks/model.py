@@ -72,7 +72,7 @@ class Gpu:
             "shared_per_multiprocessor": self.shared_bytes,
             "grid_blocks": 2**31 - 1,
             "cluster_blocks": self.cluster_blocks,
-            "async_copies": int(self.arch != "sm_75"),
+            "architecture": int(self.arch[3:]),
         }
 
     @property

@@ -24,7 +24,12 @@ KB, MB = 2**10, 2**20
 
 
 def device(
-    multiprocessors: int, threads: int, shared: int, optin: int = 48 * KB, cluster: int = 1
+    architecture: int,
+    multiprocessors: int,
+    threads: int,
+    shared: int,
+    optin: int = 48 * KB,
+    cluster: int = 1,
 ) -> dict[str, int]:
     return {
         "multiprocessors": multiprocessors,
@@ -36,18 +41,18 @@ def device(
         "shared_per_multiprocessor": shared,
         "grid_blocks": 2**31 - 1,
         "cluster_blocks": cluster,
-        "async_copies": int(shared > 64 * KB),
+        "architecture": architecture,
     }
 
 
 DEVICES = {
-    "T4": device(40, 1024, 64 * KB, 64 * KB),
-    "A100": device(108, 2048, 164 * KB, 163 * KB),
-    "H100": device(132, 2048, 228 * KB, 227 * KB, 8),
-    "H200": device(132, 2048, 228 * KB, 227 * KB, 8),
-    "B200": device(148, 2048, 228 * KB, 227 * KB, 8),
-    "RTX 5090": device(170, 1536, 100 * KB, 99 * KB, 8),
-    "tiny": {**device(1, 64, 16 * KB), "threads_per_block": 64, "grid_blocks": 3},
+    "T4": device(75, 40, 1024, 64 * KB, 64 * KB),
+    "A100": device(80, 108, 2048, 164 * KB, 163 * KB),
+    "H100": device(90, 132, 2048, 228 * KB, 227 * KB, 8),
+    "H200": device(90, 132, 2048, 228 * KB, 227 * KB, 8),
+    "B200": device(100, 148, 2048, 228 * KB, 227 * KB, 8),
+    "RTX 5090": device(120, 170, 1536, 100 * KB, 99 * KB, 8),
+    "tiny": {**device(75, 1, 64, 16 * KB), "threads_per_block": 64, "grid_blocks": 3},
 }
 H200 = DEVICES["H200"]
 
@@ -195,7 +200,7 @@ def check_tiling(
     chunks, chunk = tiling["chunks"], tiling["chunk_pixels"]
     assert (chunks - 1) * chunk < pixels <= chunks * chunk
     assert (tiling["slab"] > 0) == (vector > 1 and not call.channels_last)
-    in_lines = vector > 1 and call.channels_last and gpu["async_copies"] > 0
+    in_lines = vector > 1 and call.channels_last and gpu["architecture"] >= 80
     assert (tiling["copies_at"] > 0) == (tiling["slab"] > 0 or in_lines)
     assert tiling["copies_at"] % 16 == 0
     if call.channels_last:
@@ -327,7 +332,7 @@ def check_launches(gpu: dict[str, int], call: Call, result: dict[str, Any]) -> N
             assert LIMITS["slab_blocks"] * (shared + KB) <= gpu["shared_per_multiprocessor"], name
         else:
             assert shared <= limit, name
-            reserved = KB * gpu["async_copies"]  # from sm_80 on
+            reserved = KB * (gpu["architecture"] >= 80)
             assert resident * (shared + reserved) <= gpu["shared_per_multiprocessor"], name
     assert (
         resident * result["tiling"]["threads"] * LIMITS["registers"]
@@ -659,7 +664,7 @@ gpus = st.one_of(
             "shared_per_block_optin": st.sampled_from([48 * KB, 99 * KB, 227 * KB]),
             "shared_per_multiprocessor": st.sampled_from([100 * KB, 228 * KB]),
             "cluster_blocks": st.sampled_from([1, 2, 8]),
-            "async_copies": st.sampled_from([0, 1]),
+            "architecture": st.sampled_from([75, 80, 90]),
             "grid_blocks": st.integers(1, 2**31 - 1),
         }
     ),

@@ -143,6 +143,7 @@ struct AttentionArgs {
 template <typename A>
 __global__ void __launch_bounds__(kProductThreads, kProductBlocks<A>)
     attention_kernel(AttentionArgs<A> args) {
+  begin_kernel();
   using Stage = ForwardStage;
   const auto& stages = args.stages;
   int64_t item;
@@ -329,6 +330,7 @@ struct AttentionBackwardArgs {
 template <typename A>
 __global__ void __launch_bounds__(kProductThreads, kProductBlocks<A>)
     attention_backward_kernel(AttentionBackwardArgs<A> args) {
+  begin_kernel();
   using Stage = BackwardStage;
   const auto& stages = args.stages;
   int64_t item;

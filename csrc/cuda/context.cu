@@ -73,7 +73,7 @@ Device read_device(int index) {
   device.shared_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
   device.grid_blocks = attribute(cudaDevAttrMaxGridDimX, index);
   device.cluster_blocks = largest_cluster(index, device.shared_per_block_optin);
-  device.async_copies = architecture(index) >= 80;
+  device.architecture = architecture(index);
   return device;
 }
 

@@ -15,6 +15,16 @@ namespace resnest_fused::cuda {
 
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
+// How every kernel begins. From sm_90 on its blocks may have started before the launch before it
+// ended: they wait here until it has, and what it wrote is there. And once all blocks are here,
+// those of the next launch may start, which takes as long as a small kernel.
+__device__ __forceinline__ void begin_kernel() {
+#if defined(__CUDACC__) ? defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 : !defined(RF_OLDER_GPU)
+  cudaTriggerProgrammaticLaunchCompletion();
+  cudaGridDependencySynchronize();
+#endif
+}
+
 // The type in which sums are kept.
 template <typename T>
 using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;

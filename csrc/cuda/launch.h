@@ -54,13 +54,18 @@ void launch(cudaStream_t stream, void (*kernel)(Args), const Launch& planned, co
   config.blockDim = dim3(static_cast<unsigned>(planned.threads));
   config.dynamicSmemBytes = static_cast<size_t>(planned.shared_bytes);
   config.stream = stream;
-  cudaLaunchAttribute cluster{};
+  cudaLaunchAttribute attributes[2]{};
+  config.attrs = attributes;
   if (planned.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = static_cast<unsigned>(planned.cluster);
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
+  }
+  if (planned.early) {
+    cudaLaunchAttribute& early = attributes[config.numAttrs++];
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
   }
   if (planned.shared_limit > 0) {
     allow_shared(kernel, planned);

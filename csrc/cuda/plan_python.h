@@ -93,7 +93,7 @@ inline Device device_from(const pybind11::dict& dict) {
   device.shared_per_multiprocessor = fields.integer("shared_per_multiprocessor", 0);
   device.grid_blocks = fields.integer("grid_blocks", 1);
   device.cluster_blocks = fields.integer("cluster_blocks", 1);
-  device.async_copies = fields.integer("async_copies", 0);
+  device.architecture = fields.integer("architecture", 75);
   fields.finish();
   return device;
 }

@@ -197,7 +197,7 @@ Tiling sample_tiling(const Device& device, const Workload& w) {
     t.lanes = static_cast<int32_t>(ceil_div(needed, t.channel_blocks) * together);
     const int64_t chunks = std::clamp<int64_t>(w.pixels / kMinChunkPixels, 1, kMaxChunks);
     set_chunks(t, w.pixels, chunks);
-    if (vectors && device.async_copies > 0) {
+    if (vectors && device.async_copies()) {
       Workspace space;
       space.take(held_bytes(t, w), 1);
       t.copies_at = static_cast<int32_t>(space.bytes);
@@ -271,9 +271,11 @@ Launch launch_of_stages(const Device& device, const Workload& w, Kernel kernel,
   const int64_t threads = block_threads(device);
   const int64_t blocks = std::accumulate(items.begin(), items.end(), int64_t{0});
   counted(blocks, kMostBlocks);
-  return {kernel,  kernel == Kernel::kAttention ? "attention" : "attention_backward",
-          blocks,  blocks,
-          threads, std::max(product_bytes(threads, w.acc_size()), row_sums_bytes(threads, 2))};
+  const char* const name = kernel == Kernel::kAttention ? "attention" : "attention_backward";
+  const int64_t shared = std::max(product_bytes(threads, w.acc_size()), row_sums_bytes(threads, 2));
+  Launch launch{kernel, name, blocks, blocks, threads, shared};
+  launch.early = device.early_launches();
+  return launch;
 }
 
 int64_t Workspace::take(int64_t count, int64_t size) {
@@ -406,7 +408,9 @@ Plan make_plan(const Device& device, const Workload& w) {
   return plan;
 }
 
-Launch launch_of(const Device& device, const Workload& w, const Plan& plan, Kernel kernel) {
+namespace {
+
+Launch late_launch_of(const Device& device, const Workload& w, const Plan& plan, Kernel kernel) {
   const int64_t threads = block_threads(device), acc = w.acc_size(), features = w.features();
   const auto launch = [&](const char* name, int64_t blocks, int64_t shared_bytes) {
     const int64_t grid = std::min(blocks, device.grid_blocks);
@@ -470,6 +474,14 @@ Launch launch_of(const Device& device, const Workload& w, const Plan& plan, Kern
     }
   }
   throw std::logic_error("resnest_fused: no such kernel");
+}
+
+}  // namespace
+
+Launch launch_of(const Device& device, const Workload& w, const Plan& plan, Kernel kernel) {
+  Launch launch = late_launch_of(device, w, plan, kernel);
+  launch.early = device.early_launches();
+  return launch;
 }
 
 std::vector<Launch> launches_of(const Device& device, const Workload& w, const Plan& plan) {

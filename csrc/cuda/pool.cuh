@@ -104,6 +104,7 @@ __device__ __forceinline__ void pool_block(const PoolArgs<T>& args, int64_t bloc
 template <typename T, bool kNhwc, int kRadix, int kVector, bool kPrologue>
 __global__ void __launch_bounds__(kMapThreads, kMapBlocks<kVector, kNhwc>)
     pool_kernel(PoolArgs<T> args) {
+  begin_kernel();
   open_stages(args.counters);
   for (int64_t block = blockIdx.x; block < args.blocks; block += gridDim.x) {
     pool_block<T, kNhwc, kRadix, kVector, kPrologue>(args, block, block != blockIdx.x);
@@ -134,6 +135,7 @@ constexpr int64_t kPoolBackwardBlocks =
 template <typename T, bool kNhwc, int kRadix, int kVector, bool kPrologue>
 __global__ void __launch_bounds__(kMapThreads, kPoolBackwardBlocks<kNhwc, kRadix, kVector>)
     pool_backward_kernel(PoolBackwardArgs<T> args) {
+  begin_kernel();
   using A = Acc<T>;
   open_stages(args.counters);
   constexpr int kSums = kPrologue ? kPrologueSums : 1;

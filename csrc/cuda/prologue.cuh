@@ -127,6 +127,7 @@ struct Prepare {
 
 template <typename A>
 __global__ void __launch_bounds__(kMapThreads) prepare_kernel(Prepare<A> args) {
+  begin_kernel();
   const int64_t threads = int64_t{gridDim.x} * blockDim.x;
   const int64_t thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   for (int64_t f = thread; f < args.features; f += threads) {
@@ -160,6 +161,7 @@ constexpr int64_t kStatisticsResident = kMapBlocks<kVector, kNhwc> + kInSlabs<kV
 template <typename T, bool kNhwc, int kVector>
 __global__ void __launch_bounds__(kMapThreads, kStatisticsResident<kVector, kNhwc>)
     statistics_kernel(StatisticsArgs<T> args) {
+  begin_kernel();
   using A = Acc<T>;
   // Values are joined by so many.
   constexpr int kBatch = kInSlabs<kVector, kNhwc> ? 2 : kNhwc && kVector > 1 ? 16 / sizeof(T) : 4;
@@ -309,6 +311,7 @@ struct CombineArgs {
 template <typename A>
 __global__ void __launch_bounds__(kColumnThreads, kBlocksPerMultiprocessor)
     combine_kernel(CombineArgs<A> args) {
+  begin_kernel();
   const int64_t features = args.partial.features;
   for (int64_t block = blockIdx.x; block * kColumns < features; block += gridDim.x) {
     const Column column(block, features);
@@ -380,6 +383,7 @@ __device__ __forceinline__ void prologue_backward_item(const PrologueBackwardArg
 template <typename A>
 __global__ void __launch_bounds__(kColumnThreads)
     prologue_backward_kernel(PrologueBackwardArgs<A> args) {
+  begin_kernel();
   const int64_t features = args.radix * args.channels;
   for (int64_t item = blockIdx.x; item * kColumns < features; item += gridDim.x) {
     prologue_backward_item(args, item);

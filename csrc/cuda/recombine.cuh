@@ -126,6 +126,7 @@ constexpr int64_t kRecombineBlocks =
 template <typename T, bool kNhwc, int kRadix, int kVector, bool kPrologue>
 __global__ void __launch_bounds__(kMapThreads, kRecombineBlocks<kNhwc, kRadix, kVector>)
     recombine_kernel(RecombineArgs<T> args) {
+  begin_kernel();
   for (int64_t block = blockIdx.x; block < args.blocks; block += gridDim.x) {
     recombine_block<T, kNhwc, kRadix, kVector, kPrologue>(args, args.blocks - 1 - block,
                                                           block != blockIdx.x);
@@ -154,6 +155,7 @@ struct RecombineBackwardArgs {
 template <typename T, bool kNhwc, int kRadix, int kVector, bool kPrologue>
 __global__ void __launch_bounds__(kMapThreads, kMapBlocks<kVector, kNhwc>)
     recombine_backward_kernel(RecombineBackwardArgs<T> args) {
+  begin_kernel();
   using A = Acc<T>;
   using Coefficient = PerChannel<A, kVector, kNhwc>;
   // With x of 16 bits the mean goes into the offset: x has fewer digits than that costs.

@@ -150,6 +150,7 @@ struct Launch {
   int64_t cluster = 1;  // blocks that run together and reach each other's shared memory
   // Bytes of it that the kernel asks to be allowed, where it needs much; 0: as all kernels.
   int64_t shared_limit = 0;
+  bool early = false;  // its blocks may start while the launch before it still runs
 };
 
 }  // namespace resnest_fused::cuda

@@ -28,7 +28,7 @@ DEVICE = {
     "shared_per_multiprocessor": 64 * 1024,
     "grid_blocks": 2**31 - 1,
     "cluster_blocks": 1,
-    "async_copies": 1,
+    "architecture": 90,
 }
 # Names the library with a sanitizer, with which tests run once more.
 LIBRARY = "RESNEST_FUSED_ON_HOST_LIBRARY"

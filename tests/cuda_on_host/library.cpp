@@ -30,11 +30,14 @@ extern "C" __attribute__((visibility("default"))) bool device_on_host_set(const 
       {"shared_per_multiprocessor", device.shared_per_multiprocessor},
       {"grid_blocks", device.grid_blocks},
       {"cluster_blocks", device.cluster_blocks},
-      {"async_copies", device.async_copies},
+      {"architecture", device.architecture},
   };
   for (const auto& [known, property] : properties) {
     if (known == name) {
       property = value;
+#if defined(RF_OLDER_GPU)
+      device.architecture = std::min<int64_t>(device.architecture, 75);  // that of this code
+#endif
       return true;
     }
   }

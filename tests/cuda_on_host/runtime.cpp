@@ -172,6 +172,7 @@ struct Coroutine {
   unsigned thread;  // in its block
   unsigned loads;   // in this turn
   State state;
+  bool waited;                    // for the launch before
   std::vector<Copy> copies;       // that have not come
   std::vector<size_t> committed;  // how many of them were there at each commit
 };
@@ -183,6 +184,7 @@ struct Launch {
   void (*run_thread)(const void*);
   const void* kernel;
   unsigned cluster;         // blocks of one
+  bool early;               // may begin before the launch before has ended
   char begin = 0, end = 0;  // to release and acquire
 
   unsigned threads() const { return config.blockDim.x * config.blockDim.y * config.blockDim.z; }
@@ -352,6 +354,7 @@ void Scheduler::begin_block(uint64_t index, const std::shared_ptr<Cluster>& clus
     free_.pop_back();
     coroutine->block = &block;
     coroutine->thread = thread;
+    coroutine->waited = false;
     coroutine->state = State::kReady;
     coroutine->copies.clear();
     coroutine->committed.clear();
@@ -432,6 +435,9 @@ void Scheduler::take_turn(size_t place) {
       failure_ = "a thread makes or waits for copies that were never announced";
       break;
     case State::kEnded:
+      if (launch_->early && !current->waited) {
+        failure_ = "a thread that did not wait for the launch before";
+      }
       leave(warp().meeting);
       leave(block.meeting);
       leave(block.cluster->meeting);
@@ -587,6 +593,8 @@ unsigned char* cuda_on_host::in_block(unsigned char* address, int rank) {
          (address - block.shared_memory);
 }
 
+void cuda_on_host::wait_for_launch_before() { scheduler().current->waited = true; }
+
 void* cuda_on_host::begin_arrivals(ptrdiff_t expected) {
   const Unseen unseen;
   auto& arrivals = scheduler().current->block->arrivals;
@@ -732,8 +740,17 @@ cudaError_t cuda_on_host::opt_in(const void* function, int shared_bytes) {
 cudaError_t cuda_on_host::launch(const cudaLaunchConfig_t& config, void (*run_thread)(const void*),
                                  const void* kernel, const void* function) {
   ++launches;
-  const unsigned cluster = config.numAttrs > 0 ? config.attrs[0].val.clusterDim.x : 1;
-  Launch launch{config, run_thread, kernel, cluster};
+  unsigned cluster = 1;
+  bool early = false;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config.attrs[i];
+    if (attribute.id == cudaLaunchAttributeClusterDimension) {
+      cluster = attribute.val.clusterDim.x;
+    } else {
+      early = attribute.val.programmaticStreamSerializationAllowed != 0;
+    }
+  }
+  Launch launch{config, run_thread, kernel, cluster, early};
   const dim3 grid = config.gridDim, block = config.blockDim;
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (threads == 0 || threads > kMaxBlockThreads || block.z > 64 || launch.blocks() == 0 ||

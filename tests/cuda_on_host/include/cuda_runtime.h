@@ -62,6 +62,8 @@ void sync_cluster();
 unsigned block_rank();
 unsigned cluster_blocks();
 unsigned char* in_block(unsigned char* address, int rank);
+// Launches run one after the other here. One that may begin early has to say that it waits.
+void wait_for_launch_before();
 // Copies into shared memory that arrive when a thread waits for them (runtime.cpp).
 void* begin_arrivals(ptrdiff_t expected);
 void arrive(void* arrivals, ptrdiff_t threads, ptrdiff_t bytes);
@@ -91,6 +93,9 @@ unsigned char* shared_memory();
 inline void __syncthreads() { cuda_on_host::sync_block(); }
 inline void __syncwarp(unsigned mask = 0xffffffff) { cuda_on_host::sync_warp(mask); }
 inline void __nanosleep(unsigned) { cuda_on_host::spin(); }
+
+inline void cudaTriggerProgrammaticLaunchCompletion() {}
+inline void cudaGridDependencySynchronize() { cuda_on_host::wait_for_launch_before(); }
 
 template <typename T>
 void __stcs(T* to, T value) {
@@ -124,12 +129,16 @@ enum cudaError_t {
 // There is one stream: a launch returns when the kernel has ended.
 using cudaStream_t = struct CUstream_st*;
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeClusterDimension = 4,
+  cudaLaunchAttributeProgrammaticStreamSerialization = 6,
+};
 
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     dim3 clusterDim;
+    int programmaticStreamSerializationAllowed;
   } val;
 };
 
