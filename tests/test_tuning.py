@@ -4,6 +4,7 @@ planner of the CUDA kernels wrong."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+import tune
 from build_files import ROOT
 
 from resnest_fused import _C
@@ -114,6 +117,50 @@ def test_thedefault_is_in_its_range() -> None:
     for value, least, most in DEFAULTS.values():
         assert least <= value <= most
 
+
+# --- the search
+
+TUNABLES = {"a": (4, 1, 8), "b": (16, 1, 1024), "c": (2, 0, 2), "d": (1, 1, 1)}
+
+
+def test_the_fastest_values_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    seen = []
+
+    def cost_of(changes: Mapping[str, int]) -> float:
+        seen.append(dict(changes))
+        cost = 100.0
+        cost -= {2: 10, 8: 30}.get(changes.get("a", 4), 0)
+        cost -= 1.0 * (changes.get("b", 16) == 8)  # too little to tell
+        return cost - 10 * (changes.get("c", 2) == 0)
+
+    found = tune.search(cost_of, TUNABLES, math.inf)
+    assert found == ({"a": 8, "c": 0}, 100.0, 60.0)
+    # Each beside what was kept of those before it, never beside its own other value.
+    kept = {"a": 8}
+    assert seen == [{}, {"a": 2}, kept, {**kept, "b": 8}, {**kept, "b": 32}] + [
+        {**kept, "c": value} for value in (0, 1)
+    ]
+    assert capsys.readouterr().out.count("kept") == 3
+
+
+def test_the_search_ends_in_time() -> None:
+    assert tune.search(lambda changes: 1.0, TUNABLES, -math.inf) == ({}, 1.0, 1.0)
+
+
+def test_what_is_tried_is_in_range() -> None:
+    for limits in DEFAULTS.values():
+        values = [*tune.tried(*limits)]
+        assert values and all(limits[1] <= value <= limits[2] for value in values)
+        assert limits[0] not in values
+
+
+def test_a_try_on_the_cpu() -> None:
+    assert 0 < tune.cost_in_a_process({"chunks": 16}, "cpu", quick=True) < 1e5
+    with pytest.raises(RuntimeError, match=r"cannot be timed: \{'chunks': 0\}"):
+        tune.cost_in_a_process({"chunks": 0}, "cpu", quick=True)
+
+
+# --- the file
 
 RIGHT = {
     "": {},
