@@ -154,7 +154,8 @@ def test_what_is_tried_is_in_range() -> None:
         assert limits[0] not in values
 
 
-def test_a_try_on_the_cpu() -> None:
+def test_a_try_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path]))
     assert 0 < tune.cost_in_a_process({"chunks": 16}, "cpu", quick=True) < 1e5
     with pytest.raises(RuntimeError, match=r"cannot be timed: \{'chunks': 0\}"):
         tune.cost_in_a_process({"chunks": 0}, "cpu", quick=True)
