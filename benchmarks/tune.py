@@ -25,7 +25,8 @@ from dataclasses import replace
 from pathlib import Path
 
 VARIABLE = "RESNEST_FUSED_CUDA_TUNING"
-# From one process to the next a time moves by about a hundredth. What seems faster has to be so twice.
+# From one process to the next a time moves by about a hundredth; what seems faster has to be so
+# twice.
 GAIN = 0.02
 PASSES = ("eval", "train", "backward")
 Tunables = Mapping[str, tuple[int, int, int]]
