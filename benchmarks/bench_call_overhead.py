@@ -1,13 +1,18 @@
-"""What a call of the fused module costs beyond its ops, on a map too small to take any time."""
+"""What a call of the fused module costs beyond its ops, on a map too small to take any time.
+
+A training step of one module also pays for a call of ``torch.autograd.grad``, which a network makes
+once for all its modules. So several modules are stepped together, too: what each more of them adds
+is a module's share of a network's step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
-from torch import Tensor
+from torch import Tensor, nn
 
 import resnest_fused as rf
 from resnest_fused.ops import (
@@ -19,6 +24,7 @@ from resnest_fused.ops import (
 )
 
 OPS = torch.ops.resnest_fused
+SEVERAL = 9
 
 
 def of_ops(module: rf.FusedSplitAttention, x: Tensor, dout: Tensor) -> Callable[[], Tensor]:
@@ -59,6 +65,19 @@ def of_module(module: rf.FusedSplitAttention, x: Tensor, dout: Tensor) -> Callab
     return step if module.training else lambda: module(x)
 
 
+def of_modules(modules: Sequence[nn.Module], x: Tensor, dout: Tensor) -> Callable[[], object]:
+    """A training step of them side by side, each on a map of its own."""
+    maps = [x.clone().requires_grad_() for _ in modules]
+    wanted = [*maps, *(p for module in modules for p in module.parameters())]
+    douts = [dout] * len(modules)
+
+    def step() -> object:
+        outs = [module(x) for module, x in zip(modules, maps, strict=True)]
+        return torch.autograd.grad(outs, wanted, douts)
+
+    return step
+
+
 @pytest.mark.parametrize("contender", ["ops", "module"])
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_call_overhead(benchmark: BenchmarkFixture, mode: str, contender: str) -> None:
@@ -73,3 +92,13 @@ def test_call_overhead(benchmark: BenchmarkFixture, mode: str, contender: str) -
         by_module = of_module(module, x, dout)
         torch.testing.assert_close(by_ops(), by_module(), rtol=0, atol=0)
         benchmark(by_ops if contender == "ops" else by_module)
+
+
+@pytest.mark.parametrize("count", [1, SEVERAL])
+def test_training_overhead_of_several(benchmark: BenchmarkFixture, count: int) -> None:
+    """As above; (the time of nine - the time of one) / 8 is what a module adds."""
+    modules = [rf.FusedSplitAttention(64) for _ in range(count)]
+    for module in modules:
+        module.backend = "native"
+    benchmark.group = "training overhead of several modules, 64@8x8 fp32 NCHW R=2 B=2"
+    benchmark(of_modules(modules, torch.rand(2, 128, 8, 8), torch.rand(2, 64, 8, 8)))

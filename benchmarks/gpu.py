@@ -93,7 +93,8 @@ class Bench:
         available = {status.name for status in rf.backends() if status.available}
         self.has_triton = backend == "native" and "triton" in available
         self.rows: list[dict[str, Any]] = []
-        self.copy_bytes_per_s = math.nan
+        self.copy_bytes_per_s: float = math.nan
+        self.launch_s: float | None = None
         self.l2_bytes = 1 << 20
         if device.type == "cuda":
             self.l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
@@ -156,6 +157,13 @@ class Bench:
             self.copy_bytes_per_s = moved / self.rows[-1]["median_us"] * 1e6
         for row in self.rows:
             row["of_copy"] = row["floor_bytes"] / row["median_us"] * 1e6 / self.copy_bytes_per_s
+
+    def launch(self) -> None:
+        """What a launch takes in a graph with next to no work: one element, added to."""
+        element = torch.zeros(1, device=self.device)
+        steps = {"launch": [lambda: element.add_(1)] * (2 if self.quick else 100)}
+        self.time("launch", "one element", steps, floor_bytes={}, graph=True, facts={})
+        self.launch_s = self.rows[-1]["median_us"] / 1e6
 
     def case(
         self,
@@ -462,6 +470,7 @@ def plan(quick: bool, has_triton: bool) -> Iterator[tuple[str, Callable[[Bench],
         return label, lambda bench: bench.phases(case, *others)
 
     yield "copies", lambda bench: bench.copies()
+    yield "a launch", lambda bench: bench.launch()
     yield from (of(case, CONTENDERS) for case in evals)
     yield from (of(case, CONTENDERS) for case in trains)
     yield from (of(replace(case, batch=small), CONTENDERS) for case in evals)
@@ -582,6 +591,7 @@ def main() -> int:
         **_machine(bench.device),
         "backend": bench.backend,
         "copy_bytes_per_s": bench.copy_bytes_per_s,
+        "launch_s": bench.launch_s,
         "rows": bench.rows,
         "failed": failed,
         "skipped": skipped,

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import sass
@@ -33,6 +33,36 @@ from resnest_fused.reference import default_inter_channels
 
 WARP = 32
 KB, MB = 2**10, 2**20
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What is taken to be the same for all GPUs, where nothing was measured.
+
+    Where it says fitted: to the ops that stream maps and the evaluations at 64@56 and 128@28 under
+    ``results/h100``, by least squares of log(predicted / measured), whose root mean is 0.11.
+    """
+
+    # Of the memory's bandwidth in a copy. An H100 was measured: 3,025 of 3,350 GB/s.
+    copy_share: float = 0.9
+    # Bytes that a multiprocessor takes from L2 in a cycle, when all do: RRZE's gpu-benches reads
+    # 9.7 TB/s on an H200.
+    l2_bytes_per_cycle: float = 37.0
+    # Instructions of a warp that a multiprocessor's four schedulers issue in a cycle, at most.
+    issued_per_cycle: float = 4.0
+    # Fitted: what a launch takes in a graph beside its kernel's work, in seconds.
+    launch_s: float = 2.5e-6
+    # Fitted: how many times as long as alone a load from memory takes while all others load.
+    under_load: float = 1.6
+    # Fitted: the exponent p of (a^p + b^p + ...)^(1/p).
+    overlap: float = 2.6
+    # Fitted: cycles of barriers, with what is read from shared memory behind them.
+    barrier_cycles: float = 100.0
+    # Of a load from shared memory: 29 on an H100, 30 on an A100 (Luo et al., 2024).
+    shared_cycles: float = 30.0
+
+
+CONSTANTS = Constants()
 
 
 @dataclass(frozen=True)
@@ -59,6 +89,30 @@ class Gpu:
     doubles_per_cycle: int  # float64 instructions of a thread: programming guide, by capability
     registers: int = 65536
     cluster_blocks: int = 1  # of the largest cluster; 1 before sm_90
+    constants: Constants = CONSTANTS
+
+    def measured(self, results: Mapping[str, Any]) -> Gpu:
+        """With what ``gpu.py`` measured on this GPU in place of constants.
+
+        ``copy_bytes_per_s`` gives ``copy_share``, and ``launch_s``, which older results do not
+        have, ``launch_s``. The others were fitted together with those and stay: only a new fit
+        could tell what they become.
+
+        Raises:
+            ValueError: the results have none of both, or one that is no positive number.
+        """
+        found = {}
+        for name, unit in (("copy_bytes_per_s", self.bytes_per_s), ("launch_s", 1.0)):
+            value = results.get(name)
+            if value is not None:
+                if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                    raise ValueError(f"{name}: expected a positive number, got {value!r}")
+                found[name] = value / unit
+        if not found:
+            raise ValueError("expected copy_bytes_per_s or launch_s, got neither")
+        if "copy_bytes_per_s" in found:
+            found["copy_share"] = found.pop("copy_bytes_per_s")
+        return replace(self, constants=replace(self.constants, **found))
 
     def planned(self) -> dict[str, int]:
         """As the planner takes it."""
@@ -148,36 +202,6 @@ GPUS = {
         ),
     )
 }
-
-
-@dataclass(frozen=True)
-class Constants:
-    """What is the same for all GPUs.
-
-    Where it says fitted: to the ops that stream maps and the evaluations at 64@56 and 128@28 under
-    ``results/h100``, by least squares of log(predicted / measured), whose root mean is 0.11.
-    """
-
-    # Of the memory's bandwidth in a copy. An H100 was measured: 3,025 of 3,350 GB/s.
-    copy_share: float = 0.9
-    # Bytes that a multiprocessor takes from L2 in a cycle, when all do: RRZE's gpu-benches reads
-    # 9.7 TB/s on an H200.
-    l2_bytes_per_cycle: float = 37.0
-    # Instructions of a warp that a multiprocessor's four schedulers issue in a cycle, at most.
-    issued_per_cycle: float = 4.0
-    # Fitted: what a launch takes in a graph beside its kernel's work, in seconds.
-    launch_s: float = 2.5e-6
-    # Fitted: how many times as long as alone a load from memory takes while all others load.
-    under_load: float = 1.6
-    # Fitted: the exponent p of (a^p + b^p + ...)^(1/p).
-    overlap: float = 2.6
-    # Fitted: cycles of barriers, with what is read from shared memory behind them.
-    barrier_cycles: float = 100.0
-    # Of a load from shared memory: 29 on an H100, 30 on an A100 (Luo et al., 2024).
-    shared_cycles: float = 30.0
-
-
-CONSTANTS = Constants()
 
 
 class Map(NamedTuple):
@@ -323,7 +347,6 @@ def predict(
     gpu: Gpu,
     kernels: Mapping[str, sass.Kernel],
     workload: Mapping[str, Any],
-    constants: Constants = CONSTANTS,
 ) -> list[Prediction]:
     """The launches of a call, in their order.
 
@@ -331,7 +354,6 @@ def predict(
         gpu: where it would run.
         kernels: of the GPU's architecture, by name, as ``sass.read`` gives them.
         workload: as the planner takes it.
-        constants: those of the model.
 
     Raises:
         KeyError: a launch's kernel is not among the kernels.
@@ -346,7 +368,7 @@ def predict(
 
         def of(name: str, launch: Mapping[str, Any]) -> _Launch:
             kernel = kernels[instance(name, workload, plan[_TILINGS.get(name, "tiling")])]
-            return _Launch(gpu, kernel, workload, plan, {**launch, "name": name}, constants)
+            return _Launch(gpu, kernel, workload, plan, {**launch, "name": name}, gpu.constants)
 
         if name == ON_CHIP:
             tiling = plan["tiling"]

@@ -2,6 +2,7 @@
 
     python benchmarks/predicted.py                      # compiles csrc/, for minutes
     python benchmarks/predicted.py --library _cuda.so   # reads a library built for all of them
+    python benchmarks/predicted.py --measured gpu.json  # with what gpu.py measured for constants
 
 It needs nvcc and cuobjdump, and no GPU. Where ``gpu.py`` has measured one, as its results under
 ``results/*/gpu.json`` tell, what was measured stands beside what is predicted.
@@ -18,8 +19,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,16 +171,17 @@ def _in_flight(gpu: Gpu, kernels: Kernels) -> list[str]:
 def _by_gpu(
     title: str,
     cases: Sequence[Case],
+    gpus: Mapping[str, Gpu],
     kernels: Mapping[str, Kernels],
     times: Callable[[Gpu, Kernels, Case], Mapping[str, float]],
 ) -> list[str]:
     rows = []
     for case in cases:
-        columns = [times(gpu, kernels[gpu.arch], case) for gpu in GPUS.values()]
+        columns = [times(gpu, kernels[gpu.arch], case) for gpu in gpus.values()]
         for name in dict.fromkeys(itertools.chain.from_iterable(columns)):
             cells = (f"{of[name]:.1f}" if name in of else "-" for of in columns)
             rows.append((f"{_setting(case)} {name}", *cells))
-    return _table((title, *GPUS), rows)
+    return _table((title, *gpus), rows)
 
 
 def _kernel_times(gpu: Gpu, kernels: Kernels, case: Case) -> dict[str, float]:
@@ -195,8 +197,25 @@ def _call_times(gpu: Gpu, kernels: Kernels, case: Case) -> dict[str, float]:
     return {op: microseconds(predict_op(gpu, kernels, case, op)) for op in PASSES}
 
 
-def page(kernels: Mapping[str, Kernels], measured: Mapping[str, Mapping[str, Any]]) -> str:
-    """The page, from the kernels by architecture and gpu.py's results by the GPU's name."""
+def _measured_constants(gpus: Mapping[str, Gpu]) -> list[str]:
+    """Which constants of the model were measured, on which GPU."""
+    lines = []
+    for name, gpu in gpus.items():
+        used, usual = asdict(gpu.constants), asdict(GPUS[name].constants)
+        changes = [
+            f"{key} {used[key]:.3g} for {usual[key]:.3g}" for key in used if used[key] != usual[key]
+        ]
+        if changes:
+            lines += [f"Constants measured on this {name}: {', '.join(changes)}.", ""]
+    return lines
+
+
+def page(
+    kernels: Mapping[str, Kernels],
+    measured: Mapping[str, Mapping[str, Any]],
+    gpus: Mapping[str, Gpu] = GPUS,
+) -> str:
+    """The page, from the kernels by architecture, gpu.py's results by the GPU's name, and GPUs."""
     lines = [
         "# Predicted times of the CUDA kernels",
         "",
@@ -204,9 +223,10 @@ def page(kernels: Mapping[str, Kernels], measured: Mapping[str, Mapping[str, Any
         "by `benchmarks/model.py`, from the launch plan and the compiled code, but for those that",
         "a title calls measured. bf16, radix 2, everything after the convolution.",
         "",
+        *_measured_constants(gpus),
     ]
     for name, results in measured.items():
-        judged = list(judge(GPUS[name], kernels[GPUS[name].arch], results))
+        judged = list(judge(gpus[name], kernels[gpus[name].arch], results))
         lines += [
             f"## {name}: measured beside predicted",
             "",
@@ -228,18 +248,19 @@ def page(kernels: Mapping[str, Kernels], measured: Mapping[str, Mapping[str, Any
         "step, in the mean over turns, of the bytes that it loads in all. To reach a copy's speed",
         "an H100 needs about 40 KB, an H200 about 64 KB.",
         "",
-        *_in_flight(GPUS["H100"], kernels[GPUS["H100"].arch]),
+        *_in_flight(gpus["H100"], kernels[gpus["H100"].arch]),
         "## Predicted time of calls",
         "",
         *_by_gpu(
             "predicted, us",
             [replace(case, batch=batch) for batch in BATCHES for case in CASES],
+            gpus,
             kernels,
             _call_times,
         ),
         "## Predicted time of each kernel in a training step",
         "",
-        *_by_gpu("predicted, us", CASES, kernels, _kernel_times),
+        *_by_gpu("predicted, us", CASES, gpus, kernels, _kernel_times),
     ]
     return "\n".join(lines)
 
@@ -270,14 +291,37 @@ def compile_kernels(arch: str, folder: Path, sources: Sequence[str] = ()) -> Ker
     return found
 
 
+def gpu_named(results: Mapping[str, Any]) -> str | None:
+    """Which of the GPUs here gpu.py's results are from."""
+    found = [name for name in GPUS if re.search(rf"\b{name}\b", str(results.get("device")))]
+    return found[0] if found else None
+
+
+def with_measured(paths: Iterable[Path]) -> dict[str, Gpu]:
+    """The GPUs, with the constants that these files of gpu.py give.
+
+    Raises:
+        ValueError: a file is not such a file, or from none of these GPUs.
+    """
+    gpus = dict(GPUS)
+    for path in paths:
+        try:
+            results = json.loads(path.read_text())
+            if not isinstance(results, dict) or (name := gpu_named(results)) is None:
+                raise ValueError(f"expected a device that is one of {', '.join(GPUS)}")
+            gpus[name] = gpus[name].measured(results)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
+    return gpus
+
+
 def measured_gpus() -> dict[str, Mapping[str, Any]]:
     """gpu.py's results by the name of a GPU here."""
     found = {}
     for path in sorted(RESULTS.glob("*/gpu.json")):
         results = json.loads(path.read_text())
-        for name in GPUS:
-            if re.search(rf"\b{name}\b", results["device"]):
-                found[name] = results
+        if (name := gpu_named(results)) is not None:
+            found[name] = results
     return found
 
 
@@ -285,7 +329,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--library", type=Path, help="a built library, instead of compiling")
     parser.add_argument("--out", type=Path, default=RESULTS / "predicted.md", help="the page")
+    parser.add_argument(
+        "--measured", type=Path, nargs="+", default=[], help="gpu.json of gpu.py, for constants"
+    )
     options = parser.parse_args()
+    try:
+        gpus = with_measured(options.measured)
+    except ValueError as error:
+        parser.error(f"--measured: {error}")
     archs = dict.fromkeys(gpu.arch for gpu in GPUS.values())
     with tempfile.TemporaryDirectory() as folder:
         kernels = {
@@ -294,7 +345,7 @@ def main() -> int:
             else compile_kernels(arch, Path(folder))
             for arch in archs
         }
-    options.out.write_text(page(kernels, measured_gpus()))
+    options.out.write_text(page(kernels, measured_gpus(), gpus))
     return 0
 
 

@@ -57,9 +57,27 @@ def _records(op: Op, args: Sequence[Any]) -> bool:
     return True
 
 
+class _Bound(NamedTuple):
+    """Arguments that are bound as they are."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def apply_defaults(self) -> None:
+        """There are none."""
+
+
+class _Signature(inspect.Signature):
+    """Of a function without defaults that is called by position: there is nothing to bind."""
+
+    def bind(self, /, *args: Any, **kwargs: Any) -> Any:
+        return _Bound(args, kwargs)
+
+
 def _signed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep the signature with the function: PyTorch asks for it at each call."""
-    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    """Keep the signature with the function: PyTorch asks for it and binds to it at each call."""
+    known = inspect.signature(forward)
+    forward.__signature__ = _Signature([*known.parameters.values()])  # type: ignore[attr-defined]
     return forward
 
 
@@ -123,18 +141,18 @@ class _SplitAttention(torch.autograd.Function):
             return (None, *_TRAIN.gradients({}))
         *tensors, gap, hidden, attention = ctx.saved_tensors
         args = _TRAIN.merge(tensors, ctx.others)
-        needed = _TRAIN.needed(ctx.needs_input_grad[1:])
+        flags = ctx.needs_input_grad[1:]
+        needed = _TRAIN.differentiable(flags)
         grads: Iterable[Tensor | None]
         if torch.is_grad_enabled():
             # A second derivative is wanted: the reference formulas give one.
-            grads = _reference_gradients(dout, args, needed)
+            grads = _reference_gradients(dout, args, _TRAIN.needed(flags))
         else:
             grads = kernels(ctx.backend).split_attention_backward(
-                dout, *args, gap, hidden, attention, [*needed.values()]
+                dout, *args, gap, hidden, attention, [*needed]
             )
-        found = zip(needed.items(), grads, strict=True)
-        by_name = {name: grad for (name, wanted), grad in found if wanted}
-        return (None, *_TRAIN.gradients(by_name))
+        wanted = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+        return (None, *_TRAIN.spread(wanted))
 
 
 def _known(bn: NormArguments, process_group: str | None = None) -> BatchNormArgs | None:

@@ -171,7 +171,7 @@ def split_attention(
             bn1,
             batch_stats1,
         )
-        _update(chosen, x, (bn0, statistics0), (bn1, statistics1))
+        _update(chosen, x, (bn0, statistics0), (bn1, statistics1), op_updates)
     except (AttributeError, RuntimeError, TypeError):
         if not checked:
             _check(*arguments)
@@ -283,17 +283,29 @@ def _spans_processes(bn: BatchNormArgs | None, batch_stats: bool) -> bool:
 _Norm = tuple[BatchNormArgs | None, autograd.Statistics | None]
 
 
-def _update(backend: str, x: Tensor, of_bn0: _Norm, of_bn1: _Norm = (None, None)) -> None:
-    """Let the norms' running statistics take in the batch's, where there are both."""
+def _update(
+    backend: str,
+    x: Tensor,
+    of_bn0: _Norm,
+    of_bn1: _Norm = (None, None),
+    op_updates: bool | None = None,
+) -> None:
+    """Let the norms' running statistics take in the batch's, where there are both.
+
+    ``op_updates``: whether the op can do so for both, where that is known already.
+    """
+    norms = of_bn0, of_bn1
     if of_bn0[1] is None and of_bn1[1] is None:
         return
-    if all(statistics is None or _op_updates(x, bn) for bn, statistics in (of_bn0, of_bn1)):
+    if op_updates is None:
+        op_updates = all(statistics is None or _op_updates(x, bn) for bn, statistics in norms)
+    if op_updates:
         # Detached: an exported program records the op, but not that autograd skips it.
         kernels(backend).update_running_statistics(
             x.detach(), *_running(*of_bn0), *_running(*of_bn1)
         )
         return
-    for bn, statistics in (of_bn0, of_bn1):
+    for bn, statistics in norms:
         if bn is not None and statistics is not None:
             reference.update_running_statistics(bn, *statistics)
 
@@ -306,9 +318,9 @@ def _op_updates(x: Tensor, bn: BatchNormArgs | None) -> bool:
         return False
     if bn.momentum is not None and type(bn.momentum) is not float:
         return False  # maybe a tensor, which an op would accept
-    counter = bn.num_batches_tracked
+    counter, device = bn.num_batches_tracked, x.device
     for tensor in (bn.running_mean, bn.running_var, counter):
-        if tensor is not None and not (tensor.is_contiguous() and tensor.device == x.device):
+        if tensor is not None and not (tensor.is_contiguous() and tensor.device == device):
             return False
     return counter is None or counter.dtype == torch.int64
 

@@ -205,6 +205,8 @@ class Op:
         differentiable: picks the differentiable arguments from the flat ones, in their order.
         tensors: picks the tensors.
         others: picks all arguments that are not tensors.
+        spread: places a value for each differentiable argument as an autograd Function returns
+            gradients, with None for all other arguments.
         place: each argument's position, by its name.
         unpack: makes the function's parameters from the flat arguments.
     """
@@ -228,7 +230,9 @@ class Op:
         self._differentiable = [
             (i, a.name) for i, a in enumerate(self.arguments) if a.differentiable
         ]
-        self.differentiable = _picker([place for place, _ in self._differentiable])
+        of_differentiable = [place for place, _ in self._differentiable]
+        self.differentiable = _picker(of_differentiable)
+        self.spread = _spreader(of_differentiable, len(self.arguments))
         self.place = {a.name: i for i, a in enumerate(self.arguments)}
         self.unpack = _unpacker(self.parameters)
 
@@ -276,13 +280,19 @@ def _with_alias(kind: str, letter: str) -> str:
     return kind.replace("Tensor", f"Tensor({letter}!)")
 
 
-# The two functions below generate code, because it runs at each call. It is fast, and torch.compile
+# The functions below generate code, because it runs at each call. It is fast, and torch.compile
 # can trace it, unlike operator.itemgetter.
 
 
 def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     """Picks the values at these places, as a tuple."""
     return eval(f"lambda args: ({''.join(f'args[{place}], ' for place in places)})")
+
+
+def _spreader(places: Sequence[int], count: int) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """Places values at these of so many places, in a tuple with None elsewhere."""
+    values = (f"values[{places.index(i)}]" if i in places else "None" for i in range(count))
+    return eval(f"lambda values: ({', '.join(values)},)")
 
 
 def _unpacker(parameters: Sequence[Parameter]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

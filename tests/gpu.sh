@@ -7,8 +7,11 @@
 #
 #   STEPS="build tests compare sanitize" tests/gpu.sh && STEPS="profile time" MINUTES=9 tests/gpu.sh
 #
-#   STEPS    what to do, of "build tests compare sanitize profile time" (all); a build stays, in
-#            build/gpu, as what torch.compile made does, in build/inductor
+# A third, STEPS=tune MINUTES=9, tries the planner's constants one at a time and writes the fastest to
+# $OUT/tuning.txt, for RESNEST_FUSED_CUDA_TUNING.
+#
+#   STEPS    what to do, of "build tests compare sanitize profile time" (all) and tune; a build
+#            stays, in build/gpu, as what torch.compile made does, in build/inductor
 #   OUT      the folder for logs, summary.txt and gpu.json (benchmarks/results)
 #   KERNELS  whose kernels to test and to call fused in the timings, native or triton (native);
 #            beside the native ones Triton's are timed too
@@ -24,8 +27,8 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 known=" build tests compare sanitize profile time "
 steps=" ${STEPS:-$known} "
 for step in $steps; do
-    [[ $known == *" $step "* ]] && continue
-    echo "tests/gpu.sh: STEPS: expected some of$known, got $step" >&2
+    [[ "$known tune " == *" $step "* ]] && continue
+    echo "tests/gpu.sh: STEPS: expected some of${known}tune, got $step" >&2
     exit 2
 done
 out=${OUT:-$root/benchmarks/results}
@@ -215,6 +218,15 @@ if wanted time; then
     # The table begins where the progress ends.
     mapfile -t lines < <(sed -n '/^=== /,$p' "$out/time.log")
     report+=("${lines[@]}")
+fi
+
+if wanted tune; then
+    started=$SECONDS
+    left=$((end - SECONDS))
+    left=$((left > 60 ? left : 60))
+    limited $((left + 20)) "$out/tune.log" \
+        python3 "$root/benchmarks/tune.py" --seconds $((left - 40)) --out "$out/tuning.txt"
+    judge tune $? $((SECONDS - started)) "$(grep . "$out/tune.log" | tail -n 1)"
 fi
 
 # Of a log that grew too long the end, where its summary is.

@@ -614,12 +614,15 @@ def in_a_new_process(
             {
                 "RESNEST_FUSED_BACKEND": "reference",
                 "RESNEST_FUSED_CPU_CAPABILITY": "baseline",
+                "RESNEST_FUSED_CUDA_TUNING": os.devnull,
                 "RESNEST_FUSED_AUTOTUNE": "1",
                 "RESNEST_FUSED_SKIP_NATIVE": "1",
             },
             (
                 "RESNEST_FUSED_BACKEND reference calls whose backend is auto run on reference",
                 "RESNEST_FUSED_CPU_CAPABILITY baseline the CPU kernels use baseline instructions",
+                "RESNEST_FUSED_CUDA_TUNING /dev/null launches of CUDA kernels are planned with the "
+                "values in /dev/null",
                 "RESNEST_FUSED_AUTOTUNE 1 timing of Triton's block sizes at first calls: 1 is on, "
                 "0 off",
                 "RESNEST_FUSED_SKIP_NATIVE 1 read by pip install; without effect now",

@@ -85,6 +85,14 @@ def test_building_and_testing_alone(checkout: Path) -> None:
     assert not any("--seconds" in call for call in calls)
 
 
+def test_tuning_is_done_only_if_asked_for(checkout: Path) -> None:
+    done, calls = run(checkout, "tune")
+    assert done.returncode == 0, done.stderr
+    (call,) = (call for call in calls if "benchmarks/" in call)
+    assert "tune.py --seconds" in call and call.endswith("out/tuning.txt")
+    assert "tune        passed" in (checkout.parent / "out/summary.txt").read_text()
+
+
 def test_a_failure_is_told_and_stops_nothing(checkout: Path) -> None:
     done, calls = run(checkout, "tests time", failing="python3 -m pytest")
     assert done.returncode == 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -342,6 +343,54 @@ def test_kernels_are_named_as_the_dispatch_names_them() -> None:
     }
     plain = replace(CASE, dtype="fp32", layout="NCHW", radix=3, form="attention")
     assert "recombine_kernel<float, false, 0, 4, false>" in names(plain)
+
+
+# --- constants that were measured
+
+
+def test_a_measurement_replaces_two_constants() -> None:
+    measured = H100.measured({"copy_bytes_per_s": 0.5 * H100.bytes_per_s, "launch_s": 4e-6})
+    assert measured.constants == replace(model.CONSTANTS, copy_share=0.5, launch_s=4e-6)
+    older = H100.measured({"copy_bytes_per_s": 0.5 * H100.bytes_per_s, "launch_s": None})
+    assert older.constants == replace(model.CONSTANTS, copy_share=0.5)
+    call = model.workload(CASE, "train", coupled=True)
+    usual, slower = (model.predict(gpu, MadeUp(), call) for gpu in (H100, older))
+    for one, other in zip(usual, slower, strict=True):
+        share = model.CONSTANTS.copy_share / 0.5
+        assert other.bounds.memory == pytest.approx(share * one.bounds.memory)
+        assert other.bounds[1:] == one.bounds[1:]
+    later = model.predict(replace(H100, constants=measured.constants), MadeUp(), call)
+    for one, other in zip(slower, later, strict=True):
+        assert other.seconds - one.seconds == pytest.approx(4e-6 - model.CONSTANTS.launch_s)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"device": "NVIDIA H100 80GB HBM3"}', "expected copy_bytes_per_s or launch_s, got neith"),
+        ('{"device": "NVIDIA H100", "launch_s": 0}', "launch_s: expected a positive number, got 0"),
+        ('{"device": "NVIDIA H100", "launch_s": NaN}', "launch_s: expected a positive number, got"),
+        ('{"device": "NVIDIA H100", "launch_s": "4"}', "launch_s: expected a positive number, got"),
+        ('{"device": "NVIDIA H1000", "launch_s": 1}', "expected a device that is one of T4, A100,"),
+        ("[]", "expected a device that is one of T4"),
+        ("{", "Expecting property name"),
+        (None, "No such file"),
+    ],
+)
+def test_what_is_no_measurement(text: str | None, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: .*{said}"):
+        predicted.with_measured([path])
+
+
+def test_the_page_names_measured_constants() -> None:
+    kernels = {gpu.arch: MadeUp() for gpu in GPUS.values()}
+    gpus = predicted.with_measured([predicted.RESULTS / "h100/gpu.json"])
+    text = predicted.page(kernels, {}, gpus)
+    check_marks(text)
+    assert "Constants measured on this H100: copy_share 0.903 for 0.9.\n" in text
 
 
 # --- the page

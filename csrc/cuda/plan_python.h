@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cuda/planner.h"
+#include "cuda/tuning.h"
 #include "pybind.h"
 
 namespace resnest_fused::cuda {
@@ -198,10 +199,21 @@ inline pybind11::dict plan_limits() {
                         arg("queue_bytes") = kQueueBytes);
 }
 
+// What the planner is tuned with, and which values it takes: (value, least, most) by name.
+inline pybind11::dict tuning_in_use() {
+  pybind11::dict values;
+  for (const Tunable& tunable : tunables()) {
+    values[tunable.name] =
+        pybind11::make_tuple(tuning().*(tunable.value), tunable.least, tunable.most);
+  }
+  return values;
+}
+
 inline void define_plan(pybind11::module_& m) {
   using pybind11::arg;
   m.def("plan", &plan, arg("device"), arg("workload"));
   m.def("plan_limits", &plan_limits);
+  m.def("tuning", &tuning_in_use);
 }
 
 }  // namespace resnest_fused::cuda

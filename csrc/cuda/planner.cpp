@@ -101,15 +101,17 @@ bool set_lanes(Tiling& t, const Device& device, const Workload& w, int64_t lanes
   return true;
 }
 
-// In NCHW: up to four vectors of each split for a thread. Where slabs have no room for a channel,
-// it is cut into chunks; where they have none for a few pixels of so many splits, there are none.
+// In NCHW: up to so many vectors of each split for a thread. Where slabs have no room for a
+// channel, it is cut into chunks; where they have none for a few pixels of so many splits, there
+// are none.
 void set_sample_lanes(Tiling& t, const Device& device, const Workload& w) {
   const int64_t threads = t.threads;
-  const int64_t least = t.vector > 1 ? kSampleLanes : kLeastSingleLanes;
-  const int64_t wanted = power_of_two_at_least(ceil_div(w.pixels * w.element_size, 4 * 16));
+  const int64_t least = t.vector > 1 ? tuning().sample_lanes : kLeastSingleLanes;
+  const int64_t of_thread = tuning().thread_vectors * 16;
+  const int64_t wanted = power_of_two_at_least(ceil_div(w.pixels * w.element_size, of_thread));
   int64_t lanes = std::clamp<int64_t>(wanted, least, threads);
   set_chunks(t, w.pixels, 1);
-  while (!set_lanes(t, device, w, lanes, kSampleSlabBytes)) {
+  while (!set_lanes(t, device, w, lanes, tuning().sample_slab_bytes)) {
     if (lanes < threads) {
       lanes *= 2;
     } else if (t.chunk_pixels > threads) {
@@ -148,10 +150,10 @@ void for_kernels(const Workload& w, const Plan& plan, const Visit& visit) {
 }
 
 // Chunks that are long enough, for kernels that leave no partial sums
-int64_t most_chunks(const Workload& w) { return w.pixels / kMinChunkPixels; }
+int64_t most_chunks(const Workload& w) { return w.pixels / tuning().chunk_pixels; }
 // and for those that do, so that these are few beside x.
 int64_t most_summed_chunks(const Workload& w) {
-  return std::min(most_chunks(w), std::max(kMaxChunks, w.pixels / kLongChunkPixels));
+  return std::min(most_chunks(w), std::max(tuning().chunks, w.pixels / tuning().long_chunk_pixels));
 }
 
 // With chunks that give each multiprocessor so many blocks, where they may depend on the batch.
@@ -164,7 +166,7 @@ Tiling batch_tiling(const Device& device, const Workload& w, int64_t blocks, int
   } else {
     const int64_t least = t.vector > 1 ? kLeastLanes : kWarp;
     while (t.chunks == 1 && t.lanes > least && samples * t.blocks_per_sample() >= 2 * wanted &&
-           set_lanes(t, device, w, t.lanes / 2, kSlabBytes)) {
+           set_lanes(t, device, w, t.lanes / 2, tuning().slab_bytes)) {
     }
   }
   return t;
@@ -195,7 +197,8 @@ Tiling sample_tiling(const Device& device, const Workload& w) {
     const int64_t needed = ceil_div(w.channels, t.vector * together);
     t.channel_blocks = static_cast<int32_t>(ceil_div(needed * together, kWarp));
     t.lanes = static_cast<int32_t>(ceil_div(needed, t.channel_blocks) * together);
-    const int64_t chunks = std::clamp<int64_t>(w.pixels / kMinChunkPixels, 1, kMaxChunks);
+    const int64_t chunks =
+        std::clamp<int64_t>(w.pixels / tuning().chunk_pixels, 1, tuning().chunks);
     set_chunks(t, w.pixels, chunks);
     if (vectors && device.async_copies()) {
       Workspace space;
@@ -221,7 +224,7 @@ Workload statistics_map(Workload w) {
 
 Tiling statistics_tiling(const Device& device, const Workload& w) {
   const Workload map = statistics_map(w);
-  return batch_tiling(device, map, kStatisticsBlocks, most_chunks(map));
+  return batch_tiling(device, map, tuning().statistics_blocks, most_chunks(map));
 }
 
 int64_t statistics_rows(const Device& device, const Workload& w) {
@@ -370,14 +373,15 @@ OnChip on_chip_plan(const Device& device, const Workload& w) {
   const Tiling t = sample_tiling(device, w);
   const int64_t cluster = device.cluster_blocks;
   if (w.pass != Pass::kEval || cluster < 2 || t.vector == 1 || w.radix != kOnChipRadix ||
-      w.batch == 0) {
+      w.batch == 0 || tuning().on_chip_samples == 0) {
     return {};
   }
   OnChip plan{};
   plan.cluster = static_cast<int32_t>(cluster);
   const int64_t at_a_time =
       std::max<int64_t>(kBlocksPerMultiprocessor * device.multiprocessors / cluster, 1);
-  const int64_t wanted = std::clamp<int64_t>(ceil_div(w.batch, at_a_time), 1, kHeldSamples);
+  const int64_t wanted =
+      std::clamp<int64_t>(ceil_div(w.batch, at_a_time), 1, tuning().on_chip_samples);
   const int64_t half =
       device.shared_per_multiprocessor / kBlocksPerMultiprocessor - kReservedShared;
   const int64_t most = std::min(device.shared_per_block_optin, kMostShared);
@@ -394,7 +398,8 @@ OnChip on_chip_plan(const Device& device, const Workload& w) {
 
 Plan make_plan(const Device& device, const Workload& w) {
   const bool backward = w.pass == Pass::kBackward;
-  const int64_t blocks = backward && w.channels_last ? kBackwardBlocks : kForwardBlocks;
+  const int64_t blocks =
+      backward && w.channels_last ? tuning().backward_blocks : tuning().forward_blocks;
   // Where batch statistics couple the samples anyway, sums may depend on the batch.
   const bool coupled = w.batch_stats || w.bn1_batch_stats;
   Plan plan{

@@ -2,30 +2,52 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
+
+#include "cuda/tiling.h"
 
 namespace resnest_fused::cuda {
 
-// Chunks of a sample's pixels in NHWC. They give one sample enough blocks, and few partial sums:
-// with more than kMaxChunks each has at least kLongChunkPixels.
-constexpr int64_t kMaxChunks = 8;
-constexpr int64_t kMinChunkPixels = 32;
-constexpr int64_t kLongChunkPixels = 128;
-// Blocks for each multiprocessor that chunks are to give where they may depend on the batch. Few
-// blocks read few coefficients and leave few partial sums; those of statistics are all resident.
-// In NHWC a backward reads dout once for each split: what a block reads again has to be in L2
-// still. H100, bf16, 256 samples: with 4, 64@56 takes 9 % longer than with 16 in each pass of the
-// backward.
-constexpr int64_t kStatisticsBlocks = 2;
-constexpr int64_t kForwardBlocks = 4;
-constexpr int64_t kBackwardBlocks = 4;
+// The defaults are for the GPUs of benchmarks/model.py; tuning.cpp has the ranges. Every value
+// within these gives a right plan.
+struct Tuning {
+  // Chunks of a sample's pixels in NHWC. They give one sample enough blocks, and few partial sums:
+  // with more than `chunks` each has at least `long_chunk_pixels`.
+  int64_t chunks = 8;
+  int64_t chunk_pixels = 32;
+  int64_t long_chunk_pixels = 128;
+  // Blocks for each multiprocessor that chunks are to give where they may depend on the batch. Few
+  // blocks read few coefficients and leave few partial sums; those of statistics are all resident.
+  int64_t statistics_blocks = 2;
+  int64_t forward_blocks = 4;
+  int64_t backward_blocks = 4;
+  // In NCHW: vectors that a thread takes of each split, while threads of a channel are as few, and
+  // bytes of a slab, at most: so many vectors of each thread where a sample's sums must not depend
+  // on its batch, as a few samples need blocks, too; else twice as many, as each block has
+  // instructions that do not depend on its size.
+  int64_t thread_vectors = 4;
+  int64_t sample_slab_bytes = kMapThreads * 4 * 16;
+  int64_t slab_bytes = kMapThreads * 8 * 16;
+  // And threads of a channel there, at least; a power of two.
+  int64_t sample_lanes = 4;
+  // Samples that a cluster of blocks keeps on chip in evaluation, at most; 0: it keeps none.
+  int64_t on_chip_samples = kHeldSamples;
+};
 
-// In NCHW: bytes of a slab, at most: four vectors of each thread where a sample's sums must not
-// depend on its batch, as a few samples need blocks, too; else eight, as each block has
-// instructions that do not depend on its size.
-constexpr int64_t kSampleSlabBytes = kMapThreads * 4 * 16;
-constexpr int64_t kSlabBytes = kMapThreads * 8 * 16;
-// And threads of a channel there, at least.
-constexpr int64_t kSampleLanes = 4;
+// The defaults, with what the file named by the environment variable RESNEST_FUSED_CUDA_TUNING has
+// instead: lines `name = value`, and comments behind a #. It is read once, when this is loaded.
+// Throws std::runtime_error, at each call, if anything in the file is wrong or it cannot be read.
+const Tuning& tuning();
+
+// A value of the tuning by its name, with its range.
+struct Tunable {
+  const char* name;
+  int64_t Tuning::* value;
+  int64_t least;
+  int64_t most;
+  bool power_of_two = false;
+};
+std::span<const Tunable> tunables();
 
 // Bytes of a multiprocessor's shared memory that CUDA keeps for each block, and more than any has.
 constexpr int64_t kReservedShared = 1024;

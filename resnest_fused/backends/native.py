@@ -77,9 +77,10 @@ def build_info() -> dict[str, str]:
 
 
 def _read_environment() -> str | None:
-    """What is wrong with RESNEST_FUSED_CPU_CAPABILITY, or None."""
+    """What is wrong with RESNEST_FUSED_CPU_CAPABILITY or _CUDA_TUNING, or None."""
     try:
         build_info()
+        _C.tuning()
     except RuntimeError as error:
         return str(error)
     return None

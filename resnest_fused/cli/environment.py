@@ -13,6 +13,7 @@ _INSTALLING = "read by pip install; without effect now"
 _EFFECTS = {
     "RESNEST_FUSED_BACKEND": "calls whose backend is auto run on {value}",
     "RESNEST_FUSED_CPU_CAPABILITY": "the CPU kernels use {value} instructions",
+    "RESNEST_FUSED_CUDA_TUNING": "launches of CUDA kernels are planned with the values in {value}",
     "RESNEST_FUSED_AUTOTUNE": "timing of Triton's block sizes at first calls: 1 is on, 0 off",
     "RESNEST_FUSED_CUDA": _INSTALLING,
     "RESNEST_FUSED_SKIP_NATIVE": _INSTALLING,
