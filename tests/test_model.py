@@ -119,25 +119,29 @@ def loads(count: int, kind: str = "LDG.E") -> list[str]:
 
 
 class MadeUp(dict[str, sass.Kernel]):
-    """Any kernel that streams a map: a loop of loads of 16 bytes, all before the first use; in a
-    pool with bn0 behind one that loads parameters. In NCHW it loads from shared memory, and then
-    single elements. Any other one: a product's loop, and those over
+    """Any kernel that streams a map: a loop of loads, all before the first use, or of copies into
+    lines; in a pool with bn0 behind one that loads parameters. In NCHW it loads from shared memory,
+    and then single elements. Any other one: a product's loop, and those over
     rows of each number of loads."""
 
-    def __init__(self, registers: int = 128, count: int = 8, *, bn0: bool = False) -> None:
+    def __init__(
+        self, registers: int = 128, count: int = 8, *, bn0: bool = False, lines: bool = False
+    ) -> None:
         super().__init__()
         of_bn0 = looped(1, *loads(1), *loads(1, "LDG.E.U16"), "FADD R8, R8, R8") if bn0 else ()
-        body = [*loads(count, "LDG.E.128"), "FADD R8, R8, R8"]
-        lines = ["NOP", *of_bn0]
-        self.of_maps = kernel(*lines, *looped(len(lines), *body), "EXIT", registers=registers)
-        lines += looped(len(lines), *loads(3, "LDS.128"), "FADD R8, R8, R8")
-        lines += looped(len(lines), *loads(3, "LDS.U16"), "FADD R8, R8, R8")
-        self.of_slabs = kernel(*lines, "EXIT", registers=registers)
+        copies = ["LDGSTS.E.64 [R4], desc[UR4][R2.64]"] * count
+        body = copies if lines else loads(count, "LDG.E.64")
+        code = ["NOP", *of_bn0]
+        of_maps = [*code, *looped(len(code), *body, "FADD R8, R8, R8"), "EXIT"]
+        self.of_maps = kernel(*of_maps, registers=registers)
+        code += looped(len(code), *loads(3, "LDS.128"), "FADD R8, R8, R8")
+        code += looped(len(code), *loads(3, "LDS.U16"), "FADD R8, R8, R8")
+        self.of_slabs = kernel(*code, "EXIT", registers=registers)
         # Of four by four, four of the depth.
-        lines = ["NOP", *looped(1, *loads(8, "LDG.E.128"), *["FFMA R8, R8, R8, R8"] * 64)]
+        code = ["NOP", *looped(1, *loads(8, "LDG.E.128"), *["FFMA R8, R8, R8, R8"] * 64)]
         for rows in (8, 16, 16, 48):
-            lines += looped(len(lines), *loads(rows), "DADD R8, R8, R8")
-        self.of_phase_2 = kernel(*lines, "EXIT")
+            code += looped(len(code), *loads(rows), "DADD R8, R8, R8")
+        self.of_phase_2 = kernel(*code, "EXIT")
 
     def __missing__(self, name: str) -> sass.Kernel:
         if name.startswith(("attention", "combine", "on_chip")):
@@ -198,12 +202,21 @@ def test_evaluation_on_chip(batch: int, layout: str) -> None:
     assert launch.bounds.waiting > max(clusters * 8 / 264, 1) * chain / H100.clock_hz
 
 
-@pytest.mark.parametrize(("registers", "count", "kilobytes"), [(128, 8, 64), (64, 8, 128)])
+@pytest.mark.parametrize(("registers", "count", "kilobytes"), [(128, 8, 32), (64, 8, 64)])
 def test_bytes_in_flight(registers: int, count: int, kilobytes: int) -> None:
     """Of 256 threads a block, with two resident blocks or four; each has whole turns alone."""
     pool = predict(CASE, "eval", made_up=MadeUp(registers, count))["pool"]
     assert pool.in_flight == kilobytes * KB
     assert pool.share == 2 * 256 * 64 * 32 * 32 * 2 / 132
+
+
+@pytest.mark.parametrize("count", [2, 6, 8])
+def test_bytes_in_flight_of_lines(count: int) -> None:
+    """As many whole turns of both splits as 160 bytes of each thread hold, in two blocks. A thread
+    has eight positions here, and no more is in flight."""
+    pool = predict(CASE, "eval", made_up=MadeUp(128, count, lines=True))["pool"]
+    of_thread = min(160 // (count * 8) * count * 8, 8 * 2 * 8)
+    assert pool.in_flight == 2 * 256 * of_thread
 
 
 def test_no_more_is_in_flight_than_there_is() -> None:
@@ -337,8 +350,8 @@ def test_kernels_are_named_as_the_dispatch_names_them() -> None:
         return {model.instance(name, workload, plan["tiling"]) for name in launches}
 
     assert names(CASE) >= {
-        "pool_kernel<__nv_bfloat16, true, 2, 8, true>",
-        "statistics_kernel<__nv_bfloat16, true, 8>",
+        "pool_kernel<__nv_bfloat16, true, 2, 4, true>",
+        "statistics_kernel<__nv_bfloat16, true, 4>",
         "attention_kernel<float>",
     }
     plain = replace(CASE, dtype="fp32", layout="NCHW", radix=3, form="attention")

@@ -66,6 +66,7 @@ def plans():
     gpu = {f"{name}_per_multiprocessor": value for name, value in of_sm.items()}
     gpu |= {"multiprocessors": 132, "threads_per_block": 1024, "grid_blocks": 2**31 - 1}
     gpu |= {"shared_per_block": 48 * 1024, "shared_per_block_optin": 227 * 1024}
+    gpu |= {"architecture": 90}
     call = {"radix": 2, "cardinality": 1, "inter": 32, "element_size": 2, "aligned": True}
     call |= {"relu": True, "bn0": True}
     of_pass = {"eval": False, "train": True, "backward": True}
