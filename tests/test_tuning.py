@@ -8,7 +8,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -208,21 +208,41 @@ def test_a_file_is_taken_whole_or_not_at_all(tmp_path: Path) -> None:
     assert found[len(RIGHT) :] == [3 * [f"RESNEST_FUSED_CUDA_TUNING: {said}"] for said in expected]
 
 
+def ends(which: Callable[[int], int]) -> dict[str, int]:
+    """Each value at the least (0) or at the most (1) that it may be, by its place in the list."""
+    return {name: DEFAULTS[name][1 + which(place)] for place, name in enumerate(DEFAULTS)}
+
+
+# All at one end, and every other one.
+ENDS = {
+    "least": ends(lambda place: 0),
+    "most": ends(lambda place: 1),
+    "least and most": ends(lambda place: place % 2),
+    "most and least": ends(lambda place: 1 - place % 2),
+}
+
+
 def test_no_value_makes_a_plan_wrong(tmp_path: Path) -> None:
-    """All at one end of their ranges, and every other one."""
-    names = list(DEFAULTS)
-    ends = [
-        {name: DEFAULTS[name][1 + which(place)] for place, name in enumerate(names)}
-        for which in (
-            lambda place: 0,
-            lambda place: 1,
-            lambda place: place % 2,
-            lambda place: 1 - place % 2,
-        )
-    ]
-    files = [written(tmp_path, number, as_text(end)) for number, end in enumerate(ends)]
+    files = [written(tmp_path, number, as_text(end)) for number, end in enumerate(ENDS.values())]
     counts = in_each("planning", *files)
-    assert len(counts) == len(ends) and min(counts) > 1000
+    assert len(counts) == len(ENDS) and min(counts) > 1000
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)  # it may have to build the kernels
+@pytest.mark.parametrize("name", ENDS)
+def test_no_value_makes_a_result_wrong(name: str, tmp_path: Path) -> None:
+    """Of the CUDA kernels on the CPU, by their own tests."""
+    path = written(tmp_path, 0, as_text(ENDS[name]))
+    tests = "test_odd_sizes or test_schedules_make_no_difference or test_any_call"
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "tests/test_cuda_kernels.py", "-k", tests],
+        cwd=ROOT,
+        env={**os.environ, "RESNEST_FUSED_CUDA_TUNING": str(path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0 and " passed" in run.stdout, run.stdout
 
 
 def test_every_value_is_used(tmp_path: Path) -> None:
