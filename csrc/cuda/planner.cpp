@@ -156,12 +156,13 @@ int64_t most_summed_chunks(const Workload& w) {
   return std::min(most_chunks(w), std::max(tuning().chunks, w.pixels / tuning().long_chunk_pixels));
 }
 
-// With chunks that give each multiprocessor so many blocks, where they may depend on the batch.
+// With chunks that give each multiprocessor at most so many blocks, where they may depend on the
+// batch.
 Tiling batch_tiling(const Device& device, const Workload& w, int64_t blocks, int64_t most) {
   Tiling t = sample_tiling(device, w);
   const int64_t samples = std::max<int64_t>(w.batch, 1), wanted = blocks * device.multiprocessors;
   if (w.channels_last) {
-    const int64_t chunks = ceil_div(wanted, samples * t.channel_blocks);
+    const int64_t chunks = std::max<int64_t>(wanted / (samples * t.channel_blocks), 1);
     set_chunks(t, w.pixels, std::clamp<int64_t>(most, 1, chunks));
   } else {
     const int64_t least = t.vector > 1 ? kLeastLanes : kWarp;

@@ -127,13 +127,13 @@ struct PoolBackwardArgs {
   unsigned* counters;         // of phase 2, to open
 };
 
-// The sums of four splits take the registers of a third block.
+// In a backward the sums or parameters of four splits take the registers of a third block.
 template <bool kNhwc, int kRadix, int kVector>
-constexpr int64_t kPoolBackwardBlocks =
+constexpr int64_t kBackwardBlocks =
     kRadix > 2 ? kBlocksPerMultiprocessor : kMapBlocks<kVector, kNhwc>;
 
 template <typename T, bool kNhwc, int kRadix, int kVector, bool kPrologue>
-__global__ void __launch_bounds__(kMapThreads, kPoolBackwardBlocks<kNhwc, kRadix, kVector>)
+__global__ void __launch_bounds__(kMapThreads, kBackwardBlocks<kNhwc, kRadix, kVector>)
     pool_backward_kernel(PoolBackwardArgs<T> args) {
   begin_kernel();
   using A = Acc<T>;

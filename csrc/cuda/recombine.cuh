@@ -153,7 +153,7 @@ struct RecombineBackwardArgs {
 };
 
 template <typename T, bool kNhwc, int kRadix, int kVector, bool kPrologue>
-__global__ void __launch_bounds__(kMapThreads, kMapBlocks<kVector, kNhwc>)
+__global__ void __launch_bounds__(kMapThreads, kBackwardBlocks<kNhwc, kRadix, kVector>)
     recombine_backward_kernel(RecombineBackwardArgs<T> args) {
   begin_kernel();
   using A = Acc<T>;

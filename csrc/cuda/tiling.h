@@ -66,7 +66,7 @@ constexpr int64_t kLeastSingleLanes = 8;
 constexpr int64_t kHeldFeatures = 512;
 
 // Bytes of a thread in NHWC with vectors, in which what it has asked for waits (line.cuh).
-constexpr int64_t kQueueBytes = 160;
+constexpr int64_t kQueueBytes = 168;
 // Bytes before a block's slabs, for what their copies wait at.
 constexpr int64_t kBeforeSlabs = 16;
 

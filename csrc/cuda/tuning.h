@@ -16,11 +16,12 @@ struct Tuning {
   int64_t chunks = 8;
   int64_t chunk_pixels = 32;
   int64_t long_chunk_pixels = 128;
-  // Blocks for each multiprocessor that chunks are to give where they may depend on the batch. Few
-  // blocks read few coefficients and leave few partial sums; those of statistics are all resident.
+  // Blocks for each multiprocessor that chunks are to give where they may depend on the batch: as
+  // many as are resident, so that all run at a time. Few blocks read few coefficients and leave few
+  // partial sums.
   int64_t statistics_blocks = 2;
-  int64_t forward_blocks = 4;
-  int64_t backward_blocks = 4;
+  int64_t forward_blocks = 3;
+  int64_t backward_blocks = 2;
   // In NCHW: vectors that a thread takes of each split, while threads of a channel are as few, and
   // bytes of a slab, at most: so many vectors of each thread where a sample's sums must not depend
   // on its batch, as a few samples need blocks, too; else twice as many, as each block has
