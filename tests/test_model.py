@@ -451,16 +451,16 @@ def check_marks(text: str) -> None:
 # KB in flight on an H100 and an H200, whose code is the same, to the nearest: at 64@56, 128@28,
 # 256@14 and 512@7 of 32 samples, then of 256. A kernel may exceed it and must not fall below.
 REACHED = {
-    ("statistics", "channels_last"): (32, 32, 24, 24, 32, 32, 32, 32),
-    ("statistics", "NCHW"): (98, 95, 48, 24, 98, 98, 98, 49),
-    ("pool", "channels_last"): (46, 48, 24, 12, 58, 52, 44, 49),
-    ("pool", "NCHW"): (123, 95, 48, 24, 196, 196, 123, 123),
-    ("recombine", "channels_last"): (31, 23, 16, 6, 31, 29, 26, 24),
-    ("recombine", "NCHW"): (74, 74, 48, 24, 147, 147, 74, 74),
-    ("pool_backward", "channels_last"): (22, 24, 16, 6, 29, 24, 22, 24),
-    ("pool_backward", "NCHW"): (110, 110, 71, 36, 221, 221, 110, 110),
-    ("recombine_backward", "channels_last"): (24, 16, 16, 6, 29, 29, 22, 24),
-    ("recombine_backward", "NCHW"): (110, 110, 71, 36, 221, 221, 110, 110),
+    ("statistics", "channels_last"): (64, 64, 48, 24, 64, 64, 64, 64),
+    ("statistics", "NCHW"): (98, 95, 48, 24, 98, 98, 98, 98),
+    ("pool", "channels_last"): (116, 78, 48, 24, 78, 78, 120, 74),
+    ("pool", "NCHW"): (190, 95, 48, 24, 196, 196, 98, 98),
+    ("recombine", "channels_last"): (116, 95, 48, 24, 78, 78, 120, 74),
+    ("recombine", "NCHW"): (147, 74, 48, 24, 147, 147, 74, 74),
+    ("pool_backward", "channels_last"): (81, 81, 71, 36, 81, 81, 84, 74),
+    ("pool_backward", "NCHW"): (220, 110, 71, 36, 220, 220, 110, 110),
+    ("recombine_backward", "channels_last"): (81, 81, 71, 36, 81, 81, 84, 74),
+    ("recombine_backward", "NCHW"): (220, 110, 71, 36, 220, 220, 110, 110),
 }
 # KB that a multiprocessor needs in flight to reach a copy's speed.
 WANTED = {"H100": 40, "H200": 64}
@@ -485,24 +485,6 @@ def in_flight(gpu: model.Gpu, name: str, layout: str) -> Iterator[model.Predicti
             yield predict(case, passed, gpu, compiled())[name]
 
 
-def shares(name: str, layout: str) -> Iterator[float]:
-    """KB of maps that a multiprocessor of an H100 or H200 loads in all, if once."""
-    for case in CASES:
-        if case.layout == layout:
-            unit = case.batch * case.channels * case.side**2 * 2
-            yield (case.radix + model.MAPS[name].reads_dout) * unit / H100.multiprocessors / KB
-
-
-def of_today(gpu: str, name: str, layout: str) -> pytest.param:
-    """Marked where it does not have all that is wanted."""
-    cases = [str(case.shape) + f" B={case.batch}" for case in CASES if case.layout == layout]
-    of_all = zip(cases, REACHED[name, layout], shares(name, layout), strict=True)
-    short = [f"{kb} at {case}" for case, kb, share in of_all if kb < min(WANTED[gpu], share - 0.5)]
-    reason = f"of {WANTED[gpu]} KB in flight it has {', '.join(short)}"
-    marks = [pytest.mark.xfail(strict=True, reason=reason)] if short else []
-    return pytest.param(gpu, name, layout, marks=marks)
-
-
 @pytest.mark.long
 @pytest.mark.cpu
 @pytest.mark.parametrize(("name", "layout"), REACHED)
@@ -513,10 +495,8 @@ def test_bytes_in_flight_of_todays_kernels(name: str, layout: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.cpu
-@pytest.mark.parametrize(
-    ("gpu", "name", "layout"),
-    [of_today(gpu, *which) for gpu, which in itertools.product(WANTED, REACHED)],
-)
+@pytest.mark.parametrize(("name", "layout"), REACHED)
+@pytest.mark.parametrize("gpu", WANTED)
 def test_enough_is_in_flight(gpu: str, name: str, layout: str) -> None:
     """As much as a copy's speed needs, or all that a multiprocessor has a share of."""
     for launch in in_flight(GPUS[gpu], name, layout):
@@ -540,26 +520,26 @@ def test_the_planner_takes_the_faster_way(gpu: str) -> None:
     assert kept == 4 * len(predicted.CASES)
 
 
-# The calls in which maps take nearly all the time: phase 2 was measured in other launches. And in
-# NCHW maps were not in slabs yet.
-MAPS_ALONE = [case for case in predicted.CASES if case.channels <= 128]
+@pytest.mark.long
+@pytest.mark.cpu
+def test_a_kernel_waits_for_the_launch_before_it_touches_memory() -> None:
+    """From sm_90 on blocks may start early. Once all have, they let the next launch's start, too."""
+    memory = ("LD.", "LDG", "ST.", "STG", "ATOM", "RED", "LDGSTS", "UBLKCP")
+    assert len(compiled()) >= 15
+    for kernel in compiled().values():
+        names = [instruction.name for instruction in kernel.body]
+        first = next(i for i, name in enumerate(names) if name.startswith(memory))
+        before = [name.partition(".")[0] for name in names[:first]]
+        assert {"PREEXIT", "ACQBULK"} <= set(before), kernel.name
 
 
 @pytest.mark.long
 @pytest.mark.cpu
-@pytest.mark.parametrize(
-    ("op", "cases"),
-    [
-        ("batch_statistics", predicted.CASES),
-        *itertools.product(predicted.PASSES, [MAPS_ALONE]),
-    ],
-)
-def test_the_model_against_an_h100(op: str, cases: list[Case]) -> None:
-    """In the mean within 15 %, and no case beyond 40 %."""
-    results = predicted.measured_gpus()["H100"]
-    cases = [case for case in cases if case.layout == "channels_last"]
-    judged = [one for one in predicted.judge(H100, compiled(), results) if one.case in cases]
+@pytest.mark.parametrize("op", predicted.OPS)
+def test_no_call_is_predicted_slower_than_an_older_one_was_measured(op: str) -> None:
+    """Of an H100, by more than the model's error. What was measured is older than the code."""
+    judged = list(predicted.judge(H100, compiled(), predicted.measured_gpus()["H100"]))
     of_op = [one for one in judged if one.op == op]
-    assert len(of_op) == len(cases)
-    assert 1 / 1.15 <= predicted.mean_ratio(of_op) <= 1.15
-    assert all(1 / 1.4 <= one.ratio <= 1.4 for one in of_op)
+    assert len(of_op) >= 8
+    assert predicted.mean_ratio(of_op) <= 1
+    assert all(one.ratio <= 1.15 for one in of_op)

@@ -157,15 +157,16 @@ int64_t most_summed_chunks(const Workload& w) {
 }
 
 // With chunks that give each multiprocessor at most so many blocks, where they may depend on the
-// batch.
-Tiling batch_tiling(const Device& device, const Workload& w, int64_t blocks, int64_t most) {
+// batch, and in NCHW with vectors at least so many threads of a channel.
+Tiling batch_tiling(const Device& device, const Workload& w, int64_t blocks, int64_t most,
+                    int64_t least_lanes) {
   Tiling t = sample_tiling(device, w);
   const int64_t samples = std::max<int64_t>(w.batch, 1), wanted = blocks * device.multiprocessors;
   if (w.channels_last) {
     const int64_t chunks = std::max<int64_t>(wanted / (samples * t.channel_blocks), 1);
     set_chunks(t, w.pixels, std::clamp<int64_t>(most, 1, chunks));
   } else {
-    const int64_t least = t.vector > 1 ? kLeastLanes : kWarp;
+    const int64_t least = t.vector > 1 ? least_lanes : kWarp;
     while (t.chunks == 1 && t.lanes > least && samples * t.blocks_per_sample() >= 2 * wanted &&
            set_lanes(t, device, w, t.lanes / 2, tuning().slab_bytes)) {
     }
@@ -225,7 +226,7 @@ Workload statistics_map(Workload w) {
 
 Tiling statistics_tiling(const Device& device, const Workload& w) {
   const Workload map = statistics_map(w);
-  return batch_tiling(device, map, tuning().statistics_blocks, most_chunks(map));
+  return batch_tiling(device, map, tuning().statistics_blocks, most_chunks(map), 1);
 }
 
 int64_t statistics_rows(const Device& device, const Workload& w) {
@@ -403,9 +404,10 @@ Plan make_plan(const Device& device, const Workload& w) {
       backward && w.channels_last ? tuning().backward_blocks : tuning().forward_blocks;
   // Where batch statistics couple the samples anyway, sums may depend on the batch.
   const bool coupled = w.batch_stats || w.bn1_batch_stats;
-  Plan plan{
-      coupled ? batch_tiling(device, w, blocks, most_summed_chunks(w)) : sample_tiling(device, w),
-      batch_tiling(device, w, blocks, most_chunks(w)), on_chip_plan(device, w), 0};
+  Plan plan{coupled ? batch_tiling(device, w, blocks, most_summed_chunks(w), kLeastLanes)
+                    : sample_tiling(device, w),
+            batch_tiling(device, w, blocks, most_chunks(w), kLeastLanes), on_chip_plan(device, w),
+            0};
   map_blocks(plan.tiling, w.batch);  // throws where they cannot be counted
   map_blocks(plan.recombine_tiling, w.batch);
   plan.workspace_bytes = backward                   ? BackwardWorkspace(w, plan).bytes

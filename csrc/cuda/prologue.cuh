@@ -163,8 +163,9 @@ __global__ void __launch_bounds__(kMapThreads, kStatisticsResident<kVector, kNhw
     statistics_kernel(StatisticsArgs<T> args) {
   begin_kernel();
   using A = Acc<T>;
-  // Values are joined by so many.
-  constexpr int kBatch = kInSlabs<kVector, kNhwc> ? 2 : kNhwc && kVector > 1 ? 16 / sizeof(T) : 4;
+  // Values are joined by so many; a line holds three turns of them.
+  constexpr int kTurn = static_cast<int>(kQueueBytes / (3 * sizeof(T) * kVector));
+  constexpr int kBatch = kInSlabs<kVector, kNhwc> ? 2 : kVector > 1 ? kTurn : 4;
   for (int64_t block = blockIdx.x; block < args.blocks; block += gridDim.x) {
     Share<kVector, kNhwc> share(args.sizes, args.tiling, block);
     const Slabs<T, kVector, kNhwc> slabs(share, args.sizes, args.tiling, 1, block != blockIdx.x);

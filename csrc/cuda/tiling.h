@@ -57,8 +57,8 @@ constexpr int64_t vector_elements(bool nhwc, int64_t element_size) {
   return nhwc ? 4 : 16 / element_size;
 }
 
-// Threads of a channel in NCHW, at least, with vectors and with single elements. In NHWC at most
-// kWarp are side by side.
+// Threads of a channel in NCHW, at least, of a kernel that keeps bn0's parameters: with vectors and
+// with single elements. In NHWC at most kWarp are side by side.
 constexpr int64_t kLeastLanes = 2;
 constexpr int64_t kLeastSingleLanes = 8;
 // Features whose bn0 parameters a block of the pool keeps in shared memory at a time, at most; with

@@ -55,7 +55,7 @@ MISTAKES = [
     *_no_barriers("attention.cu", "norm.cuh", 2),
     *_no_barriers("attention.cu", "product.cuh", 2),
     *_no_barriers("running.cu", "running.cuh", 2),
-    *_no_barriers("pool.cu", "prologue.cuh", 2),
+    *_no_barriers("pool.cu", "prologue.cuh", 1),
     *_no_barriers("attention.cu", "stages.cuh", 4),
     *(
         Mistake("thread", "on_chip.cu", "on_chip.cuh", "__syncthreads();", "", place)
@@ -64,6 +64,7 @@ MISTAKES = [
     *(Mistake("thread", "on_chip.cu", "on_chip.cuh", "cluster.sync();", "", i) for i in range(3)),
     *(Mistake("thread", "recombine.cu", "slab.cuh", "__syncthreads();", "", i) for i in (0, 3)),
     Mistake("older", "pool.cu", "slab.cuh", "__syncthreads();", "", 2),
+    Mistake("older", "pool.cu", "prologue.cuh", "__syncthreads();", "", 1),
     Mistake("thread", "pool.cu", "line.cuh", "__syncthreads();", ""),
     Mistake("thread", "attention.cu", "stages.cuh", "::cuda::memory_order_acquire", RELAXED),
     Mistake("thread", "attention.cu", "stages.cuh", "::cuda::memory_order_release", RELAXED),
