@@ -41,6 +41,9 @@ CANDIDATES = (1024, 2048, 4096, 8192)
 # In channels_last this many bytes of neighbouring channels fill whole memory transactions.
 CHANNEL_BYTES = 128
 NCHW_PIXELS = 1024
+# Numbers of pixels for which programs of NCHW take slabs (map.py), and a slab's elements.
+SLAB_PIXELS = (2, 256)
+SLAB_ELEMENTS = 1024
 # With narrow vectors a program takes fewer elements, but still a few for each thread.
 LEAST_ELEMENTS = 512
 # With fewer programs, some processors of a GPU would have none.
@@ -113,14 +116,31 @@ def acc(x: Tensor) -> tl.dtype:
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
+def slab(m: Map) -> int:
+    """SLAB of map.py: the pixels of a channel if programs take whole rows as one piece, else 0."""
+    itemsize = m.x.element_size()
+    narrow = not m.nhwc and m.pixels * itemsize % 16 != 0
+    whole = m.channels * m.pixels * itemsize % 16 == 0
+    return m.pixels if narrow and whole and SLAB_PIXELS[0] <= m.pixels <= SLAB_PIXELS[1] else 0
+
+
 def alignment(m: Map) -> int:
-    """The largest power of two, up to 16, that divides the length of a row of x and of out."""
-    return math.gcd(m.channels if m.nhwc else m.pixels, 16)
+    """The largest power of two, up to 16, that divides what decides how wide a map's loads are:
+
+    the length of a row of x and of out, or with slabs the number of channels.
+    """
+    return math.gcd(m.channels if m.nhwc or slab(m) else m.pixels, 16)
 
 
 def map_block(m: Map, elements: int) -> MapBlock:
     """A block of about this many elements, contiguous in memory as far as possible."""
     itemsize = m.x.element_size()
+    if slab(m):
+        block_p = triton.next_power_of_2(m.pixels)
+        # The next slab begins at a multiple of 16 bytes, too.
+        least = 16 // math.gcd(m.pixels * itemsize, 16)
+        block_c = max(min(triton.next_power_of_2(m.channels), SLAB_ELEMENTS // block_p), least)
+        return MapBlock(block_c, block_p, 4)
     if alignment(m) * itemsize < 16:
         # A thread loads more, narrower vectors, and then needs more channels' coefficients.
         elements = max(elements * alignment(m) * itemsize // 16, LEAST_ELEMENTS)
@@ -141,6 +161,7 @@ def map_options(m: Map, block: MapBlock) -> dict[str, Any]:
         "RADIX": m.radix,
         "NHWC": m.nhwc,
         "ALIGN": alignment(m),
+        "SLAB": slab(m),
         "ACC": acc(m.x),
         **block.options(),
     }

@@ -8,9 +8,15 @@ import triton.language as tl
 from torch import Tensor
 
 from resnest_fused.backends.triton import launch
-from resnest_fused.backends.triton.map import aligned, at, locate
+from resnest_fused.backends.triton.map import aligned, inside, load_tile, locate
 from resnest_fused.backends.triton.problem import Map
-from resnest_fused.backends.triton.prologue import norm_at, preactivation, relu, relu_backward
+from resnest_fused.backends.triton.prologue import (
+    norm_at,
+    norm_of_tile,
+    preactivation,
+    relu,
+    relu_backward,
+)
 
 # With a prologue the sums are S1 to S4 of prologue_backward_kernel, in this order.
 PROLOGUE_SUMS = 4
@@ -31,6 +37,7 @@ def pool_kernel(
     RADIX: tl.constexpr,
     NHWC: tl.constexpr,
     ALIGN: tl.constexpr,
+    SLAB: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     ACC: tl.constexpr,
@@ -39,22 +46,24 @@ def pool_kernel(
 
     Grid: tiles of the map. Reads R units.
     """
-    channels, pixels = aligned(channels, pixels, NHWC, ALIGN)
-    sample, tile, c, p = locate(tl.program_id(0), channels, pixels, BLOCK_C, BLOCK_P)
-    inside = (c < channels)[:, None] & (p < pixels)[None, :]
-    total = tl.zeros((BLOCK_C, BLOCK_P), ACC)
+    channels, pixels = aligned(channels, pixels, NHWC, ALIGN, SLAB)
+    sample, first, tile = locate(tl.program_id(0), channels, pixels, BLOCK_C, BLOCK_P)
+    c = first + tl.arange(0, BLOCK_C)
+    within = inside(first, tile, channels, pixels, BLOCK_C, BLOCK_P)
+    total = tl.zeros((BLOCK_P, BLOCK_C), ACC)
     for r in tl.static_range(RADIX):
         f = r * channels + c
-        from_ = at(sample, f, p, RADIX * channels, pixels, NHWC)
-        z = tl.load(x + from_, mask=inside, other=0).to(ACC)
+        z = load_tile(
+            x, sample, r, first, tile, RADIX, channels, pixels, NHWC, SLAB, BLOCK_C, BLOCK_P
+        ).to(ACC)
         if RELU:
-            gamma, beta, center, invstd = norm_at(
-                bn0_weight, bn0_bias, bn0_mean, bn0_var, f, c < channels, EPS, ACC
+            gamma, beta, center, invstd = norm_of_tile(
+                bn0_weight, bn0_bias, bn0_mean, bn0_var, f, c < channels, EPS, BLOCK_C, ACC
             )
-            z = tl.where(inside, relu(preactivation(z, gamma, beta, center, invstd)), 0)
+            z = tl.where(within, relu(preactivation(z, gamma, beta, center, invstd)), 0)
         total += z
     row = sample * tl.cdiv(pixels, BLOCK_P) + tile
-    tl.store(gap + row * channels + c, tl.sum(total, 1) / pixels, mask=c < channels)
+    tl.store(gap + row * channels + c, tl.sum(total, 0) / pixels, mask=c < channels)
 
 
 @triton.jit(do_not_specialize=["batch", "tiles"])
@@ -118,6 +127,7 @@ def pool_backward_kernel(
     RADIX: tl.constexpr,
     NHWC: tl.constexpr,
     ALIGN: tl.constexpr,
+    SLAB: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     ACC: tl.constexpr,
@@ -127,32 +137,37 @@ def pool_backward_kernel(
 
     Grid: tiles of the map. Reads R + 1 units.
     """
-    channels, pixels = aligned(channels, pixels, NHWC, ALIGN)
-    sample, tile, c, p = locate(tl.program_id(0), channels, pixels, BLOCK_C, BLOCK_P)
-    inside = (c < channels)[:, None] & (p < pixels)[None, :]
+    channels, pixels = aligned(channels, pixels, NHWC, ALIGN, SLAB)
+    sample, first, tile = locate(tl.program_id(0), channels, pixels, BLOCK_C, BLOCK_P)
+    c = first + tl.arange(0, BLOCK_C)
+    within = inside(first, tile, channels, pixels, BLOCK_C, BLOCK_P)
     features = RADIX * channels
     row = sample * tl.cdiv(pixels, BLOCK_P) + tile
-    g = tl.load(dout + at(sample, c, p, channels, pixels, NHWC), mask=inside, other=0).to(ACC)
+    g = load_tile(
+        dout, sample, 0, first, tile, 1, channels, pixels, NHWC, SLAB, BLOCK_C, BLOCK_P
+    ).to(ACC)
     for r in tl.static_range(RADIX):
         f = r * channels + c
-        value = tl.load(x + at(sample, f, p, features, pixels, NHWC), mask=inside, other=0).to(ACC)
+        value = load_tile(
+            x, sample, r, first, tile, RADIX, channels, pixels, NHWC, SLAB, BLOCK_C, BLOCK_P
+        ).to(ACC)
         if RELU:
-            gamma, beta, center, invstd = norm_at(
-                bn0_weight, bn0_bias, bn0_mean, bn0_var, f, c < channels, EPS, ACC
+            gamma, beta, center, invstd = norm_of_tile(
+                bn0_weight, bn0_bias, bn0_mean, bn0_var, f, c < channels, EPS, BLOCK_C, ACC
             )
             n = preactivation(value, gamma, beta, center, invstd)
             # The ReLU's mask zeroes both factors, because 0 times infinity is NaN.
-            m = tl.where(inside, relu_backward(tl.full(n.shape, 1, ACC), n), 0)
+            m = tl.where(within, relu_backward(tl.full(n.shape, 1, ACC), n), 0)
             passed_g = relu_backward(g, n)
-            passed_x = tl.where(inside, relu_backward(value - center[:, None], n), 0)
+            passed_x = tl.where(within, relu_backward(value - center[None, :], n), 0)
             to = partial + row * 4 * features + f
-            tl.store(to, tl.sum(passed_g, 1), mask=c < channels)
-            tl.store(to + features, tl.sum(m, 1), mask=c < channels)
-            of_xhat = tl.sum(passed_g * passed_x, 1) * invstd
+            tl.store(to, tl.sum(passed_g, 0), mask=c < channels)
+            tl.store(to + features, tl.sum(m, 0), mask=c < channels)
+            of_xhat = tl.sum(passed_g * passed_x, 0) * invstd
             tl.store(to + 2 * features, of_xhat, mask=c < channels)
-            tl.store(to + 3 * features, tl.sum(passed_x, 1) * invstd, mask=c < channels)
+            tl.store(to + 3 * features, tl.sum(passed_x, 0) * invstd, mask=c < channels)
         else:
-            tl.store(partial + row * features + f, tl.sum(g * value, 1), mask=c < channels)
+            tl.store(partial + row * features + f, tl.sum(g * value, 0), mask=c < channels)
 
 
 @triton.jit(do_not_specialize=["batch", "tiles"])
