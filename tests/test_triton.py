@@ -105,7 +105,6 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "NCHW_PIXELS", 16)
     monkeypatch.setattr(launch, "CHANNEL_BYTES", 32)
     monkeypatch.setattr(launch, "PROGRAMS", 12)
-    monkeypatch.setattr(launch, "FLAT_BLOCK", 32)
     monkeypatch.setattr(launch, "RUNNING_BLOCK", 32)
     monkeypatch.setattr(launch, "COLUMNS", launch.ColumnBlock(4, 16, 1))
     monkeypatch.setattr(launch, "PRODUCT", launch.ProductBlock(16, 16, 16, 1, 1))

@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.cpu
 HERE = Path(__file__).parent
-MODULES = ("prologue", "pool", "attention", "recombine", "running")
+MODULES = ("prologue", "pool", "attention", "attention_backward", "recombine", "running")
 
 
 def _kernels() -> set[str]:

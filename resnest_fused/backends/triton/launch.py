@@ -50,6 +50,19 @@ LEAST_ELEMENTS = 512
 PROGRAMS = 1024
 
 
+# Triton has functions like these two, but slow ones: kernels may call theirs too.
+
+
+def parts(size: int, part: int) -> int:
+    """How many parts of this size, of which the last may be smaller."""
+    return -(-size // part)
+
+
+def power_of_2(number: int) -> int:
+    """The least power of two that is not less than this positive number."""
+    return 1 << (number - 1).bit_length()
+
+
 class MapBlock(NamedTuple):
     """A program's channels and pixels of one sample, and its number of warps."""
 
@@ -59,7 +72,7 @@ class MapBlock(NamedTuple):
 
     def tiles(self, channels: int, pixels: int) -> tuple[int, int]:
         """The numbers of channel blocks and of pixel tiles."""
-        return triton.cdiv(channels, self.channels), triton.cdiv(pixels, self.pixels)
+        return parts(channels, self.channels), parts(pixels, self.pixels)
 
     def options(self) -> dict[str, int]:
         return {"BLOCK_C": self.channels, "BLOCK_P": self.pixels, "num_warps": self.num_warps}
@@ -72,12 +85,16 @@ class ColumnBlock(NamedTuple):
     features: int
     num_warps: int
 
+    def blocks(self, features: int) -> int:
+        """Programs, or items, for so many features."""
+        return parts(features, self.features)
+
+    def constants(self) -> dict[str, int]:
+        """For a kernel that has its number of warps from elsewhere."""
+        return {"BLOCK_ROWS": self.rows, "BLOCK_F": self.features}
+
     def options(self) -> dict[str, int]:
-        return {
-            "BLOCK_ROWS": self.rows,
-            "BLOCK_F": self.features,
-            "num_warps": self.num_warps,
-        }
+        return {**self.constants(), "num_warps": self.num_warps}
 
 
 class ProductBlock(NamedTuple):
@@ -91,7 +108,7 @@ class ProductBlock(NamedTuple):
 
     def tiles(self, rows: int, columns: int) -> int:
         """Tiles of a result of this size."""
-        return triton.cdiv(rows, self.m) * triton.cdiv(columns, self.n)
+        return parts(rows, self.m) * parts(columns, self.n)
 
     def options(self) -> dict[str, int]:
         return {
@@ -105,8 +122,6 @@ class ProductBlock(NamedTuple):
 
 COLUMNS = ColumnBlock(rows=32, features=32, num_warps=4)
 PRODUCT = ProductBlock(m=16, n=64, depth=32, num_warps=4, num_stages=3)
-# Elements per program of small flat arrays.
-FLAT_BLOCK = 256
 # Features that the one program of the running statistics takes at a time.
 RUNNING_BLOCK = 1024
 
@@ -136,20 +151,20 @@ def map_block(m: Map, elements: int) -> MapBlock:
     """A block of about this many elements, contiguous in memory as far as possible."""
     itemsize = m.x.element_size()
     if slab(m):
-        block_p = triton.next_power_of_2(m.pixels)
+        block_p = power_of_2(m.pixels)
         # The next slab begins at a multiple of 16 bytes, too.
         least = 16 // math.gcd(m.pixels * itemsize, 16)
-        block_c = max(min(triton.next_power_of_2(m.channels), SLAB_ELEMENTS // block_p), least)
+        block_c = max(min(power_of_2(m.channels), SLAB_ELEMENTS // block_p), least)
         return MapBlock(block_c, block_p, 4)
     if alignment(m) * itemsize < 16:
         # A thread loads more, narrower vectors, and then needs more channels' coefficients.
         elements = max(elements * alignment(m) * itemsize // 16, LEAST_ELEMENTS)
     if m.nhwc:
-        block_c = min(triton.next_power_of_2(m.channels), CHANNEL_BYTES // itemsize)
-        block_p = min(triton.next_power_of_2(m.pixels), max(elements // block_c, 1))
+        block_c = min(power_of_2(m.channels), CHANNEL_BYTES // itemsize)
+        block_p = min(power_of_2(m.pixels), max(elements // block_c, 1))
     else:
-        block_p = min(triton.next_power_of_2(m.pixels), NCHW_PIXELS, elements)
-        block_c = min(triton.next_power_of_2(m.channels), elements // block_p)
+        block_p = min(power_of_2(m.pixels), NCHW_PIXELS, elements)
+        block_c = min(power_of_2(m.channels), elements // block_p)
     return MapBlock(block_c, block_p, 8 if elements > 4096 else 4)
 
 
@@ -169,8 +184,8 @@ def map_options(m: Map, block: MapBlock) -> dict[str, Any]:
 
 def samples_per_program(batch: int, programs: int) -> int:
     """How many samples a program takes, if one sample is the work of ``programs`` programs."""
-    chunks = min(max(batch, 1), triton.cdiv(PROGRAMS, programs))
-    return max(triton.cdiv(batch, chunks), 1)
+    chunks = min(max(batch, 1), parts(PROGRAMS, programs))
+    return max(parts(batch, chunks), 1)
 
 
 def run(kernel: Any, programs: int, arguments: tuple[Any, ...], **options: Any) -> None:

@@ -3,11 +3,14 @@ sums over pixels of dout and x."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from resnest_fused.backends.triton import launch
+from resnest_fused.backends.triton.columns import sum_rows
 from resnest_fused.backends.triton.map import aligned, inside, load_tile, locate
 from resnest_fused.backends.triton.problem import Map
 from resnest_fused.backends.triton.prologue import (
@@ -17,6 +20,7 @@ from resnest_fused.backends.triton.prologue import (
     relu,
     relu_backward,
 )
+from resnest_fused.backends.triton.stages import make_counters, open_stages
 
 # With a prologue the sums are S1 to S4 of prologue_backward_kernel, in this order.
 PROLOGUE_SUMS = 4
@@ -30,6 +34,7 @@ def pool_kernel(
     bn0_mean,
     bn0_var,
     gap,  # (B, tiles, C)
+    counters,
     channels,
     pixels,
     EPS: tl.constexpr,
@@ -46,6 +51,7 @@ def pool_kernel(
 
     Grid: tiles of the map. Reads R units.
     """
+    open_stages(counters)
     channels, pixels = aligned(channels, pixels, NHWC, ALIGN, SLAB)
     sample, first, tile = locate(tl.program_id(0), channels, pixels, BLOCK_C, BLOCK_P)
     c = first + tl.arange(0, BLOCK_C)
@@ -66,49 +72,90 @@ def pool_kernel(
     tl.store(gap + row * channels + c, tl.sum(total, 0) / pixels, mask=c < channels)
 
 
-@triton.jit(do_not_specialize=["batch", "tiles"])
-def pool_finish_kernel(
+@triton.jit
+def finish_gap(
+    item,
     partial,  # (B, tiles, C)
     gap,  # (B, C)
     batch,
     channels,
     tiles,
-    BLOCK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    ACC: tl.constexpr,
 ):
-    """gap[b,c] = sum_t partial[b,t,c].
-
-    Grid: blocks of BLOCK pairs (b, c).
-    """
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    """gap[b,c] = sum_t partial[b,t,c]. Items: blocks of pairs (b, c)."""
+    i = item.to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     inside = i < batch.to(tl.int64) * channels
-    b, c = i // channels, i % channels
-    total = _over_tiles(partial + b * tiles * channels + c, channels, tiles, inside)
+    from_ = partial + i // channels * tiles * channels + i % channels
+    total = sum_rows(from_, channels, tiles, inside, BLOCK_ROWS, BLOCK_F, ACC)
     tl.store(gap + i, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["batch", "tiles"])
+def pool_finish_kernel(
+    partial,
+    gap,
+    batch,
+    channels,
+    tiles,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """`finish_gap` alone. Grid: its items."""
+    item = tl.program_id(0)
+    finish_gap(item, partial, gap, batch, channels, tiles, BLOCK_ROWS, BLOCK_F, ACC)
+
+
+class Pooled(NamedTuple):
+    """What the pool leaves for phase 2."""
+
+    gap: Tensor  # (B, C), to be filled from the partial sums, if there are any
+    partial: Tensor | None  # (B, tiles, C); None where a program pools whole channels
+    tiles: int
+    counters: Tensor  # of phase 2's stages
+
+
+def start_pool(m: Map) -> Pooled:
+    """The pool up to the sums of its programs."""
+    counters = make_counters(m)
+
+    def run(block: launch.MapBlock) -> Pooled:
+        blocks, tiles = block.tiles(m.channels, m.pixels)
+        gap = m.empty(m.batch, m.channels)
+        partial = None if tiles == 1 else m.empty(m.batch, tiles, m.channels)
+        launch.run(
+            pool_kernel,
+            m.batch * tiles * blocks,
+            (
+                m.x,
+                *m.bn0[:4],
+                gap if partial is None else partial,
+                counters,
+                m.channels,
+                m.pixels,
+            ),
+            **launch.map_options(m, block),
+        )
+        return Pooled(gap, partial, tiles, counters)
+
+    return launch.best("pool", m, run)
 
 
 def pool(m: Map) -> Tensor:
     """gap (B, C)."""
-    gap = m.empty(m.batch, m.channels)
-
-    def run(block: launch.MapBlock) -> Tensor:
-        blocks, tiles = block.tiles(m.channels, m.pixels)
-        partial = gap if tiles == 1 else m.empty(m.batch, tiles, m.channels)
+    gap, partial, tiles, _ = start_pool(m)
+    if partial is not None:
+        columns = launch.COLUMNS
         launch.run(
-            pool_kernel,
-            m.batch * tiles * blocks,
-            (m.x, *m.bn0[:4], partial, m.channels, m.pixels),
-            **launch.map_options(m, block),
+            pool_finish_kernel,
+            columns.blocks(m.batch * m.channels),
+            (partial, gap, m.batch, m.channels, tiles),
+            ACC=launch.acc(m.x),
+            **columns.options(),
         )
-        if tiles > 1:
-            launch.run(
-                pool_finish_kernel,
-                triton.cdiv(m.batch * m.channels, launch.FLAT_BLOCK),
-                (partial, gap, m.batch, m.channels, tiles),
-                BLOCK=launch.FLAT_BLOCK,
-            )
-        return gap
-
-    return launch.best("pool", m, run)
+    return gap
 
 
 @triton.jit
@@ -120,6 +167,7 @@ def pool_backward_kernel(
     bn0_mean,
     bn0_var,
     partial,  # (B, tiles, kinds, R, C)
+    counters,
     channels,
     pixels,
     EPS: tl.constexpr,
@@ -137,6 +185,7 @@ def pool_backward_kernel(
 
     Grid: tiles of the map. Reads R + 1 units.
     """
+    open_stages(counters)
     channels, pixels = aligned(channels, pixels, NHWC, ALIGN, SLAB)
     sample, first, tile = locate(tl.program_id(0), channels, pixels, BLOCK_C, BLOCK_P)
     c = first + tl.arange(0, BLOCK_C)
@@ -170,132 +219,163 @@ def pool_backward_kernel(
             tl.store(partial + row * features + f, tl.sum(g * value, 0), mask=c < channels)
 
 
-@triton.jit(do_not_specialize=["batch", "tiles"])
-def pool_backward_finish_kernel(
+@triton.jit
+def finish_pool_backward(
+    item,
     partial,  # (B, tiles, kinds, R, C)
     bn0_weight,  # (R*C) or None
     bn0_bias,  # (R*C) or None
     attention,  # (B, R, C), needed for dlogits
     sums,  # (B, 4, R, C) or None, without a prologue
-    dattention,  # (B, R, C)
+    dattention,  # (B, R, C) or None
     dlogits,  # (B, K, R, C/K) or None
     batch,
-    channels,
     group_channels,
     tiles,
+    CARDINALITY: tl.constexpr,
     RELU: tl.constexpr,
     RADIX: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The gradients of the attention and, if asked for, of the logits, from the partial sums.
+    """The gradients of the attention and of the logits, where asked for, from the partial sums.
 
     dattention = sum_p dout z = gamma S3 + beta S1, or without a prologue the sum itself;
     dlogits = a (da - sum_r a da), or with radix 1, for the sigmoid, a (1 - a) da.
 
-    Grid: blocks of BLOCK pairs (b, c).
+    Items: blocks of pairs (b, c). A block has BLOCK_F columns: all SPLITS splits of its pairs.
+    SPLITS is the radix, rounded up to a power of two.
     """
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < batch.to(tl.int64) * channels
-    b, c = i // channels, i % channels
+    PAIRS: tl.constexpr = BLOCK_F // SPLITS
+    channels = CARDINALITY * group_channels
     features = RADIX * channels
-    sum_a_da = tl.zeros((BLOCK,), ACC)
-    for r in tl.static_range(RADIX):
-        f = r * channels + c
-        da = _dattention(
-            partial, bn0_weight, bn0_bias, sums, b, f, inside, features, tiles, RELU, ACC
-        )
-        tl.store(dattention + b * features + f, da, mask=inside)
-        if dlogits is not None:
-            sum_a_da += tl.load(attention + b * features + f, mask=inside, other=0) * da
-    if dlogits is not None:
-        for r in tl.static_range(RADIX):
-            f = r * channels + c
-            da = _dattention(
-                partial, bn0_weight, bn0_bias, None, b, f, inside, features, tiles, RELU, ACC
-            )
-            a = tl.load(attention + b * features + f, mask=inside, other=0)
-            dl = a * (1 - a) * da if RADIX == 1 else a * (da - sum_a_da)
-            group = c // group_channels
-            row = (group * RADIX + r) * group_channels + c % group_channels
-            tl.store(dlogits + b * features + row, dl, mask=inside)
-
-
-@triton.jit
-def _dattention(
-    partial,
-    bn0_weight,
-    bn0_bias,
-    sums,
-    b,
-    f,
-    inside,
-    features,
-    tiles,
-    RELU: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """dattention of samples b, features f. The sums over all pixels go to ``sums``, if given."""
+    j = tl.arange(0, BLOCK_F)
+    i = item.to(tl.int64) * PAIRS + j % PAIRS
+    r = j // PAIRS
+    inside = (i < batch.to(tl.int64) * channels) & (r < RADIX)
+    b, c = i // channels, i % channels
+    f = r * channels + c
     if RELU:
-        from_ = partial + b * tiles * 4 * features + f
-        s1 = _over_tiles(from_, 4 * features, tiles, inside)
-        s3 = _over_tiles(from_ + 2 * features, 4 * features, tiles, inside)
+        step = 4 * features
+        from_ = partial + b * tiles * step + f
+        s1 = sum_rows(from_, step, tiles, inside, BLOCK_ROWS, BLOCK_F, ACC)
+        s3 = sum_rows(from_ + 2 * features, step, tiles, inside, BLOCK_ROWS, BLOCK_F, ACC)
         if sums is not None:
-            to = sums + b * 4 * features + f
-            s2 = _over_tiles(from_ + features, 4 * features, tiles, inside)
-            s4 = _over_tiles(from_ + 3 * features, 4 * features, tiles, inside)
+            s2 = sum_rows(from_ + features, step, tiles, inside, BLOCK_ROWS, BLOCK_F, ACC)
+            s4 = sum_rows(from_ + 3 * features, step, tiles, inside, BLOCK_ROWS, BLOCK_F, ACC)
+            to = sums + b * step + f
             tl.store(to, s1, mask=inside)
             tl.store(to + features, s2, mask=inside)
             tl.store(to + 2 * features, s3, mask=inside)
             tl.store(to + 3 * features, s4, mask=inside)
         gamma, beta, _, _ = norm_at(bn0_weight, bn0_bias, None, None, f, inside, 0, ACC)
-        return gamma * s3 + beta * s1
+        da = gamma * s3 + beta * s1
     else:
-        return _over_tiles(partial + b * tiles * features + f, features, tiles, inside)
+        from_ = partial + b * tiles * features + f
+        da = sum_rows(from_, features, tiles, inside, BLOCK_ROWS, BLOCK_F, ACC)
+    if dattention is not None:
+        tl.store(dattention + b * features + f, da, mask=inside)
+    if dlogits is not None:
+        a = tl.load(attention + b * features + f, mask=inside, other=0)
+        if RADIX == 1:
+            dl = a * (1 - a) * da
+        else:
+            # No NaN of a split that does not exist: both factors are zero there.
+            a_da = tl.reshape(tl.where(inside, a * da, 0), (SPLITS, PAIRS))
+            whole = tl.broadcast_to(tl.sum(a_da, 0)[None, :], (SPLITS, PAIRS))
+            dl = a * (da - tl.reshape(whole, (BLOCK_F,)))
+        group = c // group_channels
+        row = (group * RADIX + r) * group_channels + c % group_channels
+        tl.store(dlogits + b * features + row, dl, mask=inside)
 
 
-@triton.jit
-def _over_tiles(partial, step, tiles, inside):
-    total = tl.load(partial, mask=inside, other=0)
-    for _ in range(1, tiles):
-        partial += step
-        total += tl.load(partial, mask=inside, other=0)
-    return total
+@triton.jit(do_not_specialize=["batch", "tiles"])
+def pool_backward_finish_kernel(
+    partial,
+    bn0_weight,
+    bn0_bias,
+    sums,
+    dattention,
+    batch,
+    channels,
+    tiles,
+    RELU: tl.constexpr,
+    RADIX: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """`finish_pool_backward` alone, for the sums and the gradients of the attention.
+
+    Grid: its items.
+    """
+    finish_pool_backward(
+        tl.program_id(0),
+        partial,
+        bn0_weight,
+        bn0_bias,
+        None,
+        sums,
+        dattention,
+        None,
+        batch,
+        channels,
+        tiles,
+        1,
+        RELU,
+        RADIX,
+        SPLITS,
+        BLOCK_ROWS,
+        BLOCK_F,
+        ACC,
+    )
 
 
-def pool_backward(
-    m: Map, dout: Tensor, attention: Tensor | None, dlogits: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """dattention (B, R, C), and with a prologue the sums (B, 4, R, C); fills dlogits, if given."""
-    splits = (m.radix, m.channels)
+class PooledBackward(NamedTuple):
+    """What the backward's first read of the map leaves for phase 2."""
+
+    partial: Tensor  # (B, tiles, kinds, R, C)
+    tiles: int
+    counters: Tensor  # of phase 2's stages
+
+
+def start_pool_backward(m: Map, dout: Tensor) -> PooledBackward:
+    """The sums over pixels up to those of its programs."""
     kinds = PROLOGUE_SUMS if m.relu else 1
-    dattention = m.empty(m.batch, *splits)
-    sums = m.empty(m.batch, PROLOGUE_SUMS, *splits) if m.relu else None
-    group_channels = m.channels if dlogits is None else dlogits.shape[3]
+    counters = make_counters(m)
 
-    def run(block: launch.MapBlock) -> tuple[Tensor, Tensor | None]:
+    def run(block: launch.MapBlock) -> PooledBackward:
         blocks, tiles = block.tiles(m.channels, m.pixels)
-        partial = m.empty(m.batch, tiles, kinds, *splits)
-        options = launch.map_options(m, block)
+        partial = m.empty(m.batch, tiles, kinds, m.radix, m.channels)
         launch.run(
             pool_backward_kernel,
             m.batch * tiles * blocks,
-            (dout, m.x, *m.bn0[:4], partial, m.channels, m.pixels),
-            **options,
+            (dout, m.x, *m.bn0[:4], partial, counters, m.channels, m.pixels),
+            **launch.map_options(m, block),
         )
-        launch.run(
-            pool_backward_finish_kernel,
-            triton.cdiv(m.batch * m.channels, launch.FLAT_BLOCK),
-            (partial, *m.bn0[:2], attention, sums, dattention, dlogits),
-            batch=m.batch,
-            channels=m.channels,
-            group_channels=group_channels,
-            tiles=tiles,
-            RELU=m.relu,
-            RADIX=m.radix,
-            BLOCK=launch.FLAT_BLOCK,
-            ACC=options["ACC"],
-        )
-        return dattention, sums
+        return PooledBackward(partial, tiles, counters)
 
     return launch.best("pool_backward", m, run)
+
+
+def pool_backward(m: Map, dout: Tensor) -> tuple[Tensor, Tensor | None]:
+    """dattention (B, R, C), and with a prologue the sums (B, 4, R, C)."""
+    splits = (m.radix, m.channels)
+    dattention = m.empty(m.batch, *splits)
+    sums = m.empty(m.batch, PROLOGUE_SUMS, *splits) if m.relu else None
+    partial, tiles, _ = start_pool_backward(m, dout)
+    columns, padded = launch.COLUMNS, launch.power_of_2(m.radix)
+    launch.run(
+        pool_backward_finish_kernel,
+        columns.blocks(m.batch * m.channels * padded),
+        (partial, *m.bn0[:2], sums, dattention, m.batch, m.channels, tiles),
+        RELU=m.relu,
+        RADIX=m.radix,
+        SPLITS=padded,
+        ACC=launch.acc(m.x),
+        **columns.options(),
+    )
+    return dattention, sums

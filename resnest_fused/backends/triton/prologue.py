@@ -202,7 +202,7 @@ def batch_statistics(m: Map) -> tuple[Tensor, Tensor]:
     def run(block: launch.MapBlock) -> tuple[Tensor, Tensor]:
         blocks, tiles = block.tiles(m.features, m.pixels)
         chunk = launch.samples_per_program(m.batch, blocks * tiles)
-        rows = triton.cdiv(m.batch, chunk) * tiles
+        rows = launch.parts(m.batch, chunk) * tiles
         partial_mean, partial_squares = m.empty(rows, m.features), m.empty(rows, m.features)
         acc = launch.acc(m.x)
         launch.run(
@@ -218,7 +218,7 @@ def batch_statistics(m: Map) -> tuple[Tensor, Tensor]:
         columns = launch.COLUMNS
         launch.run(
             combine_kernel,
-            triton.cdiv(m.features, columns.features),
+            columns.blocks(m.features),
             (partial_mean, partial_squares, mean, var),
             batch=m.batch,
             features=m.features,
@@ -238,8 +238,9 @@ def batch_statistics(m: Map) -> tuple[Tensor, Tensor]:
 # --- gradients
 
 
-@triton.jit(do_not_specialize=["batch", "pixels"])
-def prologue_backward_kernel(
+@triton.jit
+def finish_prologue_backward(
+    item,
     sums,  # (B, 4, R, C)
     attention,  # (B, R, C)
     dgap,  # (B, C)
@@ -259,9 +260,11 @@ def prologue_backward_kernel(
 
     With m = [bn0(x) > 0] and S1 to S4 the sums over pixels of m dout, m, m dout xhat and m xhat:
     dbeta = sum_b (a S1 + dgap/HW S2), dgamma = sum_b (a S3 + dgap/HW S4).
+
+    Items: blocks of features.
     """
     features = RADIX * channels
-    f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    f = item * BLOCK_F + tl.arange(0, BLOCK_F)
     of_weight = tl.zeros((BLOCK_ROWS, BLOCK_F), ACC)
     of_bias = tl.zeros((BLOCK_ROWS, BLOCK_F), ACC)
     for first in range(0, batch, BLOCK_ROWS):
@@ -290,23 +293,54 @@ def prologue_backward_kernel(
         tl.store(mean_dz_xhat + f, weight_sum / elements, mask=f < features)
 
 
+@triton.jit(do_not_specialize=["batch", "pixels"])
+def prologue_backward_kernel(
+    sums,
+    attention,
+    dgap,
+    dweight,
+    dbias,
+    batch,
+    channels,
+    pixels,
+    RADIX: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """`finish_prologue_backward` alone, without the means. Grid: its items."""
+    finish_prologue_backward(
+        tl.program_id(0),
+        sums,
+        attention,
+        dgap,
+        dweight,
+        dbias,
+        None,
+        None,
+        batch,
+        channels,
+        pixels,
+        RADIX,
+        BLOCK_ROWS,
+        BLOCK_F,
+        ACC,
+    )
+
+
 def prologue_backward(
-    sums: Tensor,
-    attention: Tensor,
-    dgap: Tensor,
-    pixels: int,
-    dweight: Tensor | None,
-    dbias: Tensor | None,
-    means: tuple[Tensor, Tensor] | None,
-) -> None:
-    """Write bn0's gradients to ``dweight`` and ``dbias``, their means to ``means``, if given."""
+    sums: Tensor, attention: Tensor, dgap: Tensor, pixels: int
+) -> tuple[Tensor, Tensor]:
+    """bn0's gradients (R*C)."""
     batch, radix, channels = attention.shape
+    dweight, dbias = sums.new_empty(radix * channels), sums.new_empty(radix * channels)
     columns = launch.COLUMNS
     launch.run(
         prologue_backward_kernel,
-        triton.cdiv(radix * channels, columns.features),
-        (sums, attention, dgap, dweight, dbias, *(means or (None, None)), batch, channels, pixels),
+        columns.blocks(radix * channels),
+        (sums, attention, dgap, dweight, dbias, batch, channels, pixels),
         RADIX=radix,
         ACC=launch.acc(attention),
         **columns.options(),
     )
+    return dweight, dbias
