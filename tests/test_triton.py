@@ -106,6 +106,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "CHANNEL_BYTES", 32)
     monkeypatch.setattr(launch, "PROGRAMS", 12)
     monkeypatch.setattr(launch, "RUNNING_BLOCK", 32)
+    monkeypatch.setattr(launch, "PARTIALS", 64)
+    monkeypatch.setattr(launch, "PARTIAL_TILES", 4)
     monkeypatch.setattr(launch, "COLUMNS", launch.ColumnBlock(4, 16, 1))
     monkeypatch.setattr(launch, "PRODUCT", launch.ProductBlock(16, 16, 16, 1, 1))
 

@@ -50,6 +50,8 @@ def attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_F: tl.constexpr,
     ACC: tl.constexpr,
@@ -61,7 +63,7 @@ def attention_kernel(
     if partial is not None:
         if item < gaps:
             channels = CARDINALITY * group_channels
-            finish_gap(item, partial, gap, batch, channels, tiles, BLOCK_ROWS, BLOCK_F, ACC)
+            finish_gap(item, partial, gap, batch, channels, tiles, BLOCK_TILES, BLOCK_PAIRS, ACC)
             finish(counters, _GAP)
         item -= gaps
     if (item >= 0) & (item < hiddens):
@@ -306,7 +308,8 @@ def attention(
     block, columns, groups = launch.PRODUCT, launch.COLUMNS, mlp.fcs.cardinality
     result = m.empty(m.batch, m.radix, m.channels)
     splits = launch.power_of_2(m.radix)
-    gaps = 0 if pooled.partial is None else columns.blocks(m.batch * m.channels)
+    partials = launch.partial_block(pooled.tiles)
+    gaps = 0 if pooled.partial is None else partials.blocks(m.batch * m.channels)
     hiddens = groups * block.tiles(m.batch, mlp.group_inter)
     norms = columns.blocks(mlp.fcs.inter) if statistics else 0
     attentions = groups * block.tiles(m.batch, mlp.group_channels * splits)
@@ -341,5 +344,6 @@ def attention(
         ACC=launch.acc(m.x),
         **block.options(),
         **columns.constants(),
+        **partials.of_partials(),
     )
     return result

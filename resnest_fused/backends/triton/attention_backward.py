@@ -93,6 +93,8 @@ def attention_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_F: tl.constexpr,
     ACC: tl.constexpr,
@@ -123,8 +125,8 @@ def attention_backward_kernel(
             RELU,
             RADIX,
             SPLITS,
-            BLOCK_ROWS,
-            BLOCK_F,
+            BLOCK_TILES,
+            BLOCK_PAIRS,
             ACC,
         )
         finish(counters, _LOGITS)
@@ -381,6 +383,7 @@ def attention_backward(
     outputs = radix * inputs
     splits = launch.power_of_2(radix)
     block, columns = launch.PRODUCT, launch.COLUMNS
+    partials = launch.partial_block(pooled.tiles)
     dlogits = m.empty(batch, groups, radix, inputs)
     dgap = m.empty(batch, channels)
     means = grads.bn0_means or (None, None)
@@ -389,7 +392,7 @@ def attention_backward(
     if any(tensor is not None for tensor in of_bn0):
         sums = m.empty(batch, PROLOGUE_SUMS, radix, channels)
     items = (
-        columns.blocks(batch * channels * splits),
+        partials.blocks(batch * channels * splits),
         groups * block.tiles(batch, hiddens),
         columns.blocks(inter),
         groups * block.tiles(batch, inputs),
@@ -439,5 +442,6 @@ def attention_backward(
         ACC=launch.acc(m.x),
         **block.options(),
         **columns.constants(),
+        **partials.of_partials(),
     )
     return dgap

@@ -93,6 +93,10 @@ class ColumnBlock(NamedTuple):
         """For a kernel that has its number of warps from elsewhere."""
         return {"BLOCK_ROWS": self.rows, "BLOCK_F": self.features}
 
+    def of_partials(self) -> dict[str, int]:
+        """The same for a kernel with sums over other rows, too."""
+        return {"BLOCK_TILES": self.rows, "BLOCK_PAIRS": self.features}
+
     def options(self) -> dict[str, int]:
         return {**self.constants(), "num_warps": self.num_warps}
 
@@ -120,7 +124,9 @@ class ProductBlock(NamedTuple):
         }
 
 
-COLUMNS = ColumnBlock(rows=32, features=32, num_warps=4)
+COLUMNS = ColumnBlock(rows=64, features=32, num_warps=4)
+# Partial sums that a program adds up at once: as many tiles as there are, up to the second number.
+PARTIALS, PARTIAL_TILES, PARTIAL_COLUMNS = 4096, 128, 1024
 PRODUCT = ProductBlock(m=16, n=64, depth=32, num_warps=4, num_stages=3)
 # Features that the one program of the running statistics takes at a time.
 RUNNING_BLOCK = 1024
@@ -166,6 +172,12 @@ def map_block(m: Map, elements: int) -> MapBlock:
         block_p = min(power_of_2(m.pixels), NCHW_PIXELS, elements)
         block_c = min(power_of_2(m.channels), elements // block_p)
     return MapBlock(block_c, block_p, 8 if elements > 4096 else 4)
+
+
+def partial_block(tiles: int) -> ColumnBlock:
+    """For sums over the tiles of a sample."""
+    rows = min(power_of_2(tiles), PARTIAL_TILES)
+    return ColumnBlock(rows, min(PARTIALS // rows, PARTIAL_COLUMNS), COLUMNS.num_warps)
 
 
 def map_options(m: Map, block: MapBlock) -> dict[str, Any]:

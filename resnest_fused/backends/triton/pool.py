@@ -80,15 +80,15 @@ def finish_gap(
     batch,
     channels,
     tiles,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_F: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """gap[b,c] = sum_t partial[b,t,c]. Items: blocks of pairs (b, c)."""
-    i = item.to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+    i = item.to(tl.int64) * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)
     inside = i < batch.to(tl.int64) * channels
     from_ = partial + i // channels * tiles * channels + i % channels
-    total = sum_rows(from_, channels, tiles, inside, BLOCK_ROWS, BLOCK_F, ACC)
+    total = sum_rows(from_, channels, tiles, inside, BLOCK_TILES, BLOCK_PAIRS, ACC)
     tl.store(gap + i, total, mask=inside)
 
 
@@ -99,13 +99,13 @@ def pool_finish_kernel(
     batch,
     channels,
     tiles,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_F: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """`finish_gap` alone. Grid: its items."""
     item = tl.program_id(0)
-    finish_gap(item, partial, gap, batch, channels, tiles, BLOCK_ROWS, BLOCK_F, ACC)
+    finish_gap(item, partial, gap, batch, channels, tiles, BLOCK_TILES, BLOCK_PAIRS, ACC)
 
 
 class Pooled(NamedTuple):
@@ -147,13 +147,14 @@ def pool(m: Map) -> Tensor:
     """gap (B, C)."""
     gap, partial, tiles, _ = start_pool(m)
     if partial is not None:
-        columns = launch.COLUMNS
+        block = launch.partial_block(tiles)
         launch.run(
             pool_finish_kernel,
-            columns.blocks(m.batch * m.channels),
+            block.blocks(m.batch * m.channels),
             (partial, gap, m.batch, m.channels, tiles),
             ACC=launch.acc(m.x),
-            **columns.options(),
+            num_warps=block.num_warps,
+            **block.of_partials(),
         )
     return gap
 
@@ -236,8 +237,8 @@ def finish_pool_backward(
     RELU: tl.constexpr,
     RADIX: tl.constexpr,
     SPLITS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_F: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """The gradients of the attention and of the logits, where asked for, from the partial sums.
@@ -245,26 +246,26 @@ def finish_pool_backward(
     dattention = sum_p dout z = gamma S3 + beta S1, or without a prologue the sum itself;
     dlogits = a (da - sum_r a da), or with radix 1, for the sigmoid, a (1 - a) da.
 
-    Items: blocks of pairs (b, c). A block has BLOCK_F columns: all SPLITS splits of its pairs.
+    Items: blocks of pairs (b, c). A block has BLOCK_PAIRS columns: each pair's SPLITS splits.
     SPLITS is the radix, rounded up to a power of two.
     """
-    PAIRS: tl.constexpr = BLOCK_F // SPLITS
+    COUNT: tl.constexpr = BLOCK_PAIRS // SPLITS
     channels = CARDINALITY * group_channels
     features = RADIX * channels
-    j = tl.arange(0, BLOCK_F)
-    i = item.to(tl.int64) * PAIRS + j % PAIRS
-    r = j // PAIRS
+    j = tl.arange(0, BLOCK_PAIRS)
+    i = item.to(tl.int64) * COUNT + j % COUNT
+    r = j // COUNT
     inside = (i < batch.to(tl.int64) * channels) & (r < RADIX)
     b, c = i // channels, i % channels
     f = r * channels + c
     if RELU:
         step = 4 * features
         from_ = partial + b * tiles * step + f
-        s1 = sum_rows(from_, step, tiles, inside, BLOCK_ROWS, BLOCK_F, ACC)
-        s3 = sum_rows(from_ + 2 * features, step, tiles, inside, BLOCK_ROWS, BLOCK_F, ACC)
+        s1 = sum_rows(from_, step, tiles, inside, BLOCK_TILES, BLOCK_PAIRS, ACC)
+        s3 = sum_rows(from_ + 2 * features, step, tiles, inside, BLOCK_TILES, BLOCK_PAIRS, ACC)
         if sums is not None:
-            s2 = sum_rows(from_ + features, step, tiles, inside, BLOCK_ROWS, BLOCK_F, ACC)
-            s4 = sum_rows(from_ + 3 * features, step, tiles, inside, BLOCK_ROWS, BLOCK_F, ACC)
+            s2 = sum_rows(from_ + features, step, tiles, inside, BLOCK_TILES, BLOCK_PAIRS, ACC)
+            s4 = sum_rows(from_ + 3 * features, step, tiles, inside, BLOCK_TILES, BLOCK_PAIRS, ACC)
             to = sums + b * step + f
             tl.store(to, s1, mask=inside)
             tl.store(to + features, s2, mask=inside)
@@ -274,7 +275,7 @@ def finish_pool_backward(
         da = gamma * s3 + beta * s1
     else:
         from_ = partial + b * tiles * features + f
-        da = sum_rows(from_, features, tiles, inside, BLOCK_ROWS, BLOCK_F, ACC)
+        da = sum_rows(from_, features, tiles, inside, BLOCK_TILES, BLOCK_PAIRS, ACC)
     if dattention is not None:
         tl.store(dattention + b * features + f, da, mask=inside)
     if dlogits is not None:
@@ -283,9 +284,9 @@ def finish_pool_backward(
             dl = a * (1 - a) * da
         else:
             # No NaN of a split that does not exist: both factors are zero there.
-            a_da = tl.reshape(tl.where(inside, a * da, 0), (SPLITS, PAIRS))
-            whole = tl.broadcast_to(tl.sum(a_da, 0)[None, :], (SPLITS, PAIRS))
-            dl = a * (da - tl.reshape(whole, (BLOCK_F,)))
+            a_da = tl.reshape(tl.where(inside, a * da, 0), (SPLITS, COUNT))
+            whole = tl.broadcast_to(tl.sum(a_da, 0)[None, :], (SPLITS, COUNT))
+            dl = a * (da - tl.reshape(whole, (BLOCK_PAIRS,)))
         group = c // group_channels
         row = (group * RADIX + r) * group_channels + c % group_channels
         tl.store(dlogits + b * features + row, dl, mask=inside)
@@ -304,8 +305,8 @@ def pool_backward_finish_kernel(
     RELU: tl.constexpr,
     RADIX: tl.constexpr,
     SPLITS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_F: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """`finish_pool_backward` alone, for the sums and the gradients of the attention.
@@ -328,8 +329,8 @@ def pool_backward_finish_kernel(
         RELU,
         RADIX,
         SPLITS,
-        BLOCK_ROWS,
-        BLOCK_F,
+        BLOCK_TILES,
+        BLOCK_PAIRS,
         ACC,
     )
 
@@ -367,15 +368,16 @@ def pool_backward(m: Map, dout: Tensor) -> tuple[Tensor, Tensor | None]:
     dattention = m.empty(m.batch, *splits)
     sums = m.empty(m.batch, PROLOGUE_SUMS, *splits) if m.relu else None
     partial, tiles, _ = start_pool_backward(m, dout)
-    columns, padded = launch.COLUMNS, launch.power_of_2(m.radix)
+    block, padded = launch.partial_block(tiles), launch.power_of_2(m.radix)
     launch.run(
         pool_backward_finish_kernel,
-        columns.blocks(m.batch * m.channels * padded),
+        block.blocks(m.batch * m.channels * padded),
         (partial, *m.bn0[:2], sums, dattention, m.batch, m.channels, tiles),
         RELU=m.relu,
         RADIX=m.radix,
         SPLITS=padded,
         ACC=launch.acc(m.x),
-        **columns.options(),
+        num_warps=block.num_warps,
+        **block.of_partials(),
     )
     return dattention, sums
