@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resnest_fused.backends.triton import replay
 from resnest_fused.backends.triton.compat import VERSION, autotunes, cache_folder
 from resnest_fused.backends.triton.problem import Map
 
@@ -204,7 +205,10 @@ def run(kernel: Any, programs: int, arguments: tuple[Any, ...], **options: Any) 
     """Launch this many programs, if any; ``options`` are more arguments and the launch's own."""
     if programs > 0:
         # No contraction: it would differ between kernels. They call tl.fma where they mean it.
-        kernel[(programs,)](*arguments, **options, enable_fp_fusion=False)
+        compiled = kernel[(programs,)](*arguments, **options, enable_fp_fusion=False)
+        if compiled is not None:  # as in the interpreter
+            constants = [options[name] for name in kernel.arg_names[len(arguments) :]]
+            replay.launched(compiled[(programs, 1, 1)], (*arguments, *constants))
 
 
 def best(phase: str, m: Map, call: Callable[[MapBlock], Result]) -> Result:
@@ -215,6 +219,7 @@ def best(phase: str, m: Map, call: Callable[[MapBlock], Result]) -> Result:
     key = _key(phase, m)
     chosen = _tuned().get(key)
     if chosen is None:
+        replay.not_settled()
         if m.batch == 0 or _is_capturing(m.x):
             return call(map_block(m, ELEMENTS[phase]))
         chosen = min(CANDIDATES, key=lambda n: _time(lambda: call(map_block(m, n))))
