@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -49,11 +50,12 @@ from test_op import (  # noqa: F401
     test_what_is_saved,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from triton import language as tl
 from triton.runtime import interpreter
 
 import resnest_fused as rf
-from resnest_fused.backends.triton import launch, pool
+from resnest_fused.backends.triton import launch, pool, replay
 from resnest_fused.backends.triton.compat import INTERPRETED
 from resnest_fused.backends.triton.problem import Map, make_map
 from resnest_fused.ops import NO_NORM, MapArguments
@@ -259,6 +261,65 @@ def test_exported(tmp_path: Path) -> None:
     program = torch.export.load(tmp_path / "module.pt2")
     assert "resnest_fused_triton.split_attention" in str(program.graph)
     torch.testing.assert_close(program.module()(x), module(x))
+
+
+@pytest.fixture
+def replayed(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Any, Any]]:
+    """Calls are replayed as on a GPU, by launches in the interpreter; the recordings."""
+
+    def run(kernel: Any, programs: int, arguments: tuple[Any, ...], **options: Any) -> None:
+        if programs > 0:
+            constants = [options[name] for name in kernel.arg_names[len(arguments) :]]
+            compiled = kernel[(programs,)]
+            with _disable_current_modes():  # the interpreter copies tensors
+                compiled(*arguments, *constants)
+            replay.launched(compiled, (*arguments, *constants))
+
+    monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr(replay, "INTERPRETED", False)
+    monkeypatch.setattr(replay, "_recordings", {})
+    yield replay._recordings
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize(("prologue", "norm"), FORMS)
+def test_replayed_calls(prologue: str, norm: str, layout: str, replayed: dict[Any, Any]) -> None:
+    """They compute what a call that takes the long way does, from their own arguments."""
+    case = Case(3, 12, 5, 7, 2, 2, 10, layout=layout, norm=norm, prologue=prologue)
+    case = dataclasses.replace(case, dout_layout=layout)
+    _everything(draw_any(case))
+    kinds = len(replayed)
+    assert kinds > 1 and None not in replayed.values()
+    call = draw_any(case)
+    results = _everything(call)
+    assert len(replayed) == kinds
+    replayed.clear()
+    for one, other in zip(results, _everything(call), strict=True):
+        assert torch.equal(one, other) and one.stride() == other.stride()
+
+
+def test_what_is_not_replayed(replayed: dict[Any, Any]) -> None:
+    """Calls that copy a map, and those with one tensor in two places."""
+    case = Case(3, 12, 5, 7, 2, 2, 10, layout="transposed", norm="running")
+    draw_any(case).forward()
+    assert [*replayed.values()] == [None]
+    call = draw_any(dataclasses.replace(case, layout="nchw", inter=10))
+    call.params["bn1_bias"] = call.params["bn1_weight"]
+    call.forward()
+    assert [*replayed.values()] == [None, None]
+
+
+def test_numbers_and_alignment_are_of_the_kind_of_a_call(replayed: dict[Any, Any]) -> None:
+    x = torch.randn(3, 4, 4, 4)
+    for a in (x, x[1:], x[:, :, :, :2].contiguous(), x.to(torch.bfloat16)):
+        test_op.ops.pool(a, False, 1, None, None, None, None, 0.0, False)
+        test_op.ops.pool(a, True, 1, None, None, None, None, 0.0, False)
+    assert len(replayed) == 8
+    # At another address, of which a part of 16 bytes differs.
+    flat = torch.randn(x.numel() + 1)
+    test_op.ops.pool(flat[1:].view_as(x), False, 1, None, None, None, None, 0.0, False)
+    assert [*replayed.values()][8:] == [None]
 
 
 @pytest.fixture
