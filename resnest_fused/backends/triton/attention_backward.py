@@ -278,10 +278,10 @@ def attention_backward_kernel(
             )
         item -= weights1
     if dfc2_bias is not None:
+        f = item * BLOCK_F + tl.arange(0, BLOCK_F)
+        inside = f < features
         if item >= 0:
             wait_for(counters, _LOGITS, logits)
-            f = item * BLOCK_F + tl.arange(0, BLOCK_F)
-            inside = f < features
             total = sum_rows(dlogits + f, features, batch, inside, BLOCK_ROWS, BLOCK_F, ACC)
             tl.store(dfc2_bias + f, total.to(dfc2_bias.dtype.element_ty), mask=inside)
 

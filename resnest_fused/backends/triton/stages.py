@@ -23,10 +23,9 @@ COUNTERS = tl.constexpr(8)
 
 @triton.jit
 def open_stages(counters):
-    """For the launch before: makes the counters ready, if they are given."""
-    if counters is not None:
-        if tl.program_id(0) == 0:
-            tl.store(counters + tl.arange(0, COUNTERS), 0)
+    """For the launch before: makes the counters ready."""
+    if tl.program_id(0) == 0:
+        tl.store(counters + tl.arange(0, COUNTERS), 0)
 
 
 @triton.jit
