@@ -104,6 +104,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "ELEMENTS", dict.fromkeys(launch.ELEMENTS, 128))
     monkeypatch.setattr(launch, "LEAST_ELEMENTS", 128)
     monkeypatch.setattr(launch, "SLAB_ELEMENTS", 128)
+    monkeypatch.setattr(launch, "STEPS", 2)
     monkeypatch.setattr(launch, "NCHW_PIXELS", 16)
     monkeypatch.setattr(launch, "CHANNEL_BYTES", 32)
     monkeypatch.setattr(launch, "PROGRAMS", 12)

@@ -31,6 +31,7 @@ from resnest_fused.backends.triton import launch, ops, replay
 from resnest_fused.ops import TABLE
 
 _ACCESS = re.compile(r"\b(ld|st)\.global[.\w:]*?(?:\.v(\d))?\.[busf](\d+)")
+_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global.*?, 0x([0-9a-f]+)")
 
 
 def _arguments(name: str, case: Case) -> list[Any]:
@@ -50,6 +51,7 @@ def loads() -> dict[str, dict[str, dict[str, list[int]]]]:
         accesses: dict[str, list[int]] = {"ld": [], "st": []}
         for kind, count, bits in _ACCESS.findall(done.asm["ptx"]):
             accesses[kind].append(int(count or 1) * int(bits) // 8)
+        accesses["ld"] += [int(size, 16) for size in _COPY.findall(done.asm["ptx"])]
         found[shape][kernel.__name__] = accesses
 
     launch.run = compile_only

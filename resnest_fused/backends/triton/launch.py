@@ -33,10 +33,12 @@ Result = TypeVar("Result")
 ELEMENTS = {
     "statistics": 4096,
     "pool": 4096,
-    "pool_backward": 2048,
+    "pool_backward": 1024,
     "recombine": 4096,
     "recombine_backward": 2048,
 }
+# The pool's backward goes through this many blocks of pixels before its threads join their sums.
+STEPS = 8
 # The sizes that tuning tries.
 CANDIDATES = (1024, 2048, 4096, 8192)
 # In channels_last this many bytes of neighbouring channels fill whole memory transactions.
@@ -71,9 +73,9 @@ class MapBlock(NamedTuple):
     pixels: int
     num_warps: int
 
-    def tiles(self, channels: int, pixels: int) -> tuple[int, int]:
-        """The numbers of channel blocks and of pixel tiles."""
-        return parts(channels, self.channels), parts(pixels, self.pixels)
+    def tiles(self, channels: int, pixels: int, steps: int = 1) -> tuple[int, int]:
+        """The numbers of channel blocks and of tiles of ``steps`` times the block's pixels."""
+        return parts(channels, self.channels), parts(pixels, steps * self.pixels)
 
     def options(self) -> dict[str, int]:
         return {"BLOCK_C": self.channels, "BLOCK_P": self.pixels, "num_warps": self.num_warps}

@@ -179,45 +179,60 @@ def pool_backward_kernel(
     SLAB: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    STEPS: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """partial[b,t,r,c] = sum_{p in tile t} dout x, or with a prologue partial[b,t,s,r,c], the sums
-    S1 to S4 of prologue_backward_kernel.
+    S1 to S4 of finish_prologue_backward.
 
-    Grid: tiles of the map. Reads R + 1 units.
+    Grid: tiles of STEPS times BLOCK_P pixels. Reads R + 1 units, dout once a split.
     """
     open_stages(counters)
     channels, pixels = aligned(channels, pixels, NHWC, ALIGN, SLAB)
-    sample, first, tile = locate(tl.program_id(0), channels, pixels, BLOCK_C, BLOCK_P)
+    sample, first, tile = locate(tl.program_id(0), channels, pixels, BLOCK_C, STEPS * BLOCK_P)
     c = first + tl.arange(0, BLOCK_C)
-    within = inside(first, tile, channels, pixels, BLOCK_C, BLOCK_P)
     features = RADIX * channels
-    row = sample * tl.cdiv(pixels, BLOCK_P) + tile
-    g = load_tile(
-        dout, sample, 0, first, tile, 1, channels, pixels, NHWC, SLAB, BLOCK_C, BLOCK_P
-    ).to(ACC)
+    row = sample * tl.cdiv(pixels, STEPS * BLOCK_P) + tile
+    start = tile * STEPS
+    stop = tl.minimum(start + STEPS, tl.cdiv(pixels, BLOCK_P))
     for r in tl.static_range(RADIX):
         f = r * channels + c
-        value = load_tile(
-            x, sample, r, first, tile, RADIX, channels, pixels, NHWC, SLAB, BLOCK_C, BLOCK_P
-        ).to(ACC)
+        gamma, beta, center, invstd = norm_of_tile(
+            bn0_weight, bn0_bias, bn0_mean, bn0_var, f, c < channels, EPS, BLOCK_C, ACC
+        )
+        s1 = tl.zeros((BLOCK_P, BLOCK_C), ACC)
+        s2 = tl.zeros((BLOCK_P, BLOCK_C), ACC)
+        s3 = tl.zeros((BLOCK_P, BLOCK_C), ACC)
+        s4 = tl.zeros((BLOCK_P, BLOCK_C), ACC)
+        # Three blocks are on their way while one is added up.
+        for step in tl.range(start, stop, num_stages=4):
+            g = load_tile(
+                dout, sample, 0, first, step, 1, channels, pixels, NHWC, SLAB, BLOCK_C, BLOCK_P
+            ).to(ACC)
+            value = load_tile(
+                x, sample, r, first, step, RADIX, channels, pixels, NHWC, SLAB, BLOCK_C, BLOCK_P
+            ).to(ACC)
+            if RELU:
+                n = preactivation(value, gamma, beta, center, invstd)
+                within = inside(first, step, channels, pixels, BLOCK_C, BLOCK_P)
+                # The ReLU's mask zeroes both factors, because 0 times infinity is NaN.
+                m = tl.where(within, relu_backward(tl.full(n.shape, 1, ACC), n), 0)
+                passed_g = relu_backward(g, n)
+                passed_x = tl.where(within, relu_backward(value - center[None, :], n), 0)
+                s1 += passed_g
+                s2 += m
+                s3 += passed_g * passed_x
+                s4 += passed_x
+            else:
+                s1 += g * value
         if RELU:
-            gamma, beta, center, invstd = norm_of_tile(
-                bn0_weight, bn0_bias, bn0_mean, bn0_var, f, c < channels, EPS, BLOCK_C, ACC
-            )
-            n = preactivation(value, gamma, beta, center, invstd)
-            # The ReLU's mask zeroes both factors, because 0 times infinity is NaN.
-            m = tl.where(within, relu_backward(tl.full(n.shape, 1, ACC), n), 0)
-            passed_g = relu_backward(g, n)
-            passed_x = tl.where(within, relu_backward(value - center[None, :], n), 0)
             to = partial + row * 4 * features + f
-            tl.store(to, tl.sum(passed_g, 0), mask=c < channels)
-            tl.store(to + features, tl.sum(m, 0), mask=c < channels)
-            of_xhat = tl.sum(passed_g * passed_x, 0) * invstd
-            tl.store(to + 2 * features, of_xhat, mask=c < channels)
-            tl.store(to + 3 * features, tl.sum(passed_x, 0) * invstd, mask=c < channels)
+            tl.store(to, tl.sum(s1, 0), mask=c < channels)
+            tl.store(to + features, tl.sum(s2, 0), mask=c < channels)
+            tl.store(to + 2 * features, tl.sum(s3, 0) * invstd, mask=c < channels)
+            tl.store(to + 3 * features, tl.sum(s4, 0) * invstd, mask=c < channels)
         else:
-            tl.store(partial + row * features + f, tl.sum(g * value, 0), mask=c < channels)
+            tl.store(partial + row * features + f, tl.sum(s1, 0), mask=c < channels)
 
 
 @triton.jit
@@ -349,12 +364,14 @@ def start_pool_backward(m: Map, dout: Tensor) -> PooledBackward:
     counters = make_counters(m)
 
     def run(block: launch.MapBlock) -> PooledBackward:
-        blocks, tiles = block.tiles(m.channels, m.pixels)
+        steps = min(launch.STEPS, block.tiles(m.channels, m.pixels)[1])
+        blocks, tiles = block.tiles(m.channels, m.pixels, steps)
         partial = m.empty(m.batch, tiles, kinds, m.radix, m.channels)
         launch.run(
             pool_backward_kernel,
             m.batch * tiles * blocks,
             (dout, m.x, *m.bn0[:4], partial, counters, m.channels, m.pixels),
+            STEPS=steps,
             **launch.map_options(m, block),
         )
         return PooledBackward(partial, tiles, counters)

@@ -122,7 +122,8 @@ def statistics_kernel(
     origin = tl.sum(corner.to(ACC), 0)
     mean = tl.zeros((BLOCK_C,), ACC)
     squares = tl.zeros((BLOCK_C,), ACC)
-    for sample in range(start, stop):
+    # Two samples are on their way while one is added up.
+    for sample in tl.range(start, stop, num_stages=3):
         values = load_tile(
             x, sample, 0, first, tile, 1, features, pixels, NHWC, SLAB, BLOCK_C, BLOCK_P
         )
