@@ -208,7 +208,7 @@ def run(kernel: Any, programs: int, arguments: tuple[Any, ...], **options: Any) 
     if programs > 0:
         # No contraction: it would differ between kernels. They call tl.fma where they mean it.
         compiled = kernel[(programs,)](*arguments, **options, enable_fp_fusion=False)
-        if compiled is not None:  # as in the interpreter
+        if replay.recording():
             constants = [options[name] for name in kernel.arg_names[len(arguments) :]]
             replay.launched(compiled[(programs, 1, 1)], (*arguments, *constants))
 

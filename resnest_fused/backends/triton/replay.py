@@ -23,7 +23,8 @@ from resnest_fused.backends.triton.compat import INTERPRETED, autotunes
 # Recordings kept; more kinds of calls than these come from maps of ever changing sizes.
 _MOST = 1024
 _MAKE = {torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default}
-_DETACH, _PROMOTE = torch.ops.aten.detach.default, torch.ops.aten.promote_types.default
+_DETACH = torch.ops.aten.detach.default
+_PROMOTE = torch.ops.aten.promote_types.default  # of dtypes; touches no tensor
 
 
 class _Launch(NamedTuple):
@@ -129,18 +130,20 @@ def call(name: str, function: Callable[..., Any], arguments: Sequence[Any]) -> A
     return result
 
 
+def recording() -> bool:
+    """Whether launches are to be told."""
+    return getattr(_active, "recorder", None) is not None
+
+
 def launched(run: Callable[..., Any], arguments: Sequence[Any]) -> None:
-    """Say that ``run(*arguments)`` would launch again what was launched now."""
-    recorder = getattr(_active, "recorder", None)
-    if recorder is not None:
-        recorder.launched(run, arguments)
+    """Say that ``run(*arguments)`` launches again what was launched now."""
+    _active.recorder.launched(run, arguments)
 
 
 def not_settled() -> None:
     """Say that the next call like this one may launch something else."""
-    recorder = getattr(_active, "recorder", None)
-    if recorder is not None:
-        recorder.settled = False
+    if recording():
+        _active.recorder.settled = False
 
 
 def _key(name: str, arguments: Sequence[Any]) -> Any:
