@@ -34,7 +34,7 @@ pytestmark = [
 
 
 class Programs:
-    """Runs a kernel's programs in threads; ``waited`` counts waits for stages that were not done."""
+    """Runs programs in threads; ``waited`` counts waits for stages that were not done."""
 
     def __init__(self) -> None:
         self.baton = threading.Lock()
