@@ -264,6 +264,23 @@ def test_exported(tmp_path: Path) -> None:
     torch.testing.assert_close(program.module()(x), module(x))
 
 
+@pytest.mark.parametrize("layout", FORMATS)
+def test_launches_are_few(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three in evaluation, nine in a step, of which one updates the running statistics."""
+    names: list[str] = []
+
+    def count(kernel: Any, programs: int, arguments: Any, **options: Any) -> None:
+        names.extend([kernel.__name__] * (programs > 0))
+
+    monkeypatch.setattr(launch, "run", count)
+    case = Case(2, 64, 56, 56, 2, 1, 32, layout=layout, norm="running", prologue="running")
+    draw_any(case).forward()
+    assert names == ["pool_kernel", "attention_kernel", "recombine_kernel"]
+    names.clear()
+    draw_any(dataclasses.replace(case, norm="batch", prologue="batch")).gradients()
+    assert len(names) == len({*names}) == 9
+
+
 @pytest.fixture
 def replayed(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Any, Any]]:
     """Calls are replayed as on a GPU, by launches in the interpreter; the recordings."""

@@ -68,16 +68,18 @@ def test_small_maps_of_nchw_are_read_and_written_in_16_bytes(tmp_path: Path) -> 
             assert accesses["st"].count(16) == maps.get(name, 0), (shape, name)
 
 
-def test_calls_like_an_earlier_one_do_not_pass_through_triton_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["eval", pytest.param("step", marks=pytest.mark.long)])
+def test_calls_like_an_earlier_one_do_not_pass_through_triton_again(
+    mode: str, tmp_path: Path
+) -> None:
     """They launch the same kernels over the same programs, with arguments of the same shapes."""
-    calls = {(call["form"], call["op"]): call for call in _stand_in("calls", tmp_path)}
-    for (form, op), call in calls.items():
+    calls = _stand_in(mode, tmp_path)
+    assert {call["form"] for call in calls} >= {"contiguous"}
+    for call in calls:
         first, *others = call["own"]
-        assert others == ([first] * 2 if form == "strided" else [0, 0]), (form, op)
-        assert first == len(call["launches"][0])
-        assert call["launches"][1:] == call["launches"][:1] * 2, (form, op)
-    assert calls["eval", "split_attention"]["own"][0] == 3
-    assert sum(call["own"][0] for (form, _), call in calls.items() if form == "step") == 9
+        assert others == ([first] * 2 if call["form"] == "strided" else [0, 0]), call["op"]
+        assert first == len(call["launches"][0]) > 0
+        assert call["launches"][1:] == call["launches"][:1] * 2, call["op"]
 
 
 def test_without_triton_the_rest_is_there(tmp_path: Path) -> None:

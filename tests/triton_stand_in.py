@@ -1,11 +1,11 @@
 """Compiles Triton's kernels for an H100 that is not there, and says as JSON what becomes of calls.
 
-    python tests/triton_stand_in.py loads|calls
+    python tests/triton_stand_in.py loads|eval|step
 
 ``loads``: by shape and kernel, the bytes of each load and store of global memory in the kernels
-that read maps of 14x14 and 7x7 pixels in bfloat16, NCHW. ``calls``: of ops called three times, how
-often Triton's own way to a launch was taken, and each launch. The environment must not ask for
-Triton's interpreter.
+that read maps of 14x14 and 7x7 pixels in bfloat16, NCHW. ``eval`` and ``step``: of ops called three
+times, how often Triton's own way to a launch was taken, and each launch. The environment must not
+ask for Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _seen(argument: Any) -> Any:
     return argument if isinstance(argument, (int, float, bool, type(None))) else str(argument)
 
 
-def calls() -> Iterator[dict[str, Any]]:
+def calls(mode: str) -> Iterator[dict[str, Any]]:
     """Of each op and form: Triton's own launches and all launches, by call."""
     launches: list[tuple[str, int, list[Any]]] = []
     driver.set_active(Launching(launches))
@@ -109,16 +109,16 @@ def calls() -> Iterator[dict[str, Any]]:
         return long_way(*args, **options)
 
     JITFunction.run = counted
-    of_eval = Case(2, 64, 14, 14, 2, 1, 32, norm="running", prologue="running")
-    # Several tiles a sample, so that there are partial sums to add up.
-    large = Case(2, 64, 56, 56, 2, 1, 32, norm="batch", prologue="batch")
-    large = replace(large, layout="channels_last", dout_layout="channels_last")
-    step = ("split_attention_train", "update_running_statistics", "split_attention_backward")
-    for form, case, names in (
-        ("eval", of_eval, ["split_attention"]),
-        ("strided", replace(of_eval, layout="every_other_column"), ["split_attention"]),
-        ("step", large, step),
-    ):
+    if mode == "eval":
+        names = ["split_attention"]
+        case = Case(2, 64, 14, 14, 2, 1, 32, norm="running", prologue="running")
+        cases = {"contiguous": case, "strided": replace(case, layout="every_other_column")}
+    else:
+        names = ["split_attention_train", "update_running_statistics", "split_attention_backward"]
+        # Several tiles a sample, so that there are partial sums to add up.
+        case = Case(2, 64, 56, 56, 2, 1, 32, norm="batch", prologue="batch")
+        cases = {"contiguous": replace(case, layout="channels_last", dout_layout="channels_last")}
+    for form, case in cases.items():
         for name in names:
             function = latest(getattr(ops, name))
             counts, seen = [], []
@@ -133,4 +133,4 @@ def calls() -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(loads() if sys.argv[1] == "loads" else [*calls()]))
+    print(json.dumps(loads() if sys.argv[1] == "loads" else [*calls(sys.argv[1])]))

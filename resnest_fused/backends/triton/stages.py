@@ -37,9 +37,12 @@ def take(counters):
 @triton.jit
 def wait_for(counters, STAGE: tl.constexpr, items):
     """Wait until the stage's items are done; then all that they stored can be loaded."""
-    while tl.atomic_add(counters + 1 + STAGE, 0, sem="relaxed") < items:
+    done = counters + 1 + STAGE
+    # To acquire empties the multiprocessor's L1, also for its other programs: once is enough.
+    while tl.atomic_add(done, 0, sem="relaxed") < items:
         pass
-    tl.atomic_add(counters + 1 + STAGE, 0, sem="acquire")
+    while tl.atomic_add(done, 0, sem="acquire") < items:
+        pass
     tl.debug_barrier()
 
 
