@@ -22,7 +22,7 @@ from resnest_fused.backends.triton.prologue import (
 )
 from resnest_fused.backends.triton.stages import make_counters, open_stages
 
-# With a prologue the sums are S1 to S4 of prologue_backward_kernel, in this order.
+# With a prologue the sums are S1 to S4 of finish_prologue_backward, in this order.
 PROLOGUE_SUMS = 4
 
 
