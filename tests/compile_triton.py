@@ -88,7 +88,8 @@ def compile_all(target: GPUTarget, one_in: int) -> Counter[str]:
     launch.run = compile_only
     for case in CASES[::one_in]:
         call = draw_any(case)
-        for name in ("split_attention", "split_attention_train", "split_attention_backward"):
+        whole = ("split_attention", "split_attention_train", "split_attention_backward")
+        for name in (*whole, "pool", "pool_backward"):
             run(name, test_op.ARGUMENTS[name](call))
         if case.has_bn0:
             run("prologue_backward", test_op.ARGUMENTS["prologue_backward"](call))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import cases
+import numpy as np
 import pytest
 import test_op
 import torch
@@ -47,16 +50,25 @@ from test_op import (  # noqa: F401
     test_what_is_saved,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from triton import language as tl
 from triton.runtime import interpreter
 
 import resnest_fused as rf
-from resnest_fused.backends.triton import launch, pool
+from resnest_fused.backends.triton import launch, pool, replay
 from resnest_fused.backends.triton.compat import INTERPRETED
 from resnest_fused.backends.triton.problem import Map, make_map
 from resnest_fused.ops import NO_NORM, MapArguments
 
 pytestmark = pytest.mark.one_in(7)
+
+
+def _sum_in_pairs(reduce: Any, values: Any) -> Any:
+    """As a GPU adds; NumPy does along the last axis only, along others one after the other."""
+    last = np.ascontiguousarray(np.moveaxis(values.handle.data, reduce.axis, -1))
+    total = last.sum(-1)
+    shape = np.expand_dims(total, reduce.axis) if reduce.keep_dims else total
+    return reduce.to_tensor(shape, values.dtype)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,6 +84,7 @@ def quick_interpreter() -> Iterator[None]:
         monkeypatch.setattr(interpreter, "_patch_lang", lambda function: nothing)
         # NumPy 2.4 refuses what Triton 3.6 puts there.
         monkeypatch.setattr(tl.tensor, "__index__", lambda number: number.handle.data.item())
+        monkeypatch.setattr(interpreter.ReduceOps, "sum", _sum_in_pairs)
         yield
     for scope in reversed(scopes):
         scope.restore()
@@ -90,11 +103,14 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several programs and tiles where one would do."""
     monkeypatch.setattr(launch, "ELEMENTS", dict.fromkeys(launch.ELEMENTS, 128))
     monkeypatch.setattr(launch, "LEAST_ELEMENTS", 128)
+    monkeypatch.setattr(launch, "SLAB_ELEMENTS", 128)
+    monkeypatch.setattr(launch, "STEPS", 2)
     monkeypatch.setattr(launch, "NCHW_PIXELS", 16)
     monkeypatch.setattr(launch, "CHANNEL_BYTES", 32)
     monkeypatch.setattr(launch, "PROGRAMS", 12)
-    monkeypatch.setattr(launch, "FLAT_BLOCK", 32)
     monkeypatch.setattr(launch, "RUNNING_BLOCK", 32)
+    monkeypatch.setattr(launch, "PARTIALS", 64)
+    monkeypatch.setattr(launch, "PARTIAL_TILES", 4)
     monkeypatch.setattr(launch, "COLUMNS", launch.ColumnBlock(4, 16, 1))
     monkeypatch.setattr(launch, "PRODUCT", launch.ProductBlock(16, 16, 16, 1, 1))
 
@@ -246,6 +262,85 @@ def test_exported(tmp_path: Path) -> None:
     program = torch.export.load(tmp_path / "module.pt2")
     assert "resnest_fused_triton.split_attention" in str(program.graph)
     torch.testing.assert_close(program.module()(x), module(x))
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_launches_are_few(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three in evaluation, nine in a step, of which one updates the running statistics."""
+    names: list[str] = []
+
+    def count(kernel: Any, programs: int, arguments: Any, **options: Any) -> None:
+        names.extend([kernel.__name__] * (programs > 0))
+
+    monkeypatch.setattr(launch, "run", count)
+    case = Case(2, 64, 56, 56, 2, 1, 32, layout=layout, norm="running", prologue="running")
+    draw_any(case).forward()
+    assert names == ["pool_kernel", "attention_kernel", "recombine_kernel"]
+    names.clear()
+    draw_any(dataclasses.replace(case, norm="batch", prologue="batch")).gradients()
+    assert len(names) == len({*names}) == 9
+
+
+@pytest.fixture
+def replayed(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Any, Any]]:
+    """Calls are replayed as on a GPU, by launches in the interpreter; the recordings."""
+
+    def run(kernel: Any, programs: int, arguments: tuple[Any, ...], **options: Any) -> None:
+        if programs > 0:
+            constants = [options[name] for name in kernel.arg_names[len(arguments) :]]
+            compiled = kernel[(programs,)]
+            with _disable_current_modes():  # the interpreter copies tensors
+                compiled(*arguments, *constants)
+            if replay.recording():
+                replay.launched(compiled, (*arguments, *constants))
+
+    monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr(replay, "INTERPRETED", False)
+    monkeypatch.setattr(replay, "_recordings", {})
+    yield replay._recordings
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize(("prologue", "norm"), FORMS)
+def test_replayed_calls(prologue: str, norm: str, layout: str, replayed: dict[Any, Any]) -> None:
+    """They compute what a call that takes the long way does, from their own arguments."""
+    case = Case(3, 12, 5, 7, 2, 2, 10, layout=layout, norm=norm, prologue=prologue)
+    case = dataclasses.replace(case, dout_layout=layout)
+    _everything(draw_any(case))
+    kinds = len(replayed)
+    assert kinds > 1 and None not in replayed.values()
+    call = draw_any(case)
+    results = _everything(call)
+    assert len(replayed) == kinds
+    replayed.clear()
+    for one, other in zip(results, _everything(call), strict=True):
+        assert torch.equal(one, other) and one.stride() == other.stride()
+
+
+@pytest.mark.cpu
+def test_what_is_not_replayed(replayed: dict[Any, Any]) -> None:
+    """Calls that copy a map, and those with one tensor in two places."""
+    case = Case(3, 12, 5, 7, 2, 2, 10, layout="transposed", norm="running")
+    draw_any(case).forward()
+    assert [*replayed.values()] == [None]
+    call = draw_any(dataclasses.replace(case, layout="nchw", inter=10))
+    call.params["bn1_bias"] = call.params["bn1_weight"]
+    call.forward()
+    assert [*replayed.values()] == [None, None]
+
+
+@pytest.mark.cpu
+def test_numbers_and_alignment_are_of_the_kind_of_a_call(replayed: dict[Any, Any]) -> None:
+    x = torch.randn(3, 4, 4, 4)
+    for a in (x, x[1:], x[:, :, :, :2].contiguous(), x.to(torch.bfloat16)):
+        test_op.ops.pool(a, False, 1, None, None, None, None, 0.0, False)
+        test_op.ops.pool(a, True, 1, None, None, None, None, 0.0, False)
+    assert len(replayed) == 8
+    # At another address, of which a part of 16 bytes differs.
+    flat = torch.randn(x.numel() + 1)
+    test_op.ops.pool(flat[1:].view_as(x), False, 1, None, None, None, None, 0.0, False)
+    assert [*replayed.values()][8:] == [None]
 
 
 @pytest.fixture

@@ -119,10 +119,11 @@ def _implement(name: str) -> Callable[..., Any]:
         if reason is not None:
             raise RuntimeError(f"{NAMESPACE}::{name} cannot run: {reason}")
         function = getattr(importlib.import_module(f"{_FOLDER}.ops"), name)
+        replay = importlib.import_module(f"{_FOLDER}.replay")
         # Triton launches on the current device.
         guard = torch.accelerator.device_index(first.device.index)
         with contextlib.nullcontext() if first.is_cpu else guard:
-            return latest(function)(first, *args)
+            return replay.call(name, latest(function), (first, *args))
 
     return run
 

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resnest_fused.backends.triton import replay
 from resnest_fused.backends.triton.compat import VERSION, autotunes, cache_folder
 from resnest_fused.backends.triton.problem import Map
 
@@ -32,19 +33,37 @@ Result = TypeVar("Result")
 ELEMENTS = {
     "statistics": 4096,
     "pool": 4096,
-    "pool_backward": 2048,
+    "pool_backward": 1024,
     "recombine": 4096,
     "recombine_backward": 2048,
 }
+# The pool's backward goes through this many blocks of pixels before its threads join their sums.
+STEPS = 8
 # The sizes that tuning tries.
 CANDIDATES = (1024, 2048, 4096, 8192)
 # In channels_last this many bytes of neighbouring channels fill whole memory transactions.
 CHANNEL_BYTES = 128
 NCHW_PIXELS = 1024
+# Numbers of pixels for which programs of NCHW take slabs (map.py), and a slab's elements.
+SLAB_PIXELS = (2, 256)
+SLAB_ELEMENTS = 1024
 # With narrow vectors a program takes fewer elements, but still a few for each thread.
 LEAST_ELEMENTS = 512
 # With fewer programs, some processors of a GPU would have none.
 PROGRAMS = 1024
+
+
+# Triton has functions like these two, but slow ones: kernels may call theirs too.
+
+
+def parts(size: int, part: int) -> int:
+    """How many parts of this size, of which the last may be smaller."""
+    return -(-size // part)
+
+
+def power_of_2(number: int) -> int:
+    """The least power of two that is not less than this positive number."""
+    return 1 << (number - 1).bit_length()
 
 
 class MapBlock(NamedTuple):
@@ -54,9 +73,9 @@ class MapBlock(NamedTuple):
     pixels: int
     num_warps: int
 
-    def tiles(self, channels: int, pixels: int) -> tuple[int, int]:
-        """The numbers of channel blocks and of pixel tiles."""
-        return triton.cdiv(channels, self.channels), triton.cdiv(pixels, self.pixels)
+    def tiles(self, channels: int, pixels: int, steps: int = 1) -> tuple[int, int]:
+        """The numbers of channel blocks and of tiles of ``steps`` times the block's pixels."""
+        return parts(channels, self.channels), parts(pixels, steps * self.pixels)
 
     def options(self) -> dict[str, int]:
         return {"BLOCK_C": self.channels, "BLOCK_P": self.pixels, "num_warps": self.num_warps}
@@ -69,12 +88,20 @@ class ColumnBlock(NamedTuple):
     features: int
     num_warps: int
 
+    def blocks(self, features: int) -> int:
+        """Programs, or items, for so many features."""
+        return parts(features, self.features)
+
+    def constants(self) -> dict[str, int]:
+        """For a kernel that has its number of warps from elsewhere."""
+        return {"BLOCK_ROWS": self.rows, "BLOCK_F": self.features}
+
+    def of_partials(self) -> dict[str, int]:
+        """The same for a kernel with sums over other rows, too."""
+        return {"BLOCK_TILES": self.rows, "BLOCK_PAIRS": self.features}
+
     def options(self) -> dict[str, int]:
-        return {
-            "BLOCK_ROWS": self.rows,
-            "BLOCK_F": self.features,
-            "num_warps": self.num_warps,
-        }
+        return {**self.constants(), "num_warps": self.num_warps}
 
 
 class ProductBlock(NamedTuple):
@@ -88,7 +115,7 @@ class ProductBlock(NamedTuple):
 
     def tiles(self, rows: int, columns: int) -> int:
         """Tiles of a result of this size."""
-        return triton.cdiv(rows, self.m) * triton.cdiv(columns, self.n)
+        return parts(rows, self.m) * parts(columns, self.n)
 
     def options(self) -> dict[str, int]:
         return {
@@ -100,10 +127,10 @@ class ProductBlock(NamedTuple):
         }
 
 
-COLUMNS = ColumnBlock(rows=32, features=32, num_warps=4)
+COLUMNS = ColumnBlock(rows=64, features=32, num_warps=4)
+# Partial sums that a program adds up at once: as many tiles as there are, up to the second number.
+PARTIALS, PARTIAL_TILES, PARTIAL_COLUMNS = 4096, 128, 1024
 PRODUCT = ProductBlock(m=16, n=64, depth=32, num_warps=4, num_stages=3)
-# Elements per program of small flat arrays.
-FLAT_BLOCK = 256
 # Features that the one program of the running statistics takes at a time.
 RUNNING_BLOCK = 1024
 
@@ -113,24 +140,47 @@ def acc(x: Tensor) -> tl.dtype:
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
+def slab(m: Map) -> int:
+    """SLAB of map.py: the pixels of a channel if programs take whole rows as one piece, else 0."""
+    itemsize = m.x.element_size()
+    narrow = not m.nhwc and m.pixels * itemsize % 16 != 0
+    whole = m.channels * m.pixels * itemsize % 16 == 0
+    return m.pixels if narrow and whole and SLAB_PIXELS[0] <= m.pixels <= SLAB_PIXELS[1] else 0
+
+
 def alignment(m: Map) -> int:
-    """The largest power of two, up to 16, that divides the length of a row of x and of out."""
-    return math.gcd(m.channels if m.nhwc else m.pixels, 16)
+    """The largest power of two, up to 16, that divides what decides how wide a map's loads are:
+
+    the length of a row of x and of out, or with slabs the number of channels.
+    """
+    return math.gcd(m.channels if m.nhwc or slab(m) else m.pixels, 16)
 
 
 def map_block(m: Map, elements: int) -> MapBlock:
     """A block of about this many elements, contiguous in memory as far as possible."""
     itemsize = m.x.element_size()
+    if slab(m):
+        block_p = power_of_2(m.pixels)
+        # The next slab begins at a multiple of 16 bytes, too.
+        least = 16 // math.gcd(m.pixels * itemsize, 16)
+        block_c = max(min(power_of_2(m.channels), SLAB_ELEMENTS // block_p), least)
+        return MapBlock(block_c, block_p, 4)
     if alignment(m) * itemsize < 16:
         # A thread loads more, narrower vectors, and then needs more channels' coefficients.
         elements = max(elements * alignment(m) * itemsize // 16, LEAST_ELEMENTS)
     if m.nhwc:
-        block_c = min(triton.next_power_of_2(m.channels), CHANNEL_BYTES // itemsize)
-        block_p = min(triton.next_power_of_2(m.pixels), max(elements // block_c, 1))
+        block_c = min(power_of_2(m.channels), CHANNEL_BYTES // itemsize)
+        block_p = min(power_of_2(m.pixels), max(elements // block_c, 1))
     else:
-        block_p = min(triton.next_power_of_2(m.pixels), NCHW_PIXELS, elements)
-        block_c = min(triton.next_power_of_2(m.channels), elements // block_p)
+        block_p = min(power_of_2(m.pixels), NCHW_PIXELS, elements)
+        block_c = min(power_of_2(m.channels), elements // block_p)
     return MapBlock(block_c, block_p, 8 if elements > 4096 else 4)
+
+
+def partial_block(tiles: int) -> ColumnBlock:
+    """For sums over the tiles of a sample."""
+    rows = min(power_of_2(tiles), PARTIAL_TILES)
+    return ColumnBlock(rows, min(PARTIALS // rows, PARTIAL_COLUMNS), COLUMNS.num_warps)
 
 
 def map_options(m: Map, block: MapBlock) -> dict[str, Any]:
@@ -141,6 +191,7 @@ def map_options(m: Map, block: MapBlock) -> dict[str, Any]:
         "RADIX": m.radix,
         "NHWC": m.nhwc,
         "ALIGN": alignment(m),
+        "SLAB": slab(m),
         "ACC": acc(m.x),
         **block.options(),
     }
@@ -148,15 +199,18 @@ def map_options(m: Map, block: MapBlock) -> dict[str, Any]:
 
 def samples_per_program(batch: int, programs: int) -> int:
     """How many samples a program takes, if one sample is the work of ``programs`` programs."""
-    chunks = min(max(batch, 1), triton.cdiv(PROGRAMS, programs))
-    return max(triton.cdiv(batch, chunks), 1)
+    chunks = min(max(batch, 1), parts(PROGRAMS, programs))
+    return max(parts(batch, chunks), 1)
 
 
 def run(kernel: Any, programs: int, arguments: tuple[Any, ...], **options: Any) -> None:
     """Launch this many programs, if any; ``options`` are more arguments and the launch's own."""
     if programs > 0:
         # No contraction: it would differ between kernels. They call tl.fma where they mean it.
-        kernel[(programs,)](*arguments, **options, enable_fp_fusion=False)
+        compiled = kernel[(programs,)](*arguments, **options, enable_fp_fusion=False)
+        if replay.recording():
+            constants = [options[name] for name in kernel.arg_names[len(arguments) :]]
+            replay.launched(compiled[(programs, 1, 1)], (*arguments, *constants))
 
 
 def best(phase: str, m: Map, call: Callable[[MapBlock], Result]) -> Result:
@@ -167,6 +221,7 @@ def best(phase: str, m: Map, call: Callable[[MapBlock], Result]) -> Result:
     key = _key(phase, m)
     chosen = _tuned().get(key)
     if chosen is None:
+        replay.not_settled()
         if m.batch == 0 or _is_capturing(m.x):
             return call(map_block(m, ELEMENTS[phase]))
         chosen = min(CANDIDATES, key=lambda n: _time(lambda: call(map_block(m, n))))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from resnest_fused import ops
 from resnest_fused.backends.triton import attention as attention_phase
+from resnest_fused.backends.triton import attention_backward as attention_backward_phase
 from resnest_fused.backends.triton import pool as pool_phase
 from resnest_fused.backends.triton import prologue as prologue_phase
 from resnest_fused.backends.triton import recombine as recombine_phase
@@ -44,8 +45,8 @@ def split_attention(
     check_no_batch_stats("bn1", bn1)
     m = make_phase_map(map, bn0)
     mlp = take_mlp(m, fcs, bn1)
-    gap = pool_phase.pool(m)
-    attention = attention_phase.attention(m, gap, mlp, hidden=None, statistics=None)
+    pooled = pool_phase.start_pool(m)
+    attention = attention_phase.attention(m, pooled, mlp, hidden=None, statistics=None)
     return recombine_phase.recombine(m, attention)
 
 
@@ -60,12 +61,12 @@ def split_attention_train(
         m = m.with_statistics(*statistics0)
     inter = fcs.inter if bn1.batch_stats else 0
     statistics1 = m.empty(inter), m.empty(inter)
-    gap, hidden = pool_phase.pool(m), m.empty(m.batch, fcs.inter)
+    pooled, hidden = pool_phase.start_pool(m), m.empty(m.batch, fcs.inter)
     attention = attention_phase.attention(
-        m, gap, mlp, hidden, statistics1 if bn1.batch_stats else None
+        m, pooled, mlp, hidden, statistics1 if bn1.batch_stats else None
     )
     out = recombine_phase.recombine(m, attention)
-    return TrainResults(out, gap, hidden, attention, *statistics0, *statistics1)
+    return TrainResults(out, pooled.gap, hidden, attention, *statistics0, *statistics1)
 
 
 def split_attention_backward(
@@ -91,32 +92,28 @@ def split_attention_backward(
     # The fake kernel makes empty tensors of the right shapes, here for all but dx.
     grads = ops.split_attention_backward(dout, map, bn0, fcs, bn1, saved, [False, *needed[1:]])
     wanted = GradientResults._make(grad if grad.numel() > 0 else None for grad in grads)
-    dlogits = m.empty(m.batch, fcs.cardinality, m.radix, m.channels // fcs.cardinality)
-    dgap = m.empty(m.batch, m.channels)
-    _, sums = pool_phase.pool_backward(m, dout, attention, dlogits)
-    attention_phase.attention_backward(
+    means = None
+    if needed[0] and bn0.batch_stats:
+        means = m.empty(m.features), m.empty(m.features)
+    dgap = attention_backward_phase.attention_backward(
         m,
+        pool_phase.start_pool_backward(m, dout),
         mlp,
         gap,
         hidden,
-        dlogits,
-        attention_phase.Gradients(
+        attention,
+        attention_backward_phase.Gradients(
             wanted.dfc1_weight,
             wanted.dfc1_bias,
             wanted.dfc2_weight,
             wanted.dfc2_bias,
             wanted.dbn1_weight,
             wanted.dbn1_bias,
-            dgap,
+            wanted.dbn0_weight,
+            wanted.dbn0_bias,
+            means,
         ),
     )
-    means = None
-    if needed[0] and bn0.batch_stats:
-        means = m.empty(m.features), m.empty(m.features)
-    if sums is not None and (needed[1] or needed[2] or means):
-        prologue_phase.prologue_backward(
-            sums, attention, dgap, m.pixels, wanted.dbn0_weight, wanted.dbn0_bias, means
-        )
     if needed[0]:
         dx = recombine_phase.recombine_backward(m, dout, attention, dgap, means)
         grads = grads._replace(dx=dx)
@@ -140,7 +137,7 @@ def recombine(map: MapArguments, bn0: NormArguments, attention: Tensor) -> Tenso
 
 def pool_backward(dout: Tensor, map: MapArguments, bn0: NormArguments) -> PoolBackwardResults:
     m = make_phase_map(map, bn0)
-    dattention, sums = pool_phase.pool_backward(m, take_dout(m, dout), None, None)
+    dattention, sums = pool_phase.pool_backward(m, take_dout(m, dout))
     return PoolBackwardResults(dattention, m.empty(0) if sums is None else sums)
 
 
@@ -156,9 +153,7 @@ def prologue_backward(
     sums = take_sums("sums", sums, tuple(sums.shape), sums)
     attention = take_sums("attention", attention, (batch, radix, channels), sums)
     dgap = take_sums("dgap", dgap, (batch, channels), sums)
-    dweight, dbias = sums.new_empty(radix * channels), sums.new_empty(radix * channels)
-    prologue_phase.prologue_backward(sums, attention, dgap, pixels, dweight, dbias, None)
-    return PrologueBackwardResults(dweight, dbias)
+    return PrologueBackwardResults(*prologue_phase.prologue_backward(sums, attention, dgap, pixels))
 
 
 def recombine_backward(

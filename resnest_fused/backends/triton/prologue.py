@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnest_fused.backends.triton import launch
-from resnest_fused.backends.triton.map import aligned, at, locate
+from resnest_fused.backends.triton.map import aligned, inside, load_tile, locate, spread
 from resnest_fused.backends.triton.problem import Map
 
 
@@ -32,6 +32,21 @@ def norm_at(weight, bias, mean, var, f, inside, EPS: tl.constexpr, ACC: tl.const
     beta = tl.zeros(f.shape, ACC)
     if bias is not None:
         beta = tl.load(bias + f, mask=inside, other=0).to(ACC)
+    return gamma, beta, center, invstd
+
+
+@triton.jit
+def norm_of_tile(
+    weight, bias, mean, var, f, inside, EPS: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr
+):
+    """`norm_at` for the channels of a tile."""
+    gamma, beta, center, invstd = norm_at(weight, bias, mean, var, f, inside, EPS, ACC)
+    if mean is not None:
+        center, invstd = spread(center, BLOCK_C), spread(invstd, BLOCK_C)
+    if weight is not None:
+        gamma = spread(gamma, BLOCK_C)
+    if bias is not None:
+        beta = spread(beta, BLOCK_C)
     return gamma, beta, center, invstd
 
 
@@ -66,8 +81,8 @@ def batch_norm(x, gamma, beta, center, invstd):
 
 @triton.jit
 def preactivation(x, gamma, beta, center, invstd):
-    """bn0 of a tile of x (channels, pixels); gamma to invstd have one value per channel."""
-    return batch_norm(x, gamma[:, None], beta[:, None], center[:, None], invstd[:, None])
+    """bn0 of a tile of x (pixels, channels); gamma to invstd have one value per channel."""
+    return batch_norm(x, gamma[None, :], beta[None, :], center[None, :], invstd[None, :])
 
 
 # --- statistics
@@ -84,6 +99,7 @@ def statistics_kernel(
     chunk_samples,
     NHWC: tl.constexpr,
     ALIGN: tl.constexpr,
+    SLAB: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     ACC: tl.constexpr,
@@ -94,24 +110,28 @@ def statistics_kernel(
     to those before. All are taken of distances from the first element, so that no sum cancels.
     Reads R units.
     """
-    features, pixels = aligned(features, pixels, NHWC, ALIGN)
-    chunk, tile, f, p = locate(tl.program_id(0), features, pixels, BLOCK_C, BLOCK_P)
-    inside = (f < features)[:, None] & (p < pixels)[None, :]
-    first = chunk * chunk_samples
-    last = tl.minimum(first + chunk_samples, batch)
+    features, pixels = aligned(features, pixels, NHWC, ALIGN, SLAB)
+    chunk, first, tile = locate(tl.program_id(0), features, pixels, BLOCK_C, BLOCK_P)
+    f = first + tl.arange(0, BLOCK_C)
+    within = inside(first, tile, features, pixels, BLOCK_C, BLOCK_P)
+    start = chunk * chunk_samples
+    stop = tl.minimum(start + chunk_samples, batch)
     here = tl.minimum(pixels - tile * BLOCK_P, BLOCK_P).to(ACC)  # pixels of each sample
 
-    corner = at(first, f, tile * BLOCK_P + tl.arange(0, 1), features, pixels, NHWC)
-    origin = tl.sum(tl.load(x + corner, mask=(f < features)[:, None], other=0).to(ACC), 1)
+    corner = load_tile(x, start, 0, first, tile * BLOCK_P, 1, features, pixels, NHWC, 0, BLOCK_C, 1)
+    origin = tl.sum(corner.to(ACC), 0)
     mean = tl.zeros((BLOCK_C,), ACC)
     squares = tl.zeros((BLOCK_C,), ACC)
-    for sample in range(first, last):
-        values = tl.load(x + at(sample, f, p, features, pixels, NHWC), mask=inside, other=0)
-        apart = tl.where(inside, values.to(ACC) - origin[:, None], 0)
-        own_mean = tl.sum(apart, 1) / here
-        apart = tl.where(inside, apart - own_mean[:, None], 0)
-        own_squares = tl.sum(apart * apart, 1)
-        before = (sample - first).to(ACC)  # the number of samples before this one
+    # Two samples are on their way while one is added up.
+    for sample in tl.range(start, stop, num_stages=3):
+        values = load_tile(
+            x, sample, 0, first, tile, 1, features, pixels, NHWC, SLAB, BLOCK_C, BLOCK_P
+        )
+        apart = tl.where(within, values.to(ACC) - origin[None, :], 0)
+        own_mean = tl.sum(apart, 0) / here
+        apart = tl.where(within, apart - own_mean[None, :], 0)
+        own_squares = tl.sum(apart * apart, 0)
+        before = (sample - start).to(ACC)  # the number of samples before this one
         share = 1 / (before + 1)
         delta = own_mean - mean
         mean += delta * share
@@ -183,7 +203,7 @@ def batch_statistics(m: Map) -> tuple[Tensor, Tensor]:
     def run(block: launch.MapBlock) -> tuple[Tensor, Tensor]:
         blocks, tiles = block.tiles(m.features, m.pixels)
         chunk = launch.samples_per_program(m.batch, blocks * tiles)
-        rows = triton.cdiv(m.batch, chunk) * tiles
+        rows = launch.parts(m.batch, chunk) * tiles
         partial_mean, partial_squares = m.empty(rows, m.features), m.empty(rows, m.features)
         acc = launch.acc(m.x)
         launch.run(
@@ -192,13 +212,14 @@ def batch_statistics(m: Map) -> tuple[Tensor, Tensor]:
             (m.x, partial_mean, partial_squares, m.batch, m.features, m.pixels, chunk),
             NHWC=m.nhwc,
             ALIGN=launch.alignment(m),
+            SLAB=launch.slab(m),
             ACC=acc,
             **block.options(),
         )
         columns = launch.COLUMNS
         launch.run(
             combine_kernel,
-            triton.cdiv(m.features, columns.features),
+            columns.blocks(m.features),
             (partial_mean, partial_squares, mean, var),
             batch=m.batch,
             features=m.features,
@@ -218,8 +239,9 @@ def batch_statistics(m: Map) -> tuple[Tensor, Tensor]:
 # --- gradients
 
 
-@triton.jit(do_not_specialize=["batch", "pixels"])
-def prologue_backward_kernel(
+@triton.jit
+def finish_prologue_backward(
+    item,
     sums,  # (B, 4, R, C)
     attention,  # (B, R, C)
     dgap,  # (B, C)
@@ -239,9 +261,11 @@ def prologue_backward_kernel(
 
     With m = [bn0(x) > 0] and S1 to S4 the sums over pixels of m dout, m, m dout xhat and m xhat:
     dbeta = sum_b (a S1 + dgap/HW S2), dgamma = sum_b (a S3 + dgap/HW S4).
+
+    Items: blocks of features.
     """
     features = RADIX * channels
-    f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    f = item * BLOCK_F + tl.arange(0, BLOCK_F)
     of_weight = tl.zeros((BLOCK_ROWS, BLOCK_F), ACC)
     of_bias = tl.zeros((BLOCK_ROWS, BLOCK_F), ACC)
     for first in range(0, batch, BLOCK_ROWS):
@@ -270,23 +294,54 @@ def prologue_backward_kernel(
         tl.store(mean_dz_xhat + f, weight_sum / elements, mask=f < features)
 
 
+@triton.jit(do_not_specialize=["batch", "pixels"])
+def prologue_backward_kernel(
+    sums,
+    attention,
+    dgap,
+    dweight,
+    dbias,
+    batch,
+    channels,
+    pixels,
+    RADIX: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """`finish_prologue_backward` alone, without the means. Grid: its items."""
+    finish_prologue_backward(
+        tl.program_id(0),
+        sums,
+        attention,
+        dgap,
+        dweight,
+        dbias,
+        None,
+        None,
+        batch,
+        channels,
+        pixels,
+        RADIX,
+        BLOCK_ROWS,
+        BLOCK_F,
+        ACC,
+    )
+
+
 def prologue_backward(
-    sums: Tensor,
-    attention: Tensor,
-    dgap: Tensor,
-    pixels: int,
-    dweight: Tensor | None,
-    dbias: Tensor | None,
-    means: tuple[Tensor, Tensor] | None,
-) -> None:
-    """Write bn0's gradients to ``dweight`` and ``dbias``, their means to ``means``, if given."""
+    sums: Tensor, attention: Tensor, dgap: Tensor, pixels: int
+) -> tuple[Tensor, Tensor]:
+    """bn0's gradients (R*C)."""
     batch, radix, channels = attention.shape
+    dweight, dbias = sums.new_empty(radix * channels), sums.new_empty(radix * channels)
     columns = launch.COLUMNS
     launch.run(
         prologue_backward_kernel,
-        triton.cdiv(radix * channels, columns.features),
-        (sums, attention, dgap, dweight, dbias, *(means or (None, None)), batch, channels, pixels),
+        columns.blocks(radix * channels),
+        (sums, attention, dgap, dweight, dbias, batch, channels, pixels),
         RADIX=radix,
         ACC=launch.acc(attention),
         **columns.options(),
     )
+    return dweight, dbias

@@ -7,9 +7,9 @@ import triton.language as tl
 from torch import Tensor
 
 from resnest_fused.backends.triton import launch
-from resnest_fused.backends.triton.map import aligned, at, locate
+from resnest_fused.backends.triton.map import aligned, load_tile, locate, spread, store_tile
 from resnest_fused.backends.triton.problem import Map
-from resnest_fused.backends.triton.prologue import norm_at, preactivation, relu, relu_backward
+from resnest_fused.backends.triton.prologue import norm_of_tile, preactivation, relu, relu_backward
 from resnest_fused.ops import empty_map
 
 
@@ -29,6 +29,7 @@ def recombine_kernel(
     RADIX: tl.constexpr,
     NHWC: tl.constexpr,
     ALIGN: tl.constexpr,
+    SLAB: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     ACC: tl.constexpr,
@@ -38,26 +39,26 @@ def recombine_kernel(
     Grid: tiles of the map in reverse, because the last tiles that the pool read may still be in L2.
     Reads R units, writes 1.
     """
-    channels, pixels = aligned(channels, pixels, NHWC, ALIGN)
+    channels, pixels = aligned(channels, pixels, NHWC, ALIGN, SLAB)
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    sample, _, c, p = locate(program, channels, pixels, BLOCK_C, BLOCK_P)
-    inside = (c < channels)[:, None] & (p < pixels)[None, :]
+    sample, first, tile = locate(program, channels, pixels, BLOCK_C, BLOCK_P)
+    c = first + tl.arange(0, BLOCK_C)
     features = RADIX * channels
-    total = tl.zeros((BLOCK_C, BLOCK_P), ACC)
+    total = tl.zeros((BLOCK_P, BLOCK_C), ACC)
     for r in tl.static_range(RADIX):
         f = r * channels + c
-        z = tl.load(x + at(sample, f, p, features, pixels, NHWC), mask=inside, other=0).to(ACC)
+        z = load_tile(
+            x, sample, r, first, tile, RADIX, channels, pixels, NHWC, SLAB, BLOCK_C, BLOCK_P
+        ).to(ACC)
         if RELU:
-            gamma, beta, center, invstd = norm_at(
-                bn0_weight, bn0_bias, bn0_mean, bn0_var, f, c < channels, EPS, ACC
+            gamma, beta, center, invstd = norm_of_tile(
+                bn0_weight, bn0_bias, bn0_mean, bn0_var, f, c < channels, EPS, BLOCK_C, ACC
             )
             z = relu(preactivation(z, gamma, beta, center, invstd))
-        a = tl.load(attention + sample * features + f, mask=c < channels, other=0)
-        total = tl.fma(tl.broadcast_to(a[:, None], total.shape), z, total)
-    tl.store(
-        out + at(sample, c, p, channels, pixels, NHWC),
-        total.to(out.dtype.element_ty),
-        mask=inside,
+        a = spread(tl.load(attention + sample * features + f, mask=c < channels, other=0), BLOCK_C)
+        total = tl.fma(tl.broadcast_to(a[None, :], total.shape), z, total)
+    store_tile(
+        out, total, sample, 0, first, tile, 1, channels, pixels, NHWC, SLAB, BLOCK_C, BLOCK_P
     )
 
 
@@ -98,6 +99,7 @@ def recombine_backward_kernel(
     RADIX: tl.constexpr,
     NHWC: tl.constexpr,
     ALIGN: tl.constexpr,
+    SLAB: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     ACC: tl.constexpr,
@@ -108,33 +110,40 @@ def recombine_backward_kernel(
                                                                    with batch statistics
     Grid: as in the forward. Reads 1 unit, with a prologue R more, and writes R.
     """
-    channels, pixels = aligned(channels, pixels, NHWC, ALIGN)
+    channels, pixels = aligned(channels, pixels, NHWC, ALIGN, SLAB)
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    sample, _, c, p = locate(program, channels, pixels, BLOCK_C, BLOCK_P)
-    inside = (c < channels)[:, None] & (p < pixels)[None, :]
+    sample, first, tile = locate(program, channels, pixels, BLOCK_C, BLOCK_P)
+    c = first + tl.arange(0, BLOCK_C)
     features = RADIX * channels
-    g = tl.load(dout + at(sample, c, p, channels, pixels, NHWC), mask=inside, other=0).to(ACC)
-    per_pixel = tl.load(dgap + sample * channels + c, mask=c < channels, other=0) / pixels
+    g = load_tile(
+        dout, sample, 0, first, tile, 1, channels, pixels, NHWC, SLAB, BLOCK_C, BLOCK_P
+    ).to(ACC)
+    of_gap = tl.load(dgap + sample * channels + c, mask=c < channels, other=0)
+    per_pixel = spread(of_gap / pixels, BLOCK_C)
     for r in tl.static_range(RADIX):
         f = r * channels + c
-        to = at(sample, f, p, features, pixels, NHWC)
-        a = tl.load(attention + sample * features + f, mask=c < channels, other=0)
+        a = spread(tl.load(attention + sample * features + f, mask=c < channels, other=0), BLOCK_C)
         if RELU:
-            value = tl.load(x + to, mask=inside, other=0).to(ACC)
-            gamma, beta, center, invstd = norm_at(
-                bn0_weight, bn0_bias, bn0_mean, bn0_var, f, c < channels, EPS, ACC
+            value = load_tile(
+                x, sample, r, first, tile, RADIX, channels, pixels, NHWC, SLAB, BLOCK_C, BLOCK_P
+            ).to(ACC)
+            gamma, beta, center, invstd = norm_of_tile(
+                bn0_weight, bn0_bias, bn0_mean, bn0_var, f, c < channels, EPS, BLOCK_C, ACC
             )
             n = preactivation(value, gamma, beta, center, invstd)
             scale = gamma * invstd
-            grad = relu_backward((a * scale)[:, None] * g + (per_pixel * scale)[:, None], n)
+            grad = relu_backward((a * scale)[None, :] * g + (per_pixel * scale)[None, :], n)
             if mean_dz is not None:
-                offset = scale * tl.load(mean_dz + f, mask=c < channels, other=0)
+                of_dz = tl.load(mean_dz + f, mask=c < channels, other=0)
                 of_xhat = tl.load(mean_dz_xhat + f, mask=c < channels, other=0)
-                slope = scale * invstd * of_xhat
-                grad -= offset[:, None] + (value - center[:, None]) * slope[:, None]
+                offset = scale * spread(of_dz, BLOCK_C)
+                slope = scale * invstd * spread(of_xhat, BLOCK_C)
+                grad -= offset[None, :] + (value - center[None, :]) * slope[None, :]
         else:
-            grad = a[:, None] * g + per_pixel[:, None]
-        tl.store(dx + to, grad.to(dx.dtype.element_ty), mask=inside)
+            grad = a[None, :] * g + per_pixel[None, :]
+        store_tile(
+            dx, grad, sample, r, first, tile, RADIX, channels, pixels, NHWC, SLAB, BLOCK_C, BLOCK_P
+        )
 
 
 def recombine_backward(
