@@ -523,7 +523,7 @@ def test_the_planner_takes_the_faster_way(gpu: str) -> None:
 @pytest.mark.long
 @pytest.mark.cpu
 def test_a_kernel_waits_for_the_launch_before_it_touches_memory() -> None:
-    """From sm_90 on blocks may start early. Once all have, they let the next launch's start, too."""
+    """From sm_90 on blocks may start early; once all have, those of the next launch may."""
     memory = ("LD.", "LDG", "ST.", "STG", "ATOM", "RED", "LDGSTS", "UBLKCP")
     assert len(compiled()) >= 15
     for kernel in compiled().values():
