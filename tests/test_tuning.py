@@ -71,7 +71,7 @@ def plans():
     call |= {"relu": True, "bn0": True}
     of_pass = {"eval": False, "train": True, "backward": True}
     of_stage = [(64, 3136), (512, 49)]
-    kinds = itertools.product(of_pass.items(), of_stage, (1, 256), (False, True), (1, 8))
+    kinds = itertools.product(of_pass.items(), of_stage, (1, 32, 256), (False, True), (1, 8))
     return [
         sys.modules["resnest_fused._C"].plan(
             {**gpu, "cluster_blocks": cluster},
