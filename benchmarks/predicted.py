@@ -94,7 +94,7 @@ class Judged(NamedTuple):
 def judge(gpu: Gpu, kernels: Kernels, results: Mapping[str, Any]) -> Iterator[Judged]:
     """What gpu.py measured of the cases here, each once.
 
-    There were no clusters yet, so it is held against the launches of a phase each.
+    There were no clusters yet, so beside it are the launches of a phase each.
     """
     without = replace(gpu, cluster_blocks=1)
     seen = set()
@@ -138,7 +138,7 @@ def _by_op(judged: Sequence[Judged]) -> list[str]:
             ratios = sorted(one.ratio for one in of_op)
             cells = (len(of_op), mean_ratio(of_op), ratios[0], ratios[-1])
             rows.append((op, cells[0], *(f"{cell:.2f}" for cell in cells[1:])))
-    return _table(("predicted over measured", "cases", "mean", "least", "most"), rows)
+    return _table(("predicted today over measured then", "cases", "mean", "least", "most"), rows)
 
 
 def _judged(judged: Sequence[Judged]) -> list[str]:
@@ -232,13 +232,12 @@ def page(
             "",
             f"Measured on {str(results['date'])[:10]} at commit {str(results['commit'])[:7]}, each",
             "op alone in a graph, with inputs that no cache holds. The prediction is for the code",
-            "of today: where it was changed since, they differ for that reason, too. What was",
-            "measured had launches for each step of phase 2, for sums over chunks and for bn0's",
-            "parameters, which are no longer there: of those only whole calls are compared.",
-            "It did not keep x on chip, either: what is predicted here does not. And in NCHW",
-            "it loaded x where it lies, not in slabs; so the ratios are of channels_last alone.",
+            "of today. By 2026-11-27 all of it was changed: launches became stages of one, and maps",
+            "come by way of shared memory. So this is what those changes are predicted to give, and",
+            "no test of the model; how well it fits the code that was measured is in NOTES.md. What",
+            "was measured did not keep x on chip: what is predicted here does not, either.",
             "",
-            *_by_op([one for one in judged if one.case.layout == "channels_last"]),
+            *_by_op(judged),
             *_judged(judged),
         ]
     lines += [
