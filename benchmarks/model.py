@@ -549,7 +549,7 @@ def _map_work(at: _Launch) -> Work:
         (loop,) = lines
         together = _asks(loop) // maps
         vector = tiling["vector"] * workload["element_size"]
-        stages = _C.plan_limits()["queue_bytes"] // (vector * maps * together)
+        stages = _C.plan_limits()["line_bytes"] // (vector * maps * together)
         ahead = stages * together
         waits = 1
         issued -= len(loop.body)

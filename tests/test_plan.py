@@ -295,7 +295,7 @@ def shared_bytes(name: str, call: Call, result: dict[str, Any]) -> int:
     if tiling["copies_at"] and name in MAPS:
         # Behind bn0's parameters, which are there at the same time; the sums come later.
         assert tiling["copies_at"] >= held
-        lines = tiling["copies_at"] + LIMITS["map_threads"] * LIMITS["queue_bytes"]
+        lines = tiling["copies_at"] + LIMITS["map_threads"] * LIMITS["line_bytes"]
     match name:
         case "statistics":
             return max(of_map(1), lines)

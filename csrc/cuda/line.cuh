@@ -39,7 +39,7 @@ struct Maps {
 
 // Where the lines of a block are.
 template <typename T>
-__device__ __forceinline__ T* queues(const Tiling& tiling) {
+__device__ __forceinline__ T* lines(const Tiling& tiling) {
   return reinterpret_cast<T*>(shared_memory() + tiling.copies_at);
 }
 
@@ -70,14 +70,14 @@ struct Line {
   __device__ __forceinline__ void end() const {}
 };
 
-// or in a line, in kQueueBytes of shared memory for each thread.
+// or in a line, in kLineBytes of shared memory for each thread.
 template <int kBatch, typename T, int kMaps, int kVector, bool kNhwc>
 struct Line<kBatch, true, T, kMaps, kVector, kNhwc> {
   // Places of neighbouring threads lie side by side.
   static constexpr int kApart = static_cast<int>(kMapThreads) * kVector;
   static constexpr int kStage = kMaps * kBatch * kApart;
-  static constexpr int kQueue = static_cast<int>(kMapThreads * kQueueBytes / sizeof(T));
-  static constexpr int kStages = kQueue / kStage;
+  static constexpr int kMemory = static_cast<int>(kMapThreads * kLineBytes / sizeof(T));
+  static constexpr int kStages = kMemory / kStage;
   static_assert(kStages >= 2);
 
   const Share<kVector, kNhwc>& share;

@@ -196,7 +196,7 @@ inline pybind11::dict plan_limits() {
                         arg("most_blocks") = kMostBlocks, arg("most_pixels") = kMostPixels,
                         arg("most_channels") = kMostChannels, arg("counters") = kCounters,
                         arg("on_chip_radix") = kOnChipRadix, arg("held_samples") = kHeldSamples,
-                        arg("queue_bytes") = kQueueBytes);
+                        arg("line_bytes") = kLineBytes);
 }
 
 // What the planner is tuned with, and which values it takes: (value, least, most) by name.

@@ -431,7 +431,7 @@ Launch late_launch_of(const Device& device, const Workload& w, const Plan& plan,
       planned.shared_bytes = t.copies_at + kBeforeSlabs + slabs_of(map) * t.slab * map.element_size;
       planned.shared_limit = slab_memory(device);
     } else if (t.copies_at > 0) {
-      planned.shared_bytes = std::max(bytes, t.copies_at + kMapThreads * kQueueBytes);
+      planned.shared_bytes = std::max(bytes, t.copies_at + kMapThreads * kLineBytes);
       planned.shared_limit = device.shared_per_block;
     }
     return planned;

@@ -45,7 +45,7 @@ struct PoolArgs {
 template <int kRadix, bool kPrologue, bool kInLine, typename T, bool kNhwc, int kVector,
           typename Take>
 __device__ __forceinline__ void pool_share(const Share<kVector, kNhwc>& share, const T* x,
-                                           int radix, T* queue,
+                                           int radix, T* memory,
                                            Acc<T> (&sums)[1][kOwnSums<kVector, kNhwc>], Take take) {
   using A = Acc<T>;
   constexpr int kSplits = splits_held(kRadix, kPrologue && kNhwc ? 2 * kVector : 1, 32);
@@ -56,7 +56,7 @@ __device__ __forceinline__ void pool_share(const Share<kVector, kNhwc>& share, c
     for (int r = 0; r < kSplits; ++r) {
       maps.set(r, x + share.x + (first_split + r) * share.split, share.x_step);
     }
-    Line<kBatch, kInLine, T, kSplits, kVector, kNhwc> line(share, maps, queue);
+    Line<kBatch, kInLine, T, kSplits, kVector, kNhwc> line(share, maps, memory);
     HeldPrologue<kSplits, kVector, kNhwc, A> held;
     take(held, first_split);
     line.for_each([&](auto width, const auto& values, int position, int step, int end) {
@@ -89,7 +89,7 @@ __device__ __forceinline__ void pool_block(const PoolArgs<T>& args, int64_t bloc
   const T* const x = slabs.bring(0, args.x, radix);
   Acc<T> sums[1][kOwnSums<kVector, kNhwc>] = {};
   pool_share<kRadix, kPrologue, kInLines<kVector, kNhwc>>(
-      share, x, radix, queues<T>(args.tiling), sums, [&](auto& held, int first_split) {
+      share, x, radix, lines<T>(args.tiling), sums, [&](auto& held, int first_split) {
         if constexpr (kPrologue) {
           held.take(share, args.sizes, args.bn0, args.prologue, first_split);
         }
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kMapThreads, kBackwardBlocks<kNhwc, kRadix, kV
         maps.set(r, of_map + share.x + (first_split + r) * share.split, share.x_step);
       }
       Line<kBatch, kInLines<kVector, kNhwc>, T, kSplits + 1, kVector, kNhwc> line(
-          share, maps, queues<T>(args.tiling));
+          share, maps, lines<T>(args.tiling));
       HeldPrologue<kSplits, kVector, kNhwc, A> held;
       if constexpr (kPrologue) {
         held.take(share, args.sizes, args.bn0, args.prologue, first_split);

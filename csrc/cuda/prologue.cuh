@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kMapThreads, kStatisticsResident<kVector, kNhw
   begin_kernel();
   using A = Acc<T>;
   // Values are joined by so many; a line holds three turns of them.
-  constexpr int kTurn = static_cast<int>(kQueueBytes / (3 * sizeof(T) * kVector));
+  constexpr int kTurn = static_cast<int>(kLineBytes / (3 * sizeof(T) * kVector));
   constexpr int kBatch = kInSlabs<kVector, kNhwc> ? 2 : kVector > 1 ? kTurn : 4;
   for (int64_t block = blockIdx.x; block < args.blocks; block += gridDim.x) {
     Share<kVector, kNhwc> share(args.sizes, args.tiling, block);
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kMapThreads, kStatisticsResident<kVector, kNhw
     Maps<T, 1> maps;
     maps.set(0, slabs.bring(0, args.x, 1) + share.x, share.x_step);
     Line<kBatch, kInLines<kVector, kNhwc>, T, 1, kVector, kNhwc> line(share, maps,
-                                                                      queues<T>(args.tiling));
+                                                                      lines<T>(args.tiling));
     slabs.wait();
     const int first = kNhwc ? share.chunk * args.tiling.chunk_pixels : 0;
     const T* const first_pixel = maps.from[0] + first * share.x_step;

@@ -24,7 +24,7 @@ struct RecombineArgs {
 template <int kRadix, bool kPrologue, bool kInLine, typename T, bool kNhwc, int kVector,
           typename Wait, typename Put>
 __device__ __forceinline__ void recombine_share(const Share<kVector, kNhwc>& share,
-                                                const MapSizes& sizes, const T* x, T* queue,
+                                                const MapSizes& sizes, const T* x, T* memory,
                                                 const Acc<T>* attention,
                                                 const Prologue<Acc<T>>& prologue, Wait wait,
                                                 Put put) {
@@ -81,7 +81,7 @@ __device__ __forceinline__ void recombine_share(const Share<kVector, kNhwc>& sha
     for (int r = 0; r < kSplits; ++r) {
       maps.set(r, x + share.x + r * share.split, share.x_step);
     }
-    Line<kBatch, kInLine, T, kSplits, kVector, kNhwc> line(share, maps, queue);
+    Line<kBatch, kInLine, T, kSplits, kVector, kNhwc> line(share, maps, memory);
     take_coefficients(0);
     wait();
     line.for_each([&](auto width, const auto& values, int position, int step, int end) {
@@ -112,7 +112,7 @@ __device__ __forceinline__ void recombine_block(const RecombineArgs<T>& args, in
   const Slabs<T, kVector, kNhwc> slabs(share, args.sizes, args.tiling, radix, again);
   const T* const x = slabs.bring(0, args.x, radix);
   recombine_share<kRadix, kPrologue, kInLines<kVector, kNhwc>>(
-      share, args.sizes, x, queues<T>(args.tiling),
+      share, args.sizes, x, lines<T>(args.tiling),
       args.attention + share.sample * args.sizes.features(), args.prologue, [&] { slabs.wait(); },
       [&](int64_t offset, const auto& result) { slabs.put(args.out, offset, result); });
   slabs.leave(args.out, 1);
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kMapThreads, kBackwardBlocks<kNhwc, kRadix, kV
         maps.set(r, of_map + first + r * share.split, share.x_step);
       }
       Line<kBatch, kInLines<kVector, kNhwc>, T, kMaps, kVector, kNhwc> line(share, maps,
-                                                                            queues<T>(args.tiling));
+                                                                            lines<T>(args.tiling));
       // dx = p dout + q, with bn0's scale in both.
       Coefficient p[kSplits], q[kSplits];
       Coefficient scale[kSplits], shift[kSplits], mean[kSplits], offset[kSplits], slope[kSplits];

@@ -46,7 +46,7 @@ struct Tiling {
   int32_t chunk_pixels;    // pixels of a chunk
   int32_t chunks;          // chunks of a sample, each with partial sums of its own
   int32_t slab;            // in elements, the room of a slab; 0: there are none
-  int32_t copies_at;       // in bytes, where slabs or queues begin in a block's shared memory
+  int32_t copies_at;       // in bytes, where slabs or lines begin in a block's shared memory
 
   int64_t blocks_per_sample() const { return int64_t{channel_blocks} * chunks; }
 };
@@ -66,7 +66,7 @@ constexpr int64_t kLeastSingleLanes = 8;
 constexpr int64_t kHeldFeatures = 512;
 
 // Bytes of a thread in NHWC with vectors, in which what it has asked for waits (line.cuh).
-constexpr int64_t kQueueBytes = 168;
+constexpr int64_t kLineBytes = 168;
 // Bytes before a block's slabs, for what their copies wait at.
 constexpr int64_t kBeforeSlabs = 16;
 
