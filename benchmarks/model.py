@@ -127,6 +127,7 @@ class Gpu:
             "grid_blocks": 2**31 - 1,
             "cluster_blocks": self.cluster_blocks,
             "architecture": int(self.arch[3:]),
+            "driver": 13000,
         }
 
     @property
@@ -532,9 +533,10 @@ def _map_work(at: _Launch) -> Work:
     nhwc, radix = workload["channels_last"], workload["radix"]
     unit = math.prod(workload[field] for field in ("batch", "channels", "pixels", "element_size"))
     x = radix * unit
-    # In NHWC a backward takes two splits at a time, as their parameters fill the registers. So it
-    # reads dout again for the next ones.
-    passes = max(radix // 2, 1) if nhwc and of.reads_dout else 1
+    # Splits that a backward holds in NHWC: two at most, with the parameters of a prologue; all of
+    # another radix that is compiled. For each time it reads dout again.
+    at_once = min(radix, 2) if workload["relu"] else radix
+    passes = radix // (at_once if radix in (1, 2, 4) else 1) if nhwc and of.reads_dout else 1
     splits = 1 if name == "statistics" else radix // passes
     dout = passes * unit * of.reads_dout
     written = (radix * of.writes_x + of.writes_out) * unit

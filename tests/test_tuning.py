@@ -66,11 +66,11 @@ def plans():
     gpu = {f"{name}_per_multiprocessor": value for name, value in of_sm.items()}
     gpu |= {"multiprocessors": 132, "threads_per_block": 1024, "grid_blocks": 2**31 - 1}
     gpu |= {"shared_per_block": 48 * 1024, "shared_per_block_optin": 227 * 1024}
-    gpu |= {"architecture": 90}
+    gpu |= {"architecture": 90, "driver": 13000}
     call = {"radix": 2, "cardinality": 1, "inter": 32, "element_size": 2, "aligned": True}
     call |= {"relu": True, "bn0": True}
     of_pass = {"eval": False, "train": True, "backward": True}
-    of_stage = [(64, 3136), (512, 49)]
+    of_stage = [(64, 3136), (256, 196), (512, 49)]
     kinds = itertools.product(of_pass.items(), of_stage, (1, 32, 256), (False, True), (1, 8))
     return [
         sys.modules["resnest_fused._C"].plan(
@@ -172,7 +172,7 @@ def test_a_try_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 RIGHT = {
     "": {},
     "# all as it was\n\n  \n": {},
-    "forward_blocks = 8": {"forward_blocks": 8},
+    "line_blocks = 8": {"line_blocks": 8},
     "  chunks=16  # more\r\n\tsample_lanes\t=\t32\r\n": {"chunks": 16, "sample_lanes": 32},
     as_text(TUNING): {},
 }

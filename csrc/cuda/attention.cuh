@@ -143,7 +143,8 @@ struct AttentionArgs {
 template <typename A>
 __global__ void __launch_bounds__(kProductThreads, kProductBlocks<A>)
     attention_kernel(AttentionArgs<A> args) {
-  begin_kernel();
+  wait_for_launch_before();
+  begin_next_launch();
   using Stage = ForwardStage;
   const auto& stages = args.stages;
   int64_t item;
@@ -330,7 +331,8 @@ struct AttentionBackwardArgs {
 template <typename A>
 __global__ void __launch_bounds__(kProductThreads, kProductBlocks<A>)
     attention_backward_kernel(AttentionBackwardArgs<A> args) {
-  begin_kernel();
+  wait_for_launch_before();
+  begin_next_launch();
   using Stage = BackwardStage;
   const auto& stages = args.stages;
   int64_t item;

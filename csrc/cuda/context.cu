@@ -23,6 +23,15 @@ int64_t attribute(cudaDeviceAttr which, int index) {
   return value;
 }
 
+int64_t driver_version() {
+  int version = 0;
+  const cudaError_t error = cudaDriverGetVersion(&version);
+  STD_TORCH_CHECK(
+      error == cudaSuccess,
+      "resnest_fused: the CUDA driver does not tell its version: ", cudaGetErrorString(error));
+  return version;
+}
+
 __global__ void __launch_bounds__(kMapThreads) probe_kernel() {}
 
 // The architecture that the code which runs on a GPU is written for, as in 90. It may be PTX for an
@@ -74,6 +83,7 @@ Device read_device(int index) {
   device.grid_blocks = attribute(cudaDevAttrMaxGridDimX, index);
   device.cluster_blocks = largest_cluster(index, device.shared_per_block_optin);
   device.architecture = architecture(index);
+  device.driver = driver_version();
   return device;
 }
 

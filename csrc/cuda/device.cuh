@@ -11,17 +11,31 @@
 
 #include "cuda/tiling.h"
 
+// A compiler for another processor takes the code for a GPU that has them, or with RF_OLDER_GPU for
+// one that has not.
+#if defined(__CUDACC__) ? defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 : !defined(RF_OLDER_GPU)
+#define RF_HAS_EARLY_LAUNCHES 1
+#else
+#define RF_HAS_EARLY_LAUNCHES 0
+#endif
+
 namespace resnest_fused::cuda {
 
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
-// How every kernel begins. From sm_90 on its blocks may have started before the launch before it
-// ended: they wait here until it has, and what it wrote is there. And once all blocks are here,
-// those of the next launch may start, which takes as long as a small kernel.
-__device__ __forceinline__ void begin_kernel() {
-#if defined(__CUDACC__) ? defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 : !defined(RF_OLDER_GPU)
-  cudaTriggerProgrammaticLaunchCompletion();
+// From sm_90 on a launch's blocks may start before the launch before it has ended, which takes as
+// long as a small kernel. How every kernel begins: they wait until it has, and what it wrote is
+// there.
+__device__ __forceinline__ void wait_for_launch_before() {
+#if RF_HAS_EARLY_LAUNCHES
   cudaGridDependencySynchronize();
+#endif
+}
+// And of a kernel with another one of ours behind it: once all blocks are here, those of the next
+// launch may start. What somebody else launches next starts when all has ended.
+__device__ __forceinline__ void begin_next_launch() {
+#if RF_HAS_EARLY_LAUNCHES
+  cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
 

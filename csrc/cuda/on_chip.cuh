@@ -217,7 +217,7 @@ template <typename T, bool kNhwc, int kVector, bool kPrologue>
 __global__ void __launch_bounds__(kMapThreads, kBlocksPerMultiprocessor)
     on_chip_kernel([[maybe_unused]] OnChipArgs<T> args) {
 #if RF_HAS_CLUSTERS
-  begin_kernel();
+  wait_for_launch_before();
   using A = Acc<T>;
   static_assert(sizeof(Arrival) == kArrivalBytes && sizeof(NormAt<A>) == kNormValues * sizeof(A));
   const Cluster cluster = cooperative_groups::this_cluster();

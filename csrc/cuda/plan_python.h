@@ -95,6 +95,7 @@ inline Device device_from(const pybind11::dict& dict) {
   device.grid_blocks = fields.integer("grid_blocks", 1);
   device.cluster_blocks = fields.integer("cluster_blocks", 1);
   device.architecture = fields.integer("architecture", 75);
+  device.driver = fields.integer("driver", 0);
   fields.finish();
   return device;
 }
@@ -162,7 +163,8 @@ inline pybind11::dict plan(const pybind11::dict& of_device, const pybind11::dict
   pybind11::list launches;
   for (const Launch& launch : launches_of(device, w, plan)) {
     dict one(arg("name") = launch.name, arg("blocks") = launch.blocks,
-             arg("threads") = launch.threads, arg("shared_bytes") = launch.shared_bytes);
+             arg("threads") = launch.threads, arg("shared_bytes") = launch.shared_bytes,
+             arg("early") = launch.early);
     if (launch.kernel == Kernel::kAttention) {
       one["stages"] = forward_items(device, w, plan);
     } else if (launch.kernel == Kernel::kAttentionBackward) {

@@ -156,14 +156,23 @@ int64_t most_summed_chunks(const Workload& w) {
   return std::min(most_chunks(w), std::max(tuning().chunks, w.pixels / tuning().long_chunk_pixels));
 }
 
-// With chunks that give each multiprocessor at most so many blocks, where they may depend on the
-// batch, and in NCHW with vectors at least so many threads of a channel.
+// Chunks of each of so many equal parts of a map, for so many places of blocks: as many as give all
+// places at once to the blocks; or where many were left empty, so many that it does not matter that
+// the last ones are few.
+int64_t chunks_for(int64_t places, int64_t parts) {
+  constexpr int64_t kRounds = 4;
+  const int64_t at_once = places / parts;
+  return 4 * at_once * parts >= 3 * places ? at_once : ceil_div(kRounds * places, parts);
+}
+
+// With so many blocks for each multiprocessor, where they may depend on the batch, and in NCHW with
+// vectors at least so many threads of a channel.
 Tiling batch_tiling(const Device& device, const Workload& w, int64_t blocks, int64_t most,
                     int64_t least_lanes) {
   Tiling t = sample_tiling(device, w);
   const int64_t samples = std::max<int64_t>(w.batch, 1), wanted = blocks * device.multiprocessors;
   if (w.channels_last) {
-    const int64_t chunks = std::max<int64_t>(wanted / (samples * t.channel_blocks), 1);
+    const int64_t chunks = chunks_for(wanted, samples * t.channel_blocks);
     set_chunks(t, w.pixels, std::clamp<int64_t>(most, 1, chunks));
   } else {
     const int64_t least = t.vector > 1 ? least_lanes : kWarp;
@@ -279,7 +288,7 @@ Launch launch_of_stages(const Device& device, const Workload& w, Kernel kernel,
   const char* const name = kernel == Kernel::kAttention ? "attention" : "attention_backward";
   const int64_t shared = std::max(product_bytes(threads, w.acc_size()), row_sums_bytes(threads, 2));
   Launch launch{kernel, name, blocks, blocks, threads, shared};
-  launch.early = device.early_launches();
+  launch.early = tuning().early_launches > 0 && device.early_launches();
   return launch;
 }
 
@@ -400,8 +409,7 @@ OnChip on_chip_plan(const Device& device, const Workload& w) {
 
 Plan make_plan(const Device& device, const Workload& w) {
   const bool backward = w.pass == Pass::kBackward;
-  const int64_t blocks =
-      backward && w.channels_last ? tuning().backward_blocks : tuning().forward_blocks;
+  const int64_t blocks = w.channels_last ? tuning().line_blocks : tuning().slab_blocks;
   // Where batch statistics couple the samples anyway, sums may depend on the batch.
   const bool coupled = w.batch_stats || w.bn1_batch_stats;
   Plan plan{coupled ? batch_tiling(device, w, blocks, most_summed_chunks(w), kLeastLanes)
@@ -442,8 +450,10 @@ Launch late_launch_of(const Device& device, const Workload& w, const Plan& plan,
     planned.grid = std::max<int64_t>(planned.grid, 1);
     return planned;
   };
-  const auto of_recombine = [&](const char* name) {
-    return on_map(name, w, plan.recombine_tiling, 0);
+  const auto of_recombine = [&](const char* name, bool in_lines) {
+    const bool copies = !w.channels_last || in_lines;
+    return copies ? on_map(name, w, plan.recombine_tiling, 0)
+                  : launch(name, map_blocks(plan.recombine_tiling, w.batch), 0);
   };
   const auto of_columns = [&](const char* name, int64_t columns, int64_t sums) {
     return launch(name, ceil_div(columns, kColumns), row_sums_bytes(threads, sums));
@@ -463,7 +473,7 @@ Launch late_launch_of(const Device& device, const Workload& w, const Plan& plan,
     case Kernel::kAttention:
       return launch_of_stages(device, w, kernel, forward_items(device, w, plan));
     case Kernel::kRecombine:
-      return of_recombine("recombine");
+      return of_recombine("recombine", is_compiled(w.radix));
     case Kernel::kPoolBackward:
       return of_pool("pool_backward", w.relu ? kPrologueSums : 1);
     case Kernel::kAttentionBackward:
@@ -471,7 +481,7 @@ Launch late_launch_of(const Device& device, const Workload& w, const Plan& plan,
     case Kernel::kPrologueBackward:
       return of_columns("prologue_backward", features, 2);
     case Kernel::kRecombineBackward:
-      return of_recombine("recombine_backward");
+      return of_recombine("recombine_backward", true);
     case Kernel::kUpdateRunningStatistics:
       return launch("update_running_statistics", 1, 0);
     case Kernel::kOnChip: {
@@ -488,7 +498,7 @@ Launch late_launch_of(const Device& device, const Workload& w, const Plan& plan,
 
 Launch launch_of(const Device& device, const Workload& w, const Plan& plan, Kernel kernel) {
   Launch launch = late_launch_of(device, w, plan, kernel);
-  launch.early = device.early_launches();
+  launch.early = tuning().early_launches > 0 && device.early_launches();
   return launch;
 }
 

@@ -25,11 +25,12 @@ struct Device {
   int64_t grid_blocks;     // the largest grid along x
   int64_t cluster_blocks;  // the largest cluster that may be launched; 1: it has none
   int64_t architecture;    // that the code which runs is written for, as in 90
+  int64_t driver;          // the newest CUDA that the driver knows, as in 12030
 
   // Threads work on while their copies into shared memory come (line.cuh).
   bool async_copies() const { return architecture >= 80; }
-  // A launch may begin while the one before it still runs (begin_kernel).
-  bool early_launches() const { return architecture >= 90; }
+  // A launch may begin while the one before it still runs (device.cuh), also in a CUDA graph.
+  bool early_launches() const { return architecture >= 90 && driver >= 12030; }
 };
 
 enum class Pass : int32_t { kEval, kTrain, kBackward };

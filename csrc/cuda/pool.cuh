@@ -104,7 +104,8 @@ __device__ __forceinline__ void pool_block(const PoolArgs<T>& args, int64_t bloc
 template <typename T, bool kNhwc, int kRadix, int kVector, bool kPrologue>
 __global__ void __launch_bounds__(kMapThreads, kMapBlocks<kVector, kNhwc>)
     pool_kernel(PoolArgs<T> args) {
-  begin_kernel();
+  wait_for_launch_before();
+  begin_next_launch();
   open_stages(args.counters);
   for (int64_t block = blockIdx.x; block < args.blocks; block += gridDim.x) {
     pool_block<T, kNhwc, kRadix, kVector, kPrologue>(args, block, block != blockIdx.x);
@@ -135,7 +136,8 @@ constexpr int64_t kBackwardBlocks =
 template <typename T, bool kNhwc, int kRadix, int kVector, bool kPrologue>
 __global__ void __launch_bounds__(kMapThreads, kBackwardBlocks<kNhwc, kRadix, kVector>)
     pool_backward_kernel(PoolBackwardArgs<T> args) {
-  begin_kernel();
+  wait_for_launch_before();
+  begin_next_launch();
   using A = Acc<T>;
   open_stages(args.counters);
   constexpr int kSums = kPrologue ? kPrologueSums : 1;

@@ -127,7 +127,8 @@ struct Prepare {
 
 template <typename A>
 __global__ void __launch_bounds__(kMapThreads) prepare_kernel(Prepare<A> args) {
-  begin_kernel();
+  wait_for_launch_before();
+  begin_next_launch();
   const int64_t threads = int64_t{gridDim.x} * blockDim.x;
   const int64_t thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   for (int64_t f = thread; f < args.features; f += threads) {
@@ -161,7 +162,8 @@ constexpr int64_t kStatisticsResident = kMapBlocks<kVector, kNhwc> + kInSlabs<kV
 template <typename T, bool kNhwc, int kVector>
 __global__ void __launch_bounds__(kMapThreads, kStatisticsResident<kVector, kNhwc>)
     statistics_kernel(StatisticsArgs<T> args) {
-  begin_kernel();
+  wait_for_launch_before();
+  begin_next_launch();
   using A = Acc<T>;
   // Values are joined by so many; a line holds three turns of them.
   constexpr int kTurn = static_cast<int>(kLineBytes / (3 * sizeof(T) * kVector));
@@ -312,7 +314,8 @@ struct CombineArgs {
 template <typename A>
 __global__ void __launch_bounds__(kColumnThreads, kBlocksPerMultiprocessor)
     combine_kernel(CombineArgs<A> args) {
-  begin_kernel();
+  wait_for_launch_before();
+  begin_next_launch();
   const int64_t features = args.partial.features;
   for (int64_t block = blockIdx.x; block * kColumns < features; block += gridDim.x) {
     const Column column(block, features);
@@ -384,7 +387,8 @@ __device__ __forceinline__ void prologue_backward_item(const PrologueBackwardArg
 template <typename A>
 __global__ void __launch_bounds__(kColumnThreads)
     prologue_backward_kernel(PrologueBackwardArgs<A> args) {
-  begin_kernel();
+  wait_for_launch_before();
+  begin_next_launch();
   const int64_t features = args.radix * args.channels;
   for (int64_t item = blockIdx.x; item * kColumns < features; item += gridDim.x) {
     prologue_backward_item(args, item);

@@ -126,7 +126,7 @@ constexpr int64_t kRecombineBlocks =
 template <typename T, bool kNhwc, int kRadix, int kVector, bool kPrologue>
 __global__ void __launch_bounds__(kMapThreads, kRecombineBlocks<kNhwc, kRadix, kVector>)
     recombine_kernel(RecombineArgs<T> args) {
-  begin_kernel();
+  wait_for_launch_before();
   for (int64_t block = blockIdx.x; block < args.blocks; block += gridDim.x) {
     recombine_block<T, kNhwc, kRadix, kVector, kPrologue>(args, args.blocks - 1 - block,
                                                           block != blockIdx.x);
@@ -155,7 +155,7 @@ struct RecombineBackwardArgs {
 template <typename T, bool kNhwc, int kRadix, int kVector, bool kPrologue>
 __global__ void __launch_bounds__(kMapThreads, kBackwardBlocks<kNhwc, kRadix, kVector>)
     recombine_backward_kernel(RecombineBackwardArgs<T> args) {
-  begin_kernel();
+  wait_for_launch_before();
   using A = Acc<T>;
   using Coefficient = PerChannel<A, kVector, kNhwc>;
   // With x of 16 bits the mean goes into the offset: x has fewer digits than that costs.
@@ -230,12 +230,9 @@ __global__ void __launch_bounds__(kMapThreads, kBackwardBlocks<kNhwc, kRadix, kV
                 A dx = fma(p[r][e], widen(values[kMaps - 1][u], e), q[r][e]);
                 if constexpr (kPrologue) {
                   const A x = widen(values[r][u], e);
-                  const bool passes = relu_passes(preactivation(x, scale[r][e], shift[r][e]));
+                  dx = relu_backward(dx, preactivation(x, scale[r][e], shift[r][e]));
                   if (args.prologue.offset) {
-                    const A lost = fma(kFolded ? x : x - mean[r][e], slope[r][e], offset[r][e]);
-                    dx = passes ? dx - lost : -lost;
-                  } else {
-                    dx = passes ? dx : A(0);
+                    dx -= fma(kFolded ? x : x - mean[r][e], slope[r][e], offset[r][e]);
                   }
                 }
                 result.values[e] = narrow<T>(dx);

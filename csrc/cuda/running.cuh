@@ -38,7 +38,7 @@ struct RunningArgs {
 template <typename A>
 __global__ void __launch_bounds__(kColumnThreads)
     update_running_statistics_kernel(RunningArgs<A> args) {
-  begin_kernel();
+  wait_for_launch_before();
   for (const RunningNorm& norm : args.norms) {
     const int64_t batches = norm.num_batches_tracked ? *norm.num_batches_tracked + 1 : 1;
     const A momentum =

@@ -57,6 +57,10 @@ constexpr int64_t vector_elements(bool nhwc, int64_t element_size) {
   return nhwc ? 4 : 16 / element_size;
 }
 
+// With vectors kernels are compiled for each radix of the published networks, and for any other
+// one.
+constexpr bool is_compiled(int64_t radix) { return radix == 1 || radix == 2 || radix == 4; }
+
 // Threads of a channel in NCHW, at least, of a kernel that keeps bn0's parameters: with vectors and
 // with single elements. In NHWC at most kWarp are side by side.
 constexpr int64_t kLeastLanes = 2;

@@ -21,13 +21,14 @@ constexpr Tunable kTunables[] = {
     {"chunk_pixels", &Tuning::chunk_pixels, 1, kMostPixels},
     {"long_chunk_pixels", &Tuning::long_chunk_pixels, 1, kMostPixels},
     {"statistics_blocks", &Tuning::statistics_blocks, 1, kMostOfBlock},
-    {"forward_blocks", &Tuning::forward_blocks, 1, kMostOfBlock},
-    {"backward_blocks", &Tuning::backward_blocks, 1, kMostOfBlock},
+    {"line_blocks", &Tuning::line_blocks, 1, kMostOfBlock},
+    {"slab_blocks", &Tuning::slab_blocks, 1, kMostOfBlock},
     {"thread_vectors", &Tuning::thread_vectors, 1, kMostOfBlock},
     {"sample_slab_bytes", &Tuning::sample_slab_bytes, 16, kMostShared},
     {"slab_bytes", &Tuning::slab_bytes, 16, kMostShared},
     {"sample_lanes", &Tuning::sample_lanes, kLeastLanes, kWarp, true},  // a block has a warp
     {"on_chip_samples", &Tuning::on_chip_samples, 0, kHeldSamples},
+    {"early_launches", &Tuning::early_launches, 0, 1},
 };
 
 std::string_view without_spaces(std::string_view text) {

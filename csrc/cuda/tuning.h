@@ -16,12 +16,12 @@ struct Tuning {
   int64_t chunks = 8;
   int64_t chunk_pixels = 32;
   int64_t long_chunk_pixels = 128;
-  // Blocks for each multiprocessor that chunks are to give where they may depend on the batch: as
-  // many as are resident, so that all run at a time. Few blocks read few coefficients and leave few
-  // partial sums.
+  // Blocks for each multiprocessor, where they may depend on the batch: as many as are resident on
+  // every GPU, so that all run at a time. Few blocks read few coefficients and leave few partial
+  // sums. Of statistics, and of the other kernels in NHWC and in NCHW.
   int64_t statistics_blocks = 2;
-  int64_t forward_blocks = 3;
-  int64_t backward_blocks = 2;
+  int64_t line_blocks = 2;
+  int64_t slab_blocks = 3;
   // In NCHW: vectors that a thread takes of each split, while threads of a channel are as few, and
   // bytes of a slab, at most: so many vectors of each thread where a sample's sums must not depend
   // on its batch, as a few samples need blocks, too; else twice as many, as each block has
@@ -33,6 +33,8 @@ struct Tuning {
   int64_t sample_lanes = 4;
   // Samples that a cluster of blocks keeps on chip in evaluation, at most; 0: it keeps none.
   int64_t on_chip_samples = kHeldSamples;
+  // 1: from sm_90 on a launch may begin while the one before it ends; 0: it may not.
+  int64_t early_launches = 1;
 };
 
 // The defaults, with what the file named by the environment variable RESNEST_FUSED_CUDA_TUNING has

@@ -29,6 +29,7 @@ DEVICE = {
     "grid_blocks": 2**31 - 1,
     "cluster_blocks": 1,
     "architecture": 90,
+    "driver": 13000,
 }
 # Names the library with a sanitizer, with which tests run once more.
 LIBRARY = "RESNEST_FUSED_ON_HOST_LIBRARY"

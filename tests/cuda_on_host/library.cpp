@@ -31,6 +31,7 @@ extern "C" __attribute__((visibility("default"))) bool device_on_host_set(const 
       {"grid_blocks", device.grid_blocks},
       {"cluster_blocks", device.cluster_blocks},
       {"architecture", device.architecture},
+      {"driver", device.driver},
   };
   for (const auto& [known, property] : properties) {
     if (known == name) {

@@ -621,13 +621,15 @@ void cuda_on_host::arrive(void* arrivals, ptrdiff_t threads, ptrdiff_t bytes) {
   one.bytes += bytes;
 }
 
-// A copy whose bytes, from and to, are multiples of so many.
+// A copy whose bytes, from and to, are multiples of so many. Until it arrives, what was in its
+// place may be gone already.
 static Copy copy_in(size_t unit, void* to, const void* from, size_t bytes) {
   if (bytes % unit != 0 || reinterpret_cast<uintptr_t>(to) % unit != 0 ||
       reinterpret_cast<uintptr_t>(from) % unit != 0) {
     std::fprintf(stderr, "cuda_on_host: a copy of bytes that are no multiple of %zu\n", unit);
     std::abort();
   }
+  std::memset(to, 0xff, bytes);
   return {to, from, bytes};
 }
 
