@@ -156,13 +156,16 @@ int64_t most_summed_chunks(const Workload& w) {
   return std::min(most_chunks(w), std::max(tuning().chunks, w.pixels / tuning().long_chunk_pixels));
 }
 
-// Chunks of each of so many equal parts of a map, for so many places of blocks: as many as give all
-// places at once to the blocks; or where many were left empty, so many that it does not matter that
-// the last ones are few.
+// Chunks of each of so many equal parts of a map, for so many places of blocks: as many as run at
+// once; or a few more, where many places would be empty in the last of a few rounds.
 int64_t chunks_for(int64_t places, int64_t parts) {
-  constexpr int64_t kRounds = 4;
-  const int64_t at_once = places / parts;
-  return 4 * at_once * parts >= 3 * places ? at_once : ceil_div(kRounds * places, parts);
+  constexpr int64_t kFewRounds = 4;
+  for (int64_t chunks = std::max<int64_t>(places / parts, 1);; ++chunks) {
+    const int64_t rounds = ceil_div(chunks * parts, places);
+    if (4 * chunks * parts >= 3 * rounds * places || rounds > kFewRounds) {
+      return chunks;
+    }
+  }
 }
 
 // With so many blocks for each multiprocessor, where they may depend on the batch, and in NCHW with
