@@ -451,11 +451,11 @@ def check_marks(text: str) -> None:
 # KB in flight on an H100 and an H200, whose code is the same, to the nearest: at 64@56, 128@28,
 # 256@14 and 512@7 of 32 samples, then of 256. A kernel may exceed it and must not fall below.
 REACHED = {
-    ("statistics", "channels_last"): (64, 64, 48, 24, 64, 64, 64, 64),
+    ("statistics", "channels_last"): (84, 84, 48, 24, 84, 84, 84, 84),
     ("statistics", "NCHW"): (98, 95, 48, 24, 98, 98, 98, 98),
-    ("pool", "channels_last"): (116, 78, 48, 24, 78, 78, 120, 74),
+    ("pool", "channels_last"): (78, 78, 48, 24, 78, 78, 120, 74),
     ("pool", "NCHW"): (190, 95, 48, 24, 196, 196, 98, 98),
-    ("recombine", "channels_last"): (116, 95, 48, 24, 78, 78, 120, 74),
+    ("recombine", "channels_last"): (78, 78, 48, 24, 78, 78, 120, 74),
     ("recombine", "NCHW"): (147, 74, 48, 24, 147, 147, 74, 74),
     ("pool_backward", "channels_last"): (81, 81, 71, 36, 81, 81, 84, 74),
     ("pool_backward", "NCHW"): (220, 110, 71, 36, 220, 220, 110, 110),
