@@ -91,12 +91,17 @@ class Judged(NamedTuple):
         return self.predicted / self.measured
 
 
+def is_old(results: Mapping[str, Any]) -> bool:
+    """Whether gpu.py measured the code before 2026-11-27, when nearly all of it was changed."""
+    return str(results["date"]) < "2026-11-27"
+
+
 def judge(gpu: Gpu, kernels: Kernels, results: Mapping[str, Any]) -> Iterator[Judged]:
     """What gpu.py measured of the cases here, each once.
 
-    There were no clusters yet, so beside it are the launches of a phase each.
+    Beside what was measured before there were clusters stand the launches of a phase each.
     """
-    without = replace(gpu, cluster_blocks=1)
+    then = replace(gpu, cluster_blocks=1) if is_old(results) else gpu
     seen = set()
     for row in results["rows"]:
         op = row["what"] if row["what"] == "eval" and row["contender"] == "fused" else ""
@@ -107,7 +112,7 @@ def judge(gpu: Gpu, kernels: Kernels, results: Mapping[str, Any]) -> Iterator[Ju
             same = about == (case.shape, case.layout, case.dtype, case.form)
             if op in OPS and same and row["radix"] == case.radix and (op, case) not in seen:
                 seen.add((op, case))
-                launches = predict_op(without, kernels, case, op)
+                launches = predict_op(then, kernels, case, op)
                 yield Judged(op, case, row["median_us"], microseconds(launches))
 
 
@@ -138,7 +143,7 @@ def _by_op(judged: Sequence[Judged]) -> list[str]:
             ratios = sorted(one.ratio for one in of_op)
             cells = (len(of_op), mean_ratio(of_op), ratios[0], ratios[-1])
             rows.append((op, cells[0], *(f"{cell:.2f}" for cell in cells[1:])))
-    return _table(("predicted today over measured then", "cases", "mean", "least", "most"), rows)
+    return _table(("predicted today over measured", "cases", "mean", "least", "most"), rows)
 
 
 def _judged(judged: Sequence[Judged]) -> list[str]:
@@ -210,6 +215,14 @@ def _measured_constants(gpus: Mapping[str, Gpu]) -> list[str]:
     return lines
 
 
+OF_OLD_CODE = (
+    "And by 2026-11-27 all of it was changed: launches became stages of one, and maps come",
+    "by way of shared memory. So this is what those changes are predicted to give, and no",
+    "test of the model; how well it fits the code that was measured is in NOTES.md. That",
+    "did not keep x on chip: what is predicted here does not, either.",
+)
+
+
 def page(
     kernels: Mapping[str, Kernels],
     measured: Mapping[str, Mapping[str, Any]],
@@ -232,10 +245,8 @@ def page(
             "",
             f"Measured on {str(results['date'])[:10]} at commit {str(results['commit'])[:7]}, each",
             "op alone in a graph, with inputs that no cache holds. The prediction is for the code",
-            "of today. By 2026-11-27 all of it was changed: launches became stages of one, and",
-            "maps come by way of shared memory. So this is what those changes are predicted to",
-            "give, and no test of the model; how well it fits the code that was measured is in",
-            "NOTES.md. That did not keep x on chip: what is predicted here does not, either.",
+            "of today: where it was changed since, they differ for that reason, too.",
+            *(OF_OLD_CODE if is_old(results) else ()),
             "",
             *_by_op(judged),
             *_judged(judged),
@@ -336,6 +347,10 @@ def main() -> int:
         gpus = with_measured(options.measured)
     except ValueError as error:
         parser.error(f"--measured: {error}")
+    if options.library and not options.library.is_file():
+        parser.error(f"--library {options.library}: there is no such file")
+    if options.out.is_dir() or not options.out.absolute().parent.is_dir():
+        parser.error(f"--out {options.out}: expected a file in a folder that is there")
     archs = dict.fromkeys(gpu.arch for gpu in GPUS.values())
     with tempfile.TemporaryDirectory() as folder:
         kernels = {

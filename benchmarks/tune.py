@@ -39,7 +39,10 @@ def tried(value: int, least: int, most: int) -> Iterator[int]:
 
 
 def search(
-    cost_of: Callable[[Mapping[str, int]], float], tunables: Tunables, end: float
+    cost_of: Callable[[Mapping[str, int]], float],
+    tunables: Tunables,
+    end: float,
+    keep: Callable[[Mapping[str, int], float], None],
 ) -> tuple[dict[str, int], float, float]:
     """What to change, and the cost without and with it.
 
@@ -47,23 +50,30 @@ def search(
         cost_of: the cost with these values in place of the defaults.
         tunables: (value, least, most) by name.
         end: by ``time.monotonic()``, after which nothing more is tried.
+        keep: called with what to change so far, and the part of the time that it takes.
     """
     changes: dict[str, int] = {}
     first = best = min(cost_of({}), cost_of({}))
     print(f"{first:10.2f} us  as it is", flush=True)
+    keep(changes, 1.0)
     for name, limits in tunables.items():
         before = dict(changes)
         for value in tried(*limits):
             if time.monotonic() > end:
                 print(f"the time is over before {name} = {value}", flush=True)
                 return changes, first, best
-            cost = cost_of({**before, name: value})
-            if cost < best * (1 - GAIN):
-                cost = max(cost, cost_of({**before, name: value}))
+            try:
+                cost = cost_of({**before, name: value})
+                if cost < best * (1 - GAIN):
+                    cost = max(cost, cost_of({**before, name: value}))
+            except RuntimeError as error:
+                print(f"    failed     {name} = {value}: {error}", flush=True)
+                continue
             faster = cost < best * (1 - GAIN)
             print(f"{cost:10.2f} us  {name} = {value}{'  kept' * faster}", flush=True)
             if faster:
                 best, changes = cost, {**before, name: value}
+                keep(changes, best / first)
     return changes, first, best
 
 
@@ -112,26 +122,34 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     parser.add_argument("--time-once", action="store_true", help="time what is set, as a try does")
     options = parser.parse_args()
+    import torch
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no GPU; --device cpu --quick goes through all of it")
     if options.time_once:
         print(time_once(options.device, options.quick))
         return 0
+    if not options.seconds > 0:
+        parser.error(f"--seconds {options.seconds}: expected more than 0")
+    if options.out and (options.out.is_dir() or not options.out.absolute().parent.is_dir()):
+        parser.error(f"--out {options.out}: expected a file in a folder that is there")
     end = time.monotonic() + options.seconds
     os.environ.pop(VARIABLE, None)  # the tries begin with the defaults
-    import torch
-
     from resnest_fused import _C
+
+    where = torch.cuda.get_device_name() if options.device == "cuda" else "a CPU"
+    today = datetime.datetime.now(datetime.timezone.utc).date()
 
     def cost_of(changes: Mapping[str, int]) -> float:
         return cost_in_a_process(changes, options.device, options.quick)
 
-    changes, before, after = search(cost_of, _C.tuning(), end)
-    where = torch.cuda.get_device_name() if options.device == "cuda" else "a CPU"
-    today = datetime.datetime.now(datetime.timezone.utc).date()
+    def keep(changes: Mapping[str, int], part: float) -> None:
+        if options.out:
+            title = f"# {where}, {today}: {part:.3f} of the time\n"
+            options.out.write_text(title + as_text(changes))
+
+    changes, before, after = search(cost_of, _C.tuning(), end, keep)
     print(f"=== {where}: {len(changes)} constants, {before:.2f} us before, {after:.2f} after")
-    if options.out:
-        options.out.write_text(
-            f"# {where}, {today}: {after / before:.3f} of the time\n" + as_text(changes)
-        )
     return 0
 
 

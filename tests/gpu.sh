@@ -5,7 +5,7 @@
 #
 # More is measured in two calls, each of at most ten minutes:
 #
-#   STEPS="build tests compare sanitize" tests/gpu.sh && STEPS="profile time" MINUTES=9 tests/gpu.sh
+#   STEPS="build tests compare sanitize" tests/gpu.sh; STEPS="profile time" MINUTES=9 tests/gpu.sh
 #
 # A third, STEPS=tune MINUTES=9, tries the planner's constants one at a time and writes the fastest to
 # $OUT/tuning.txt, for RESNEST_FUSED_CUDA_TUNING.

@@ -212,10 +212,10 @@ def test_bytes_in_flight(registers: int, count: int, kilobytes: int) -> None:
 
 @pytest.mark.parametrize("count", [2, 6, 8])
 def test_bytes_in_flight_of_lines(count: int) -> None:
-    """As many whole turns of both splits as 160 bytes of each thread hold, in two blocks. A thread
-    has eight positions here, and no more is in flight."""
+    """As many whole turns of both splits as a thread's line holds, in two blocks. A thread has eight
+    positions here, and no more is in flight."""
     pool = predict(CASE, "eval", made_up=MadeUp(128, count, lines=True))["pool"]
-    of_thread = min(160 // (count * 8) * count * 8, 8 * 2 * 8)
+    of_thread = min(_C.plan_limits()["line_bytes"] // (count * 8) * count * 8, 8 * 2 * 8)
     assert pool.in_flight == 2 * 256 * of_thread
 
 
@@ -427,6 +427,9 @@ def test_the_page_marks_what_is_predicted() -> None:
         "| NCHW 64@56x56 B=1",
         "| NCHW 64@56x56 B=256",
     ]
+    assert "did not keep x on chip" in text
+    of_today = predicted.page(kernels, {"H100": {**results, "date": "2027-01-02"}})
+    assert "123.4 / " in of_today and "2026-11-27" not in of_today
     # What was not measured has no such part.
     assert "measured" not in predicted.page(kernels, {}).partition("\n## ")[2]
 
@@ -533,6 +536,18 @@ def test_a_kernel_waits_for_the_launch_before_it_touches_memory() -> None:
         assert "ACQBULK" in before, kernel.name
         ends_a_call = kernel.name.startswith(("recombine", "on_chip", "update_running"))
         assert ("PREEXIT" in before) != ends_a_call, kernel.name
+
+
+@pytest.mark.long
+@pytest.mark.cpu
+def test_no_map_in_nchw_is_loaded_by_single_elements() -> None:
+    """It comes in bulk; float32 parameters are loaded, and in a pool bn0's of any dtype."""
+    for name in model.MAPS:
+        options = "false, 8" if name == "statistics" else "false, 2, 8, true"
+        kernel = compiled()[f"{name}_kernel<__nv_bfloat16, {options}>"]
+        assert any(i.name.startswith("UBLKCP") for i in kernel.body)
+        widths = {i.width for i in kernel.body if i.loaded(sass.GLOBAL)}
+        assert widths <= ({2, 4} if name.startswith("pool") else {4}), name
 
 
 @pytest.mark.long

@@ -106,7 +106,7 @@ def in_each(what: str, *files: Path) -> list[Any]:
 
 def written(folder: Path, number: int, text: str) -> Path:
     path = folder / f"{number}.txt"
-    path.write_bytes(text.encode())
+    path.write_bytes(text.encode(errors="surrogateescape"))
     return path
 
 
@@ -114,7 +114,7 @@ def as_text(tuning: Mapping[str, int]) -> str:
     return "".join(f"{name} = {value}\n" for name, value in tuning.items())
 
 
-def test_thedefault_is_in_its_range() -> None:
+def test_the_default_is_in_its_range() -> None:
     for value, least, most in DEFAULTS.values():
         assert least <= value <= most
 
@@ -122,6 +122,10 @@ def test_thedefault_is_in_its_range() -> None:
 # --- the search
 
 TUNABLES = {"a": (4, 1, 8), "b": (16, 1, 1024), "c": (2, 0, 2), "d": (1, 1, 1)}
+
+
+def forget(changes: Mapping[str, int], part: float) -> None:
+    """What is kept so far."""
 
 
 def test_the_fastest_values_stay(capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,8 +138,10 @@ def test_the_fastest_values_stay(capsys: pytest.CaptureFixture[str]) -> None:
         cost -= 1.0 * (changes.get("b", 16) == 8)  # too little to tell
         return cost - 10 * (changes.get("c", 2) == 0)
 
-    found = tune.search(cost_of, TUNABLES, math.inf)
+    written = []
+    found = tune.search(cost_of, TUNABLES, math.inf, lambda *kept: written.append(kept))
     assert found == ({"a": 8, "c": 0}, 100.0, 60.0)
+    assert written == [({}, 1.0), ({"a": 2}, 0.9), ({"a": 8}, 0.7), ({"a": 8, "c": 0}, 0.6)]
     # Each beside what was kept of those before it, never beside its own other value. The start and
     # what seems faster are timed twice.
     kept = {"a": 8}
@@ -146,11 +152,40 @@ def test_the_fastest_values_stay(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_is_faster_once_does_not_stay() -> None:
     costs = iter([100.0, 90.0, 80.0, 95.0, 89.0])
-    assert tune.search(lambda changes: next(costs), {"a": (2, 1, 4)}, math.inf)[0] == {}
+    assert tune.search(lambda changes: next(costs), {"a": (2, 1, 4)}, math.inf, forget)[0] == {}
 
 
 def test_the_search_ends_in_time() -> None:
-    assert tune.search(lambda changes: 1.0, TUNABLES, -math.inf) == ({}, 1.0, 1.0)
+    assert tune.search(lambda changes: 1.0, TUNABLES, -math.inf, forget) == ({}, 1.0, 1.0)
+
+
+def test_what_cannot_be_timed_does_not_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    def cost_of(changes: Mapping[str, int]) -> float:
+        if changes.get("a") == 2:
+            raise RuntimeError("no room")
+        return 50.0 if changes.get("a") == 8 else 100.0
+
+    assert tune.search(cost_of, TUNABLES, math.inf, forget)[0] == {"a": 8}
+    assert "failed     a = 2: no room" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--seconds", "nan"], "--seconds nan: expected more than 0"),
+        (["--out", "nowhere/tuning.txt"], "expected a file in a folder that is there"),
+    ],
+)
+def test_wrong_options_of_the_search(
+    options: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tune.py", "--device=cpu", *options])
+    with pytest.raises(SystemExit) as error:
+        tune.main()
+    assert error.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_what_is_tried_is_in_range() -> None:
@@ -173,6 +208,7 @@ RIGHT = {
     "": {},
     "# all as it was\n\n  \n": {},
     "line_blocks = 8": {"line_blocks": 8},
+    "\ufeffline_blocks = 8": {"line_blocks": 8},
     "  chunks=16  # more\r\n\tsample_lanes\t=\t32\r\n": {"chunks": 16, "sample_lanes": 32},
     as_text(TUNING): {},
 }
@@ -192,7 +228,10 @@ WRONG = {
     "'99999999999999999999'",
     "sample_lanes = 12": "line 1: sample_lanes: expected a power of two from 2 to 32, got '12'",
     "on_chip_samples = 5": f"line 1: on_chip_samples: {INTEGER} 0 to 4, got '5'",
-    "\N{BLACK HEART SUIT}": "line 1: expected name = value, got '\N{BLACK HEART SUIT}'",
+    "\N{BLACK HEART SUIT}": r"line 1: expected name = value, got '\xe2\x99\xa5'",
+    "chunks = \udce9": rf"line 1: chunks: {INTEGER} 1 to 1024, got '\xe9'",  # no UTF-8
+    "chunks = 8\0": rf"line 1: chunks: {INTEGER} 1 to 1024, got '8\x00'",
+    "x" * 1000: f"line 1: expected name = value, got '{'x' * 60}...'",
 }
 
 

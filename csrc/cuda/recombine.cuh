@@ -160,8 +160,9 @@ __global__ void __launch_bounds__(kMapThreads, kBackwardBlocks<kNhwc, kRadix, kV
   using Coefficient = PerChannel<A, kVector, kNhwc>;
   // With x of 16 bits the mean goes into the offset: x has fewer digits than that costs.
   constexpr bool kFolded = sizeof(T) < 4;
-  constexpr int kSplits =
-      splits_held(kRadix, Coefficient::kCount * (kPrologue ? 7 : 2), kNhwc ? 64 : 16);
+  // Of four splits with a mean of their own, two would spill.
+  constexpr int kEach = !kPrologue ? 2 : kFolded || kRadix <= 2 ? 7 : 9;
+  constexpr int kSplits = splits_held(kRadix, Coefficient::kCount * kEach, kNhwc ? 64 : 16);
   constexpr int kMaps = 1 + (kPrologue ? kSplits : 0);  // dout comes last
   constexpr int kBatch = kInSlabs<kVector, kNhwc> ? 1 : positions_held(kMaps, 4);
   const int radix = kRadix ? kRadix : args.sizes.radix;

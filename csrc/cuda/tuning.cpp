@@ -3,6 +3,7 @@
 
 #include <bit>
 #include <charconv>
+#include <cstdio>
 #include <cstdlib>
 #include <fstream>
 #include <set>
@@ -31,6 +32,21 @@ constexpr Tunable kTunables[] = {
     {"early_launches", &Tuning::early_launches, 0, 1},
 };
 
+// A text of somebody's for a message: ASCII alone, and no more than its beginning.
+std::string shown(std::string_view text, size_t most = 60) {
+  std::string result;
+  for (const char c : text.substr(0, most)) {
+    if (c >= ' ' && c <= '~') {
+      result += c;
+    } else {
+      char escaped[5];
+      std::snprintf(escaped, sizeof(escaped), "\\x%02x", static_cast<unsigned char>(c));
+      result += escaped;
+    }
+  }
+  return result + (text.size() > most ? "..." : "");
+}
+
 std::string_view without_spaces(std::string_view text) {
   constexpr const char* kSpaces = " \t\r";
   const size_t first = text.find_first_not_of(kSpaces);
@@ -56,7 +72,7 @@ int64_t value_of(const Tunable& tunable, std::string_view text) {
     throw std::runtime_error(std::string(tunable.name) + ": expected " +
                              (tunable.power_of_two ? "a power of two" : "an integer") + " from " +
                              std::to_string(tunable.least) + " to " + std::to_string(tunable.most) +
-                             ", got '" + std::string(text) + "'");
+                             ", got '" + shown(text) + "'");
   }
   return value;
 }
@@ -69,15 +85,15 @@ void read_line(Tuning& tuning, std::set<std::string_view>& given, std::string_vi
   }
   const size_t equals = line.find('=');
   if (equals == line.npos) {
-    throw std::runtime_error("expected name = value, got '" + std::string(line) + "'");
+    throw std::runtime_error("expected name = value, got '" + shown(line) + "'");
   }
   const std::string_view name = without_spaces(line.substr(0, equals));
   const Tunable* const tunable = find(name);
   if (!tunable) {
-    throw std::runtime_error("nothing is named '" + std::string(name) + "'");
+    throw std::runtime_error("nothing is named '" + shown(name) + "'");
   }
   if (!given.insert(tunable->name).second) {
-    throw std::runtime_error(std::string(name) + " is there twice");
+    throw std::runtime_error(shown(name) + " is there twice");
   }
   tuning.*(tunable->value) = value_of(*tunable, without_spaces(line.substr(equals + 1)));
 }
@@ -88,14 +104,18 @@ Tuning read_file(const std::string& path) {
   std::set<std::string_view> given;
   std::string line;
   for (int number = 1; std::getline(file, line); ++number) {
+    if (number == 1 && line.starts_with("\xef\xbb\xbf")) {
+      line.erase(0, 3);  // the mark that some editors begin UTF-8 with
+    }
     try {
       read_line(tuning, given, line);
     } catch (const std::runtime_error& error) {
-      throw std::runtime_error(path + ", line " + std::to_string(number) + ": " + error.what());
+      throw std::runtime_error(shown(path, path.size()) + ", line " + std::to_string(number) +
+                               ": " + error.what());
     }
   }
   if (!file.eof()) {
-    throw std::runtime_error("cannot read " + path);
+    throw std::runtime_error("cannot read " + shown(path, path.size()));
   }
   return tuning;
 }
