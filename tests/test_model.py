@@ -212,8 +212,8 @@ def test_bytes_in_flight(registers: int, count: int, kilobytes: int) -> None:
 
 @pytest.mark.parametrize("count", [2, 6, 8])
 def test_bytes_in_flight_of_lines(count: int) -> None:
-    """As many whole turns of both splits as a thread's line holds, in two blocks. A thread has eight
-    positions here, and no more is in flight."""
+    """As many whole turns of both splits as a thread's line holds, in two blocks. A thread has
+    eight positions here, and no more is in flight."""
     pool = predict(CASE, "eval", made_up=MadeUp(128, count, lines=True))["pool"]
     of_thread = min(_C.plan_limits()["line_bytes"] // (count * 8) * count * 8, 8 * 2 * 8)
     assert pool.in_flight == 2 * 256 * of_thread
