@@ -30,6 +30,11 @@ int64_t block_threads(const Device& device) {
   return threads;
 }
 
+// Whether a launch may begin while the one before it ends.
+bool begins_early(const Device& device) {
+  return tuning().early_launches > 0 && device.early_launches();
+}
+
 // Chunks of one size, but for the last; none of them is empty.
 void set_chunks(Tiling& t, int64_t pixels, int64_t at_most) {
   counted(pixels, kMostPixels);
@@ -291,7 +296,7 @@ Launch launch_of_stages(const Device& device, const Workload& w, Kernel kernel,
   const char* const name = kernel == Kernel::kAttention ? "attention" : "attention_backward";
   const int64_t shared = std::max(product_bytes(threads, w.acc_size()), row_sums_bytes(threads, 2));
   Launch launch{kernel, name, blocks, blocks, threads, shared};
-  launch.early = tuning().early_launches > 0 && device.early_launches();
+  launch.early = begins_early(device);
   return launch;
 }
 
@@ -453,6 +458,7 @@ Launch late_launch_of(const Device& device, const Workload& w, const Plan& plan,
     planned.grid = std::max<int64_t>(planned.grid, 1);
     return planned;
   };
+  // In NHWC recombine with a radix that is not compiled loads splits when it needs them.
   const auto of_recombine = [&](const char* name, bool in_lines) {
     const bool copies = !w.channels_last || in_lines;
     return copies ? on_map(name, w, plan.recombine_tiling, 0)
@@ -501,7 +507,7 @@ Launch late_launch_of(const Device& device, const Workload& w, const Plan& plan,
 
 Launch launch_of(const Device& device, const Workload& w, const Plan& plan, Kernel kernel) {
   Launch launch = late_launch_of(device, w, plan, kernel);
-  launch.early = tuning().early_launches > 0 && device.early_launches();
+  launch.early = begins_early(device);
   return launch;
 }
 
